@@ -1,0 +1,35 @@
+# Two commands: `make train` and `make test`. Each sets up what it needs from a bare Python >= 3.12.
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+	&& echo $$p && break; done)
+CUDA := $(shell command -v nvidia-smi >/dev/null && echo ,cuda)
+ARGS ?=
+WORKERS ?= 2
+
+.PHONY: train test test-newest lint clean
+
+train: .venv/.installed
+	.venv/bin/python experiments/train.py $(ARGS)
+
+test: .venv/.installed
+	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal tests $(ARGS)
+
+test-newest: .venv-newest/.installed
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests $(ARGS)
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/.installed: setup.py constraints.txt
+.venv-newest/.installed: setup.py constraints-newest.txt
+
+%/.installed:
+	@test -n "$(PYTHON)" || { echo "gdn2-jax needs Python >= 3.12 on the PATH (or PYTHON=/path/to/python3.12)"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 12) and "gdn2-jax needs Python >= 3.12, but $(PYTHON) is %d.%d" % v[:2])'
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --editable ".[train,test$(CUDA)]" --constraint $(filter constraints%,$^)
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-newest build *.egg-info .pytest_cache .ruff_cache .hypothesis

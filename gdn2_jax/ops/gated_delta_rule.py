@@ -1,0 +1,235 @@
+"""The public operator: input checks, grouped value heads, choice of implementation."""
+
+import math
+import numbers
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.ops.recurrent import recurrent, step
+
+Implementation = Literal["pallas", "xla", "recurrent"]
+
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+
+
+def gated_delta_rule_2(
+    q: Float[Array, "B T Hk K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hv V"],
+    g: Float[Array, "B T Hk K"],
+    b: Float[Array, "B T Hk K"],
+    w: Float[Array, "B T Hv V"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B Hv K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+    """Gated Delta Rule-2 over a sequence (arXiv 2605.22791, eqs. 8-10 and 18-25).
+
+    For every head, with the state S of shape [K, V]:
+
+        S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T
+        o_t = scale * S_t^T q_t
+
+    Value head i reads key head i // (Hv / Hk). Both results are differentiable in every array
+    input; each cotangent has its input's dtype. Reverse mode only, except through
+    `implementation="recurrent"`.
+
+    Args:
+      q: queries; bf16, fp16, fp32 or fp64, as `k`, `v`, `b` and `w` (mixtures allowed).
+      k: keys, normally of unit length.
+      v: values.
+      g: log-decay, <= 0, any finite size; fp32 (fp64 when any other input is fp64).
+      b: erase gate, in [0, 1], or [0, 2] with negative eigenvalues.
+      w: write gate, in [0, 1].
+      scale: factor on the output; 1 / sqrt(K) if None.
+      initial_state: state before the first token, dtype as `g`; zeros if None.
+      segment_ids: document of each token; the state restarts from zero at every change.
+        `initial_state` feeds the first segment of a row.
+      implementation: "pallas" (GPU kernels), "xla" (chunkwise, any backend), "recurrent" (the
+        definition, token by token), or None for the fastest that serves these inputs.
+
+    Returns:
+      Outputs of `v`'s shape and dtype, and the state after the last token in float32 (float64
+      with float64 inputs).
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
+      NotImplementedError: the implementation asked for cannot serve these inputs.
+    """
+    _check_implementation(implementation)
+    _check_inputs(q, k, v, g, b, w, leading=("B", "T"))
+    batch, length, key_heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    state_shape = (batch, value_heads, key_dim, value_dim)
+    _check_state("initial_state", initial_state, state_shape, g.dtype)
+    if segment_ids is not None:
+        _check_shape("segment_ids", segment_ids, (batch, length))
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
+    scale = _resolve_scale(scale, key_dim)
+    if implementation == "pallas":
+        raise NotImplementedError('implementation="pallas": no GPU kernel exists yet; use "xla"')
+
+    # The value channels of a group share everything on the key side, so a group of value heads is
+    # one head with more value channels: grouping is a reshape, never a repeat.
+    folded = (batch, length, key_heads, -1)
+    if initial_state is None:
+        initial_state = jnp.zeros(state_shape, g.dtype)
+    arrays = _match_varying_axes(
+        (q, k, v.reshape(folded), g, b, w.reshape(folded), _fold(initial_state, key_heads)),
+        segment_ids,
+    )
+    starts = None if segment_ids is None else _segment_starts(segment_ids)
+    q, *rest = (x.astype(g.dtype) for x in arrays)
+    outputs, final_state = recurrent(q * scale, *rest, starts)
+    return outputs.reshape(v.shape).astype(v.dtype), _unfold(final_state, value_heads)
+
+
+def gated_delta_rule_2_step(
+    state: Float[Array, "B Hv K V"],
+    q: Float[Array, "B Hk K"],
+    k: Float[Array, "B Hk K"],
+    v: Float[Array, "B Hv V"],
+    g: Float[Array, "B Hk K"],
+    b: Float[Array, "B Hk K"],
+    w: Float[Array, "B Hv V"],
+    *,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B Hv K V"], Float[Array, "B Hv V"]]:
+    """One token of `gated_delta_rule_2`, for decoding with constant memory.
+
+    Args:
+      state: state before the token; float32 (float64 when any other input is float64).
+      q: query; dtypes of all inputs as in `gated_delta_rule_2`.
+      k: key.
+      v: value.
+      g: log-decay, <= 0.
+      b: erase gate.
+      w: write gate.
+      scale: factor on the output; 1 / sqrt(K) if None.
+      implementation: as in `gated_delta_rule_2`; "xla" and "recurrent" are the same here.
+
+    Returns:
+      The state after the token and the output, of `v`'s shape and dtype.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
+      NotImplementedError: the implementation asked for cannot serve these inputs.
+    """
+    _check_implementation(implementation)
+    _check_inputs(q, k, v, g, b, w, leading=("B",))
+    batch, key_heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[1:]
+    _check_state("state", state, (batch, value_heads, key_dim, value_dim), g.dtype)
+    scale = _resolve_scale(scale, key_dim)
+    if implementation == "pallas":
+        raise NotImplementedError('implementation="pallas": no GPU kernel exists yet; use "xla"')
+
+    folded = (batch, key_heads, -1)
+    arrays = (q, k, v.reshape(folded), g, b, w.reshape(folded))
+    q, *rest = (x.astype(g.dtype) for x in arrays)
+    state, output = step(_fold(state, key_heads), q * scale, *rest)
+    return _unfold(state, value_heads), output.reshape(v.shape).astype(v.dtype)
+
+
+def _fold(state: Array, key_heads: int) -> Array:
+    """[B, Hv, K, V] -> [B, Hk, K, (Hv / Hk) * V]."""
+    batch, _, key_dim, value_dim = state.shape
+    grouped = state.reshape(batch, key_heads, -1, key_dim, value_dim)
+    return jnp.moveaxis(grouped, 2, 3).reshape(batch, key_heads, key_dim, -1)
+
+
+def _unfold(state: Array, value_heads: int) -> Array:
+    """The inverse of `_fold`."""
+    batch, key_heads, key_dim, _ = state.shape
+    grouped = state.reshape(batch, key_heads, key_dim, value_heads // key_heads, -1)
+    return jnp.moveaxis(grouped, 3, 2).reshape(batch, value_heads, key_dim, -1)
+
+
+def _segment_starts(segment_ids: Int[Array, "B T"]) -> Array:
+    """True where a token's segment differs from the one before; false for the first token."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)))
+
+
+def _match_varying_axes(arrays: tuple[Array, ...], segment_ids: Array | None) -> list[Array]:
+    """Inside shard_map, marks every array as varying over all mesh axes that any of them varies on.
+
+    The transpose of the mark sums a replicated input's cotangent over the mesh.
+    """
+    inputs = arrays if segment_ids is None else (*arrays, segment_ids)
+    axes = frozenset().union(*(jax.typeof(x).vma for x in inputs))
+    return [
+        jax.lax.pcast(x, tuple(missing), to="varying")
+        if (missing := axes - jax.typeof(x).vma)
+        else x
+        for x in arrays
+    ]
+
+
+def _check_implementation(implementation: str | None) -> None:
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation: expected one of {(None, *get_args(Implementation))}, "
+            f"got {implementation!r}"
+        )
+
+
+def _check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
+    if tuple(array.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(array.shape)}")
+
+
+def _check_inputs(q, k, v, g, b, w, leading: tuple[str, ...]) -> None:
+    for name, array, dims in (("q", q, "Hk K"), ("v", v, "Hv V")):
+        layout = " ".join((*leading, dims))
+        if array.ndim != len(leading) + 2 or 0 in array.shape:
+            raise ValueError(
+                f"{name}: expected a non-empty array [{layout}], got shape {tuple(array.shape)}"
+            )
+    for name, array in (("k", k), ("g", g), ("b", b)):
+        _check_shape(name, array, q.shape)
+    _check_shape("w", w, v.shape)
+    if v.shape[:-2] != q.shape[:-2]:
+        raise ValueError(
+            f"v: expected leading dimensions {tuple(q.shape[:-2])} ({', '.join(leading)}) as q's, "
+            f"got {tuple(v.shape[:-2])}"
+        )
+    key_heads, value_heads = q.shape[-2], v.shape[-2]
+    if value_heads % key_heads:
+        raise ValueError(
+            f"v: expected a number of heads that is a multiple of q's {key_heads}, "
+            f"got {value_heads}"
+        )
+    named = dict(q=q, k=k, v=v, b=b, w=w)
+    for name, array in named.items():
+        if array.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}: expected bfloat16, float16, float32 or float64, got {array.dtype}"
+            )
+    double = any(array.dtype == jnp.float64 for array in named.values())
+    allowed = ("float64",) if double else ("float32", "float64")
+    if g.dtype.name not in allowed:
+        raise ValueError(f"g: expected {' or '.join(allowed)} beside these inputs, got {g.dtype}")
+
+
+def _check_state(name: str, state: Array | None, shape: tuple[int, ...], dtype) -> None:
+    if state is None:
+        return
+    _check_shape(name, state, shape)
+    if state.dtype != dtype:
+        raise ValueError(f"{name}: expected dtype {dtype} as g's, got {state.dtype}")
+
+
+def _resolve_scale(scale: float | None, key_dim: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(key_dim)
+    if not isinstance(scale, numbers.Real) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
+    return float(scale)

@@ -1,0 +1,44 @@
+"""Package metadata of gdn2-jax (build system and tool settings: pyproject.toml)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "chex",
+    "grain",
+    "matplotlib",
+    "optax",
+    "orbax-checkpoint",
+    "pyarrow",
+    "tensorboardX",
+    "tokenizers",
+    "tqdm",
+    "tyro",
+]
+TEST = ["chex", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
+
+setup(
+    name="gdn2-jax",
+    version="0.1.0",
+    description="Gated DeltaNet-2 in JAX: operator, Flax layers, training and decoding",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",
+    packages=find_packages(include=["gdn2_jax", "gdn2_jax.*", "pallas", "pallas.*"]),
+    package_data={"gdn2_jax": ["py.typed"]},
+    install_requires=["jax>=0.11,<0.13", "flax", "jaxtyping"],
+    extras_require={
+        "train": TRAIN,
+        "test": TEST,
+        "cuda": ["jax[cuda13]>=0.11,<0.13"],
+        "peers": ["torch", "triton", "fla-core", "nvidia-cudnn-frontend"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.12",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
