@@ -164,10 +164,10 @@ def _match_varying_axes(arrays: tuple[Array, ...], segment_ids: Array | None) ->
     The transpose of the mark sums a replicated input's cotangent over the mesh.
     """
     inputs = arrays if segment_ids is None else (*arrays, segment_ids)
-    axes = frozenset().union(*(jax.typeof(x).vma for x in inputs))
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
     return [
         jax.lax.pcast(x, tuple(missing), to="varying")
-        if (missing := axes - jax.typeof(x).vma)
+        if (missing := axes - jax.typeof(x).manual_axis_type.varying)
         else x
         for x in arrays
     ]
