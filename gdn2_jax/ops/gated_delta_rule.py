@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.ops.chunkwise import chunkwise
 from gdn2_jax.ops.recurrent import recurrent, step
 
 Implementation = Literal["pallas", "xla", "recurrent"]
@@ -85,8 +86,11 @@ def gated_delta_rule_2(
         segment_ids,
     )
     starts = None if segment_ids is None else _segment_starts(segment_ids)
-    q, *rest = (x.astype(g.dtype) for x in arrays)
-    outputs, final_state = recurrent(q * scale, *rest, starts)
+    if implementation == "recurrent":
+        q, *rest = (x.astype(g.dtype) for x in arrays)
+        outputs, final_state = recurrent(q * scale, *rest, starts)
+    else:
+        outputs, final_state = chunkwise(*arrays, starts, scale)
     return outputs.reshape(v.shape).astype(v.dtype), _unfold(final_state, value_heads)
 
 
