@@ -132,7 +132,7 @@ def _place(product: Array, half: int, chunk_size: int) -> Array:
 
 def _block_diagonal(blocks: Array, size: int) -> Array:
     """[..., n, m, m] -> [..., n * m, n * m] with the blocks on the diagonal."""
-    *batch, count, block, _ = blocks.shape
+    *batch, count, _, _ = blocks.shape
     if count == 1:
         return blocks.reshape(*batch, size, size)
     eye = jnp.eye(count, dtype=bool)[:, None, :, None]

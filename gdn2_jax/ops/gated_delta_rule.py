@@ -211,7 +211,7 @@ def _check_inputs(q, k, v, g, b, w, leading: tuple[str, ...]) -> None:
             f"v: expected a number of heads that is a multiple of q's {key_heads}, "
             f"got {value_heads}"
         )
-    named = dict(q=q, k=k, v=v, b=b, w=w)
+    named = {"q": q, "k": k, "v": v, "b": b, "w": w}
     for name, array in named.items():
         if array.dtype not in _DTYPES:
             raise ValueError(
