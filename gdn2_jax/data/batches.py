@@ -1,0 +1,164 @@
+"""Batches of packed sequences through grain, each process reading its own rows."""
+
+import multiprocessing
+import os
+import threading
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+from absl import flags
+
+from gdn2_jax.data.packing import PackedSequences
+
+# Sequences in "endless": more than any run consumes, and grain's index arithmetic stays exact.
+_ENDLESS = 2**48
+
+
+def train_iterator(
+    sequences: PackedSequences,
+    *,
+    global_batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_sequence: int = 0,
+    num_workers: int = 0,
+) -> grain.DatasetIterator:
+    """Returns an endless iterator over this process's rows of the training batches.
+
+    Batch n of the run holds sequences `start_sequence + n * B` to `start_sequence + (n + 1) * B
+    - 1`, where B is `global_batch_size`; process p of P has rows `p * B / P` to
+    `(p + 1) * B / P - 1` of it. So the stream depends on neither the processes nor the workers,
+    and a run that has consumed N sequences goes on exactly with `start_sequence=N`, whatever the
+    number of either. The iterator's own `get_state` and `set_state` (for orbax) count from
+    `start_sequence` and fit an iterator made with the same arguments.
+
+    Call `close()` on the iterator when done if `num_workers` > 0. Worker processes import the
+    main script, which therefore needs an `if __name__ == "__main__"`.
+
+    Args:
+      sequences: from `prepare(config).train`.
+      global_batch_size: B, sequences a batch over all processes.
+      process_index: p, such as `jax.process_index()`.
+      process_count: P, such as `jax.process_count()`; divides B.
+      start_sequence: sequences consumed before, over all processes.
+      num_workers: processes that prepare batches ahead; 0: a thread.
+
+    Returns:
+      An iterator of dicts with `inputs`, `targets`, `segment_ids` (int32) and `weights`
+      (float32), each [B / P, T].
+
+    Raises:
+      ValueError: if an argument is out of its range, or P does not divide B.
+    """
+    if start_sequence < 0:
+        raise ValueError(f"start_sequence must be at least 0, got {start_sequence}")
+    rows = _ProcessRows(
+        sequences, global_batch_size, process_index, process_count, start_sequence, None
+    )
+    return _iterate(rows, num_workers)
+
+
+def validation_batches(
+    sequences: PackedSequences,
+    *,
+    global_batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> grain.DatasetIterator:
+    """Returns an iterator over one epoch: every sequence once.
+
+    The last batch is filled up with rows of weight 0. Every process sees the same number of
+    batches.
+
+    Args:
+      sequences: from `prepare(config).validation`.
+      global_batch_size: as in `train_iterator`.
+      process_index: as in `train_iterator`.
+      process_count: as in `train_iterator`.
+      num_workers: as in `train_iterator`.
+
+    Returns:
+      An iterator of dicts as `train_iterator`'s.
+
+    Raises:
+      ValueError: if an argument is out of its range, or the processes do not divide the batch.
+    """
+    rows = _ProcessRows(
+        sequences, global_batch_size, process_index, process_count, 0, len(sequences)
+    )
+    return _iterate(rows, num_workers)
+
+
+@dataclass(frozen=True)
+class _ProcessRows(grain.sources.RandomAccessDataSource):
+    """The rows that one process reads, in order; rows past `stop_sequence` have weight 0."""
+
+    sequences: PackedSequences
+    global_batch_size: int
+    process_index: int
+    process_count: int
+    start_sequence: int
+    stop_sequence: int | None
+
+    def __post_init__(self):
+        if self.global_batch_size < 1:
+            raise ValueError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
+        if self.process_count < 1 or self.global_batch_size % self.process_count:
+            raise ValueError(
+                f"process_count must divide global_batch_size={self.global_batch_size}, "
+                f"got {self.process_count}"
+            )
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"process_index must be in [0, {self.process_count}), got {self.process_index}"
+            )
+
+    @property
+    def local_batch_size(self) -> int:
+        return self.global_batch_size // self.process_count
+
+    def __len__(self) -> int:
+        if self.stop_sequence is None:
+            return _ENDLESS
+        batches = -(-(self.stop_sequence - self.start_sequence) // self.global_batch_size)
+        return batches * self.local_batch_size
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        batch, row = divmod(row, self.local_batch_size)
+        row += batch * self.global_batch_size + self.process_index * self.local_batch_size
+        index = self.start_sequence + row
+        if self.stop_sequence is not None and index >= self.stop_sequence:
+            padding = self.sequences[self.start_sequence]
+            return {**padding, "weights": np.zeros_like(padding["weights"])}
+        return self.sequences[index]
+
+
+def _iterate(rows: _ProcessRows, num_workers: int) -> grain.DatasetIterator:
+    if num_workers < 0:
+        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+    if not flags.FLAGS.is_parsed():
+        # grain hands absl's flags to its workers, which absl allows only after parsing.
+        flags.FLAGS.mark_as_parsed()
+    dataset = grain.MapDataset.source(rows).batch(rows.local_batch_size)
+    # grain's defaults (16 threads, 500 elements) are meant for single records, not for batches.
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    if num_workers:
+        workers = grain.multiprocessing.MultiprocessingOptions(num_workers=num_workers)
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=_end_with_parent)
+        # Batches come through pipes: shared memory would outlive a killed run in /dev/shm.
+        dataset = grain.experimental.WithOptionsIterDataset(
+            dataset, grain.experimental.DatasetOptions(min_shm_size=2**62)
+        )
+    return iter(dataset)
+
+
+def _end_with_parent(worker_index: int, worker_count: int) -> None:
+    """Lets a worker process end when a killed parent could not tell it to."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

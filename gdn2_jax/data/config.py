@@ -1,0 +1,87 @@
+"""What a data set is made of: one dataclass, filled from the command line or by hand."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text, tokenizer, packing and split of a training run.
+
+    Raises:
+      ValueError: if a field is out of its range (names the field).
+    """
+
+    paths: tuple[str, ...] = ()
+    """.txt, .jsonl or .parquet files, or directories of them (searched recursively). None: the
+    sources and documentation of the running Python."""
+
+    text_field: str = "text"
+    """The .jsonl field or .parquet column that holds the text."""
+
+    document_separator: str = ""
+    """Cuts each .txt file into documents where this string stands. Empty: one document a file."""
+
+    tokenizer: str = "bytes"
+    """"bytes"; the path of a Hugging Face tokenizer.json; or "train:N", a byte-level BPE of N
+    entries trained on the training documents."""
+
+    end_of_document: str = ""
+    """The token that ends each document, for a tokenizer.json. Empty: the usual names are tried."""
+
+    sequence_length: int = 512
+    """Tokens of an input sequence, T; the data is cut into blocks of T + 1 tokens."""
+
+    validation_fraction: float = 0.05
+    """Share of the text, in whole documents, that is kept for validation. 0: no validation."""
+
+    reset_at_documents: bool = False
+    """Whether state and attention start afresh at each document. The paper's recipe does not."""
+
+    seed: int = 0
+    """Shuffles the training documents, anew in each epoch. The split does not depend on it."""
+
+    num_workers: int = 0
+    """Processes that prepare batches. 0: a thread of the main process."""
+
+    cache_directory: str = "~/.cache/gdn2_jax"
+    """Where tokenized corpora are kept."""
+
+    def __post_init__(self):
+        if type(self.paths) is str:
+            raise ValueError(f"paths must be a tuple of strings, got the string {self.paths!r}")
+        if not self.text_field:
+            raise ValueError("text_field must not be empty")
+        if not self.tokenizer:
+            raise ValueError('tokenizer must be "bytes", "train:N" or a path, got ""')
+        if self.trained_vocab_size is not None and self.trained_vocab_size < 257:
+            raise ValueError(
+                "tokenizer must be train:N with N >= 257 (256 bytes and the end of document), "
+                f"got {self.tokenizer!r}"
+            )
+        if self.end_of_document and (
+            self.tokenizer == "bytes" or self.trained_vocab_size is not None
+        ):
+            raise ValueError(
+                f"end_of_document is for a tokenizer.json; {self.tokenizer!r} has its own"
+            )
+        if self.sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1, got {self.sequence_length}")
+        if not (math.isfinite(self.validation_fraction) and 0 <= self.validation_fraction < 1):
+            raise ValueError(
+                f"validation_fraction must be in [0, 1), got {self.validation_fraction}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
+        if not self.cache_directory:
+            raise ValueError("cache_directory must not be empty")
+
+    @property
+    def trained_vocab_size(self) -> int | None:
+        """N of a tokenizer "train:N", None for the other tokenizers."""
+        kind, colon, size = self.tokenizer.partition(":")
+        if (kind, colon) != ("train", ":"):
+            return None
+        return int(size) if size.isdecimal() else -1

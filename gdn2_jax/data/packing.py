@@ -1,0 +1,97 @@
+"""Fixed-length sequences cut from shuffled documents, each found without reading the others."""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64
+
+from gdn2_jax.data.store import TokenStore
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """An endless list of training sequences over a token store.
+
+    In each epoch the documents stand back to back in a new order and are cut into blocks of T + 1
+    tokens that do not overlap: inputs are tokens 0..T-1 of a block and targets tokens 1..T, as in
+    the paper's recipe. Tokens after the last whole block sit the epoch out. Sequence i is block
+    `i % len(self)` of epoch `i // len(self)`, found with one binary search over the documents'
+    cumulative lengths.
+
+    Attributes:
+      store: the tokenized documents.
+      sequence_length: T.
+      seed: shuffles the documents; None leaves them in the order of the store.
+      reset_at_documents: whether `segment_ids` number the documents along the row (from 1), so
+        that state and attention restart at each; otherwise they are all ones.
+
+    Raises:
+      ValueError: if the store holds less than one block.
+    """
+
+    store: TokenStore
+    sequence_length: int
+    seed: int | None = None
+    reset_at_documents: bool = False
+
+    def __post_init__(self):
+        if self.sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1, got {self.sequence_length}")
+        if len(self) == 0:
+            raise ValueError(
+                f"sequence_length={self.sequence_length} needs {self.sequence_length + 1} tokens, "
+                f"but the documents have {self.store.num_tokens}"
+            )
+
+    def __len__(self) -> int:
+        """Sequences of one epoch."""
+        return self.store.num_tokens // (self.sequence_length + 1)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns sequence `index` >= 0: the rows of a batch, each of shape [T].
+
+        `inputs`, `targets` and `segment_ids` are int32, `weights` float32 (all ones).
+        """
+        if index < 0:
+            raise IndexError(f"sequences are counted from 0, got {index}")
+        epoch, block = divmod(int(index), len(self))
+        start = block * (self.sequence_length + 1)
+        stop = start + self.sequence_length + 1
+        order, ends = _packed_order(self.store, self.seed, epoch)
+
+        first = np.searchsorted(ends, start, side="right")
+        last = np.searchsorted(ends, stop, side="left")
+        bounds = np.clip(ends[first : last + 1], start, stop)
+        counts = np.diff(bounds, prepend=start)
+        # A document moves from where it stands in the epoch to where it lies in the store.
+        shifts = self.store.offsets[order[first : last + 1] + 1] - ends[first : last + 1]
+        tokens = self.store.tokens[np.arange(start, stop) + np.repeat(shifts, counts)]
+
+        tokens = tokens.astype(np.int32)
+        segment_ids = np.ones(self.sequence_length, np.int32)
+        if self.reset_at_documents:
+            documents = np.arange(1, len(counts) + 1, dtype=np.int32)
+            segment_ids = np.repeat(documents, counts)[:-1]
+        return {
+            "inputs": tokens[:-1],
+            "targets": tokens[1:],
+            "segment_ids": segment_ids,
+            "weights": np.ones(self.sequence_length, np.float32),
+        }
+
+
+@functools.lru_cache(maxsize=4)
+def _packed_order(
+    store: TokenStore, seed: int | None, epoch: int
+) -> tuple[Int64[np.ndarray, " documents"], Int64[np.ndarray, " documents"]]:
+    """Returns an epoch's order of the documents and where each then ends, in tokens."""
+    lengths = np.diff(store.offsets)
+    if seed is None:
+        order = np.arange(len(lengths))
+    else:
+        # Sorting raw Philox words: NumPy keeps them the same in all its versions, unlike
+        # Generator.permutation, so a run can be resumed years later.
+        words = np.random.Philox(key=(epoch << 64) + seed).random_raw(len(lengths))
+        order = np.argsort(words, kind="stable")
+    return order, np.cumsum(lengths[order])

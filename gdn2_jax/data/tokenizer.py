@@ -1,0 +1,168 @@
+"""Text to token ids and back: bytes, or any Hugging Face tokenizer.json."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+_END_OF_DOCUMENT = "<|endoftext|>"
+_USUAL_ENDS = (_END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+
+# Merges learnt on more text than this hardly change.
+_TRAINING_CHARACTERS = 2**28
+
+
+class Tokenizer(Protocol):
+    """What the data, the trainer and the sampler need of a tokenizer."""
+
+    vocab_size: int
+    """One more than the greatest token id."""
+
+    end_of_document: int
+    """The token that stands after each document."""
+
+    def encode(self, text: str) -> Int32[np.ndarray, " N"]:
+        """Returns the tokens of a text, with no token added."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
+        """Encodes many texts at once."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of the tokens; special tokens and unknown ids give no text."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file that `load_tokenizer` reads."""
+
+
+class ByteTokenizer:
+    """The 256 byte values of UTF-8 text, and token 256 at the end of each document."""
+
+    vocab_size = 257
+    end_of_document = 256
+
+    def encode(self, text: str) -> Int32[np.ndarray, " N"]:
+        """Returns the bytes of a text."""
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
+        """Encodes many texts."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of the bytes; parts that are not UTF-8 become U+FFFD."""
+        return bytes(i for i in map(int, ids) if 0 <= i < 256).decode(errors="replace")
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file that `load_tokenizer` reads."""
+        Path(path).write_text(json.dumps({"type": "bytes"}))
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer`, with a token chosen as the end of a document.
+
+    Raises:
+      ValueError: if the tokenizer has no such token.
+    """
+
+    def __init__(self, tokenizer, end_of_document: str = ""):
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        candidates = (end_of_document,) if end_of_document else _USUAL_ENDS
+        known = [token for token in candidates if token in vocabulary]
+        if not known:
+            raise ValueError(
+                f"end_of_document: the tokenizer has no token {' or '.join(candidates)}; "
+                "name the one that ends a document"
+            )
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A document that spells out a special token must not turn into it.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.end_of_document = vocabulary[known[0]]
+        # Ids need not be dense, and the model's table must hold the greatest.
+        self.vocab_size = max(vocabulary.values()) + 1
+
+    def encode(self, text: str) -> Int32[np.ndarray, " N"]:
+        """Returns the tokens of a text, with no token added."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
+        """Encodes many texts in parallel."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of the tokens, without the special ones."""
+        return self._tokenizer.decode([int(i) for i in ids])
+
+    def save(self, path: str | Path) -> None:
+        """Writes a Hugging Face tokenizer.json."""
+        self._tokenizer.save(str(path))
+
+
+def load_tokenizer(name: str | Path, end_of_document: str = "") -> Tokenizer:
+    """Returns the tokenizer "bytes", or the one in a file.
+
+    Args:
+      name: "bytes", the path of a Hugging Face tokenizer.json, or of what `save` wrote.
+      end_of_document: the token that ends a document; empty: the usual names are tried.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not a tokenizer, or has no token for the end of a document.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'tokenizer: expected "bytes", "train:N" or the path of a tokenizer.json, got {name}'
+        )
+    import tokenizers
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if json.loads(text).get("type") == "bytes":
+            return ByteTokenizer()
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"tokenizer: {name} is not a tokenizer.json ({error})") from error
+    return TextTokenizer(tokenizer, end_of_document)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """Trains a byte-level BPE, which encodes every text without loss.
+
+    Args:
+      documents: the text to learn from; the first 2**28 characters are read.
+      vocab_size: entries, with the 256 bytes and the end of a document. A small corpus may yield
+        fewer: see the result's `vocab_size`.
+
+    Returns:
+      The trained tokenizer.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_characters(documents, _TRAINING_CHARACTERS), trainer)
+    return TextTokenizer(tokenizer)
+
+
+def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+    for document in documents:
+        yield document[:limit]
+        limit -= len(document)
+        if limit <= 0:
+            return
