@@ -18,17 +18,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.decayed_products import (
-    DecaySums,
-    decay_sums,
-    decay_sums_transpose,
+    Decayed,
+    decayed,
+    from_chunk_start,
     pair_products,
     pair_products_transpose,
+    to_chunk_end,
 )
 from gdn2_jax.ops.triangular_inverse import unit_lower_inverse
 
 _MAX_CHUNK_SIZE = 64
 _MIN_CHUNK_SIZE = 16
-_SPANS = 8
+_SPANS = 4
+_UNROLL = 8
 
 
 class _Masks(NamedTuple):
@@ -43,14 +45,12 @@ class _Masks(NamedTuple):
 class _Chunks(NamedTuple):
     """What a span of chunks computes before any state is known ([N B H] in front)."""
 
-    e: Float[Array, "*n C K"]
-    sums: DecaySums
+    operands: Decayed
     inverse: Float[Array, "*n C C"]
     read: Float[Array, "*n C C"]
-    e_gamma: Float[Array, "*n C K"]
     q_gamma: Float[Array, "*n C K"]
     k_tail: Float[Array, "*n C K"]
-    decay: Float[Array, "*n K"]
+    decay: Float[Array, "*n K 1"]
     y: Float[Array, "*n C K"]
     u: Float[Array, "*n C V"]
 
@@ -100,22 +100,23 @@ def _chunkwise(layout, q, k, v, g, b, w, initial_state, segments):
 
 
 def _forward(layout, q, k, v, g, b, w, initial_state, segments):
-    precision = _precision(q, k, v, b, w)
     inputs = (q, k, v, g, b, w)
+    store = _storage_dtype(inputs)
 
     def span_forward(state, start):
         loaded, masks = _load(layout, inputs, segments, start)
-        c = _prepare(*loaded, masks, precision)
+        c = _prepare(*loaded, masks, store)
 
         def next_chunk(state, chunk):
             y, u, k_tail, decay = chunk
-            residual = u - _dot("ck,kv->cv", y, state, precision)
-            update = _dot("ck,cv->kv", k_tail, residual, precision)
-            return decay[..., None] * state + update, (state, residual)
+            start_state = state.astype(store)
+            residual = (u - _dot("ck,kv->cv", y, start_state)).astype(store)
+            return decay * state + _dot("ck,cv->kv", k_tail, residual), (start_state, residual)
 
-        state, (states, residual) = jax.lax.scan(next_chunk, state, (c.y, c.u, c.k_tail, c.decay))
-        outputs = _dot("ck,kv->cv", c.q_gamma, states, precision)
-        outputs += _dot("cs,sv->cv", c.read, residual, precision)
+        state, (states, residual) = jax.lax.scan(
+            next_chunk, state, (c.y, c.u, c.k_tail, c.decay), unroll=_UNROLL
+        )
+        outputs = _dot("ck,kv->cv", c.q_gamma, states) + _dot("cs,sv->cv", c.read, residual)
         return state, (outputs.astype(v.dtype), states)
 
     starts = jnp.arange(0, q.shape[1], layout.span)
@@ -124,74 +125,62 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
 
 
 def _backward(layout, residuals, cotangents):
-    q, k, v, g, b, w, segments, states = residuals
+    *inputs, segments, states = residuals
     d_outputs, d_final_state = cotangents
-    precision = _precision(q, k, v, b, w)
-    inputs = (q, k, v, g, b, w)
+    store = _storage_dtype(inputs)
+    precision = _precision(store)
 
     def span_backward(d_state, xs):
         start, states = xs
-        (q_, k_, v_, g_, b_, w_), masks = _load(layout, inputs, segments, start)
-        d_out = _load_one(layout, d_outputs, start).astype(g.dtype)
-        c = _prepare(q_, k_, v_, g_, b_, w_, masks, precision)
-        residual = c.u - _dot("ck,kv->cv", c.y, states, precision)
-
-        d_residual = _dot("rs,rv->sv", c.read, d_out, precision)
-        d_states = _dot("ck,cv->kv", c.q_gamma, d_out, precision)
+        (q, k, v, g, b, w), masks = _load(layout, inputs, segments, start)
+        d_out = _load_one(layout, d_outputs, start).astype(store)
+        c = _prepare(q, k, v, g, b, w, masks, store)
+        residual = (c.u - _dot("ck,kv->cv", c.y, states)).astype(store)
 
         def previous_chunk(d_state, chunk):
-            y, k_tail, decay, d_residual, d_start = chunk
-            d_residual += _dot("ck,kv->cv", k_tail, d_state, precision)
-            d_start += decay[..., None] * d_state - _dot("ck,cv->kv", y, d_residual, precision)
-            return d_start, (d_state, d_residual)
+            y, q_gamma, k_tail, decay, d_residual, d_out = chunk
+            d_end_state = d_state.astype(store)
+            d_residual = (d_residual + _dot("ck,kv->cv", k_tail, d_end_state)).astype(store)
+            d_state = decay * d_state + _dot("ck,cv->kv", q_gamma, d_out)
+            return d_state - _dot("ck,cv->kv", y, d_residual), (d_end_state, d_residual)
 
-        d_state, (d_next, d_residual) = jax.lax.scan(
-            previous_chunk, d_state, (c.y, c.k_tail, c.decay, d_residual, d_states), reverse=True
+        d_residual = _dot("rs,rv->sv", c.read, d_out)
+        d_state, (d_end_states, d_residual) = jax.lax.scan(
+            previous_chunk,
+            d_state,
+            (c.y, c.q_gamma, c.k_tail, c.decay, d_residual, d_out),
+            reverse=True,
+            unroll=_UNROLL,
         )
 
-        d_read = _dot("cv,sv->cs", d_out, residual, precision)
-        d_q_gamma = _dot("cv,kv->ck", d_out, states, precision)
-        d_k_tail = _dot("cv,kv->ck", residual, d_next, precision)
-        d_y = -_dot("cv,kv->ck", d_residual, states, precision)
-        d_z = _dot("rc,rv->cv", c.inverse, d_residual, precision)
-        d_e_gamma = _dot("rc,rk->ck", c.inverse, d_y, precision)
+        d_read = _dot("cv,sv->cs", d_out, residual)
+        d_q_gamma = _dot("cv,kv->ck", d_out, states)
+        d_k_tail = _dot("cv,kv->ck", residual, d_end_states)
+        d_y = -_dot("cv,kv->ck", d_residual, states)
+        d_z = _dot("rc,rv->cv", c.inverse, d_residual.astype(g.dtype))
+        d_e_gamma = _dot("rc,rk->ck", c.inverse, d_y)
         # -A^T dA A^T with dA = dU Z^T + dY Ebar^T, without forming dA.
-        d_erase = -_dot("cv,sv->cs", d_z, c.u, precision)
-        d_erase -= _dot("ck,sk->cs", d_e_gamma, c.y, precision)
-        d_decay = jnp.sum(d_next * states, axis=-1)
+        d_erase = -_dot("cv,sv->cs", d_z.astype(store), c.u.astype(store))
+        d_erase -= _dot("ck,sk->cs", d_e_gamma.astype(store), c.y)
+        d_decay = jnp.einsum(
+            "...kv,...kv->...k", d_end_states.astype(g.dtype), states.astype(g.dtype)
+        )
         if masks is not None:
             d_erase = jnp.where(masks.same, d_erase, 0)
             d_read = jnp.where(masks.same, d_read, 0)
             d_q_gamma, d_e_gamma = d_q_gamma * masks.reads, d_e_gamma * masks.reads
             d_k_tail, d_decay = d_k_tail * masks.writes, d_decay * masks.carries
 
-        de, dq, dk, d_to_row, d_from_row = pair_products_transpose(
-            d_erase, d_read, c.e, q_, k_, c.sums
+        de, dq, dk, dg = pair_products_transpose(
+            c.operands, d_erase, d_read, d_e_gamma, d_q_gamma, d_k_tail, d_decay, precision
         )
-        gamma, tail = jnp.exp(c.sums.prefix), jnp.exp(c.sums.suffix)
-        de_state, dq_state, dk_state = gamma * d_e_gamma, gamma * d_q_gamma, tail * d_k_tail
-        sums = DecaySums(
-            d_to_row,
-            d_from_row,
-            prefix=c.e * de_state + q_ * dq_state,
-            suffix=k_ * dk_state,
-            total=jnp.exp(c.sums.total) * d_decay,
-        )
-        dg = decay_sums_transpose(layout.chunk_size, sums)
-        diagonal = jnp.sum(d_out * residual, axis=-1, keepdims=True)
-        de, dq, dk = de + de_state, dq + dq_state + diagonal * k_, dk + dk_state + diagonal * q_
-        d_inputs = (
-            layout.scale * dq,
-            dk + b_ * de,
-            w_ * d_z,
-            dg,
-            k_ * de,
-            v_ * d_z,
-        )
-        d_inputs = tuple(dx.astype(x.dtype) for dx, x in zip(d_inputs, inputs))
-        return d_state, d_inputs
+        # Pairs r = s do not decay: their share stays out of the gradient of g.
+        diagonal = jnp.einsum("...cv,...cv->...c", d_out.astype(g.dtype), residual.astype(g.dtype))
+        dq, dk = dq + diagonal[..., None] * k, dk + diagonal[..., None] * q
+        d_inputs = (layout.scale * dq, dk + b * de, w * d_z, dg, k * de, v * d_z)
+        return d_state, tuple(dx.astype(x.dtype) for dx, x in zip(d_inputs, inputs))
 
-    starts = jnp.arange(0, q.shape[1], layout.span)
+    starts = jnp.arange(0, inputs[0].shape[1], layout.span)
     d_initial_state, d_inputs = jax.lax.scan(
         span_backward, d_final_state, (starts, states), reverse=True
     )
@@ -201,15 +190,25 @@ def _backward(layout, residuals, cotangents):
 _chunkwise.defvjp(_forward, _backward)
 
 
-def _precision(*inputs: Array) -> jax.lax.Precision:
-    low = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in inputs)
-    return jax.lax.Precision.DEFAULT if low else jax.lax.Precision.HIGHEST
+def _storage_dtype(inputs: tuple[Array, ...]) -> jnp.dtype:
+    """What products with the state read: bf16 where every input but g is bf16 or fp16."""
+    q, k, v, g, b, w = inputs
+    low = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (q, k, v, b, w))
+    return jnp.dtype(jnp.bfloat16) if low else g.dtype
 
 
-def _dot(axes: str, a: Array, b: Array, precision: jax.lax.Precision) -> Array:
+def _precision(store: jnp.dtype) -> jax.lax.Precision:
+    """Of the pair products; below float32's own, TF32 on a GPU still exceeds what is stored."""
+    return jax.lax.Precision.DEFAULT if store == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+
+def _dot(axes: str, a: Array, b: Array) -> Array:
+    """A batched product accumulated in at least float32."""
     left, rest = axes.split(",")
     right, out = rest.split("->")
-    return jnp.einsum(f"...{left},...{right}->...{out}", a, b, precision=precision)
+    dtype = jnp.promote_types(a.dtype, jnp.float32)
+    axes = f"...{left},...{right}->...{out}"
+    return jnp.einsum(axes, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
 def _load_one(layout: _Layout, x: Array, start: Array) -> Array:
@@ -251,19 +250,26 @@ def _segment_masks(
     )
 
 
-def _prepare(q, k, v, g, b, w, masks: _Masks | None, precision) -> _Chunks:
-    e, z = b * k, w * v
-    sums = decay_sums(g)
-    erase, read = pair_products(e, q, k, sums)
-    chunk_size = k.shape[-2]
-    read += jnp.sum(q * k, axis=-1, keepdims=True) * jnp.eye(chunk_size, dtype=k.dtype)
-    gamma, tail, decay = jnp.exp(sums.prefix), jnp.exp(sums.suffix), jnp.exp(sums.total)
-    e_gamma, q_gamma, k_tail = gamma * e, gamma * q, tail * k
+def _prepare(q, k, v, g, b, w, masks: _Masks | None, store: jnp.dtype) -> _Chunks:
+    operands = decayed(b * k, q, k, g)
+    erase, read = pair_products(operands, _precision(store))
+    read += jnp.sum(q * k, axis=-1, keepdims=True) * jnp.eye(k.shape[-2], dtype=k.dtype)
+    e_gamma = from_chunk_start(operands.e_prefix, operands)
+    q_gamma = from_chunk_start(operands.q_prefix, operands)
+    k_tail = to_chunk_end(operands.k_suffix, operands)
+    decay = operands.total
     if masks is not None:
         erase, read = jnp.where(masks.same, erase, 0), jnp.where(masks.same, read, 0)
         e_gamma, q_gamma = e_gamma * masks.reads, q_gamma * masks.reads
         k_tail, decay = k_tail * masks.writes, decay * masks.carries
     inverse = unit_lower_inverse(erase)
-    y = _dot("rs,sk->rk", inverse, e_gamma, precision)
-    u = _dot("rs,sv->rv", inverse, z, precision)
-    return _Chunks(e, sums, inverse, read, e_gamma, q_gamma, k_tail, decay, y, u)
+    return _Chunks(
+        operands,
+        inverse,
+        read.astype(store),
+        q_gamma.astype(store),
+        k_tail.astype(store),
+        decay[..., None],
+        y=_dot("rs,sk->rk", inverse, e_gamma).astype(store),
+        u=_dot("rs,sv->rv", inverse, w * v),
+    )

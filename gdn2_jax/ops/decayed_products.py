@@ -2,217 +2,302 @@
 
 Within a chunk of C rows the operator needs, for every row pair r > s,
 
-    P[r, s] = sum_c x[r, c] y[s, c] exp(g[s+1, c] + ... + g[r, c])        (paper eqs. 21-22)
+    P[r, s] = sum_c x[r, c] k[s, c] exp(g[s+1, c] + ... + g[r, c])        (paper eqs. 21-22)
 
 as matrix products. Halving the chunk recursively gives every pair one level at which s lies in the
-first half of a block and r in the second. The middle of that block is the pair's reference: the
+first half of a part and r in the second. The middle of that part is the pair's reference: the
 decay splits into exp(sum of g from the middle to r) and exp(sum of g from s to the middle). All
 exponents are sums of g, never differences of cumulative sums, so they are never positive and keep
-full relative precision beside neighbours of any size. Their adjoint is a sum too.
+full relative precision beside neighbours of any size. The gradient of g is likewise a sum over
+the exponents it enters: nothing cancels, as it does in the form q dq + e de - k dk of eq. 79.
 
-Arrays are [..., C, K] with C a power of two; `half` (1, 2, ..., C / 2) names the level.
+The recursion ends at blocks of four rows, whose six pairs are written out. Arrays are [..., C, K],
+or [..., S, 4, K] with the S blocks apart.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-# Levels below this block size share one product a tile (masked), so that none is tiny.
+BLOCK = 4
+_PAIRS = [(r, s) for r in range(BLOCK) for s in range(r)]
+# Levels of small parts share one masked product a tile of this many rows.
 _TILE = 32
 
 
-class DecaySums(NamedTuple):
-    """Sums of g over parts of a chunk.
+class Decayed(NamedTuple):
+    """A chunk's operands under decay.
 
     Attributes:
-      to_row: for each level, from the middle of a block to each row of its second half.
-      from_row: for each level, from each row of its first half (exclusive) to the middle.
-      prefix: from the start of the chunk to each row (inclusive).
-      suffix: from each row (exclusive) to the end of the chunk.
-      total: over the chunk.
+      e: erase directions b * k.
+      q: queries.
+      k: keys.
+      g: log-decay.
+      e_prefix: e decayed from the start of its block.
+      q_prefix: q decayed from the start of its block.
+      k_suffix: k decayed to the end of its block.
+      block_decay: per block, decay from the chunk's start, to its end, and at each level from or
+        to the middle of the block's part.
+      total: decay over the chunk.
     """
 
-    to_row: dict[int, Float[Array, "*b half K"]]
-    from_row: dict[int, Float[Array, "*b half K"]]
-    prefix: Float[Array, "*b C K"]
-    suffix: Float[Array, "*b C K"]
-    total: Float[Array, "*b K"]
+    e: Float[Array, "*n S 4 K"]
+    q: Float[Array, "*n S 4 K"]
+    k: Float[Array, "*n S 4 K"]
+    g: Float[Array, "*n S 4 K"]
+    e_prefix: Float[Array, "*n S 4 K"]
+    q_prefix: Float[Array, "*n S 4 K"]
+    k_suffix: Float[Array, "*n S 4 K"]
+    block_decay: Float[Array, "*n M S K"]
+    total: Float[Array, "*n K"]
 
 
-def levels(chunk_size: int) -> list[int]:
-    """Half block sizes from 1 to C / 2."""
-    return [1 << i for i in range(chunk_size.bit_length() - 1)]
+def decayed(e: Array, q: Array, k: Array, g: Array) -> Decayed:
+    """Prepares a chunk's operands, all [..., C, K]."""
+    blocks = (*g.shape[:-2], -1, BLOCK, g.shape[-1])
+    e, q, k, g = (x.reshape(blocks) for x in (e, q, k, g))
+    rows = _rows(g)
+    prefix = jnp.exp(_stack([sum(rows[: r + 1]) for r in range(BLOCK)]))
+    suffix = jnp.exp(_stack([sum(rows[r + 1 :], jnp.zeros_like(rows[0])) for r in range(BLOCK)]))
+    totals = sum(rows)
+    block_decay = jnp.exp(_block_sums(totals))
+    total = jnp.exp(jnp.sum(totals, axis=-2))
+    return Decayed(e, q, k, g, e * prefix, q * prefix, k * suffix, block_decay, total)
 
 
-def decay_sums(g: Float[Array, "*b C K"]) -> DecaySums:
-    """Every partial sum that the pair products and the chunk's state need, by doubling."""
-    chunk_size, key_dim = g.shape[-2:]
-    batch = g.shape[:-2]
-    to_row, from_row = {}, {}
-    prefix, suffix, total = g, jnp.zeros_like(g), g
-    for half in levels(chunk_size):
-        blocks = (*batch, -1, 2, half, key_dim)
-        first_prefix, second_prefix = _halves(prefix.reshape(blocks))
-        first_suffix, second_suffix = _halves(suffix.reshape(blocks))
-        total = total.reshape(*batch, -1, 2, 1, key_dim)
-        first_total, second_total = total[..., 0, :, :], total[..., 1, :, :]
-        to_row[half], from_row[half] = second_prefix, first_suffix
-        prefix = jnp.concatenate([first_prefix, first_total + second_prefix], axis=-2)
-        suffix = jnp.concatenate([first_suffix + second_total, second_suffix], axis=-2)
-        total = first_total + second_total
-    return DecaySums(
-        to_row,
-        from_row,
-        prefix.reshape(g.shape),
-        suffix.reshape(g.shape),
-        total.reshape(*batch, key_dim),
-    )
+def from_chunk_start(x_prefix: Array, d: Decayed) -> Float[Array, "*n C K"]:
+    """Rows decayed from the start of their block, decayed from the start of the chunk."""
+    return _join(x_prefix * d.block_decay[..., 0, :, None, :])
 
 
-def decay_sums_transpose(chunk_size: int, cotangent: DecaySums) -> Float[Array, "*b C K"]:
-    """The transpose of `decay_sums`: the gradient of g from those of the sums."""
-    *batch, _, key_dim = cotangent.prefix.shape
-    prefix, suffix, total = cotangent.prefix, cotangent.suffix, cotangent.total
-    for half in reversed(levels(chunk_size)):
-        blocks = (*batch, -1, 2, half, key_dim)
-        first_prefix, second_prefix = _halves(prefix.reshape(blocks))
-        first_suffix, second_suffix = _halves(suffix.reshape(blocks))
-        total = total.reshape(*batch, -1, key_dim)
-        total = jnp.stack([total + second_prefix.sum(-2), total + first_suffix.sum(-2)], axis=-2)
-        second_prefix = second_prefix + cotangent.to_row[half]
-        first_suffix = first_suffix + cotangent.from_row[half]
-        prefix = jnp.stack([first_prefix, second_prefix], axis=-3)
-        suffix = jnp.stack([first_suffix, second_suffix], axis=-3)
-    shape = (*batch, chunk_size, key_dim)
-    return prefix.reshape(shape) + total.reshape(shape)
-
-
-def _halves(blocks: Array) -> tuple[Array, Array]:
-    return blocks[..., 0, :, :], blocks[..., 1, :, :]
-
-
-def _tiled(x: Array, half: int, side: int) -> Array:
-    """Rows of one half of every block, [..., tiles, rows, K] with at least _TILE / 2 rows."""
-    *batch, chunk_size, key_dim = x.shape
-    rows = x.reshape(*batch, -1, 2, half, key_dim)[..., side, :, :]
-    return rows.reshape(*batch, -1, _rows(chunk_size, half), key_dim)
-
-
-def _rows(chunk_size: int, half: int) -> int:
-    return max(half, min(_TILE, chunk_size) // 2)
-
-
-def _scatter_rows(x: Array, half: int, side: int, chunk_size: int) -> Array:
-    """The transpose of `_tiled`."""
-    *batch, _, _, key_dim = x.shape
-    blocks = x.reshape(*batch, -1, 1, half, key_dim)
-    padding = [(0, 0)] * blocks.ndim
-    padding[-3] = (side, 1 - side)
-    return jnp.pad(blocks, padding).reshape(*batch, chunk_size, key_dim)
-
-
-def _same_block(rows: int, half: int) -> Array:
-    block = jnp.arange(rows) // half
-    return block[:, None] == block[None, :]
-
-
-def _place(product: Array, half: int, chunk_size: int) -> Array:
-    """Puts the level's products [..., tiles, rows, rows] where they belong in [..., C, C]."""
-    *batch, tiles, rows, _ = product.shape
-    if rows > half:
-        product = jnp.where(_same_block(rows, half), product, 0)
-    blocks = product.reshape(*batch, tiles, rows // half, 1, half, rows // half, 1, half)
-    padding = [(0, 0)] * blocks.ndim
-    padding[-5], padding[-2] = (1, 0), (0, 1)
-    diagonal = jnp.pad(blocks, padding).reshape(*batch, tiles, 2 * rows, 2 * rows)
-    return _block_diagonal(diagonal, chunk_size)
-
-
-def _block_diagonal(blocks: Array, size: int) -> Array:
-    """[..., n, m, m] -> [..., n * m, n * m] with the blocks on the diagonal."""
-    *batch, count, _, _ = blocks.shape
-    if count == 1:
-        return blocks.reshape(*batch, size, size)
-    eye = jnp.eye(count, dtype=bool)[:, None, :, None]
-    return jnp.where(eye, blocks[..., :, :, None, :], 0).reshape(*batch, size, size)
-
-
-def _pick(matrix: Array, half: int) -> Array:
-    """The transpose of `_place`."""
-    *batch, chunk_size, _ = matrix.shape
-    rows = _rows(chunk_size, half)
-    tiles = chunk_size // (2 * rows)
-    blocks = matrix.reshape(*batch, tiles, 2 * rows, tiles, 2 * rows)
-    diagonal = jnp.stack([blocks[..., i, :, i, :] for i in range(tiles)], axis=-3)
-    halves = diagonal.reshape(*batch, tiles, rows // half, 2, half, rows // half, 2, half)
-    product = halves[..., 1, :, :, 0, :].reshape(*batch, tiles, rows, rows)
-    return jnp.where(_same_block(rows, half), product, 0) if rows > half else product
+def to_chunk_end(x_suffix: Array, d: Decayed) -> Float[Array, "*n C K"]:
+    """Rows decayed to the end of their block, decayed to the end of the chunk."""
+    return _join(x_suffix * d.block_decay[..., 1, :, None, :])
 
 
 def pair_products(
-    e: Float[Array, "*b C K"],
-    q: Float[Array, "*b C K"],
-    k: Float[Array, "*b C K"],
-    sums: DecaySums,
-) -> tuple[Float[Array, "*b C C"], Float[Array, "*b C C"]]:
+    d: Decayed, precision: jax.lax.Precision
+) -> tuple[Float[Array, "*n C C"], Float[Array, "*n C C"]]:
     """P(e, k) and P(q, k) for all pairs r > s; zero elsewhere."""
-    chunk_size = k.shape[-2]
-    erase = read = 0
-    for half in levels(chunk_size):
-        left_e, left_q, right, _, _ = _factors(e, q, k, sums, half)
-        erase += _place(_matmul_t(left_e, right), half, chunk_size)
-        read += _place(_matmul_t(left_q, right), half, chunk_size)
+    e, q, k = _rows(d.e), _rows(d.q), _rows(d.k)
+    decays = _pair_decays(d)
+    decayed_k = {pair: k[pair[1]] * decays[pair] for pair in _PAIRS}
+    erase = _place_pairs({(r, s): jnp.sum(e[r] * decayed_k[r, s], axis=-1) for r, s in _PAIRS})
+    read = _place_pairs({(r, s): jnp.sum(q[r] * decayed_k[r, s], axis=-1) for r, s in _PAIRS})
+    for level, half in enumerate(_levels(d)):
+        left_e, left_q, right = _level_operands(d, level, half)
+        erase += _place(_matmul("rk,sk->rs", left_e, right, precision), half, erase.shape[-1])
+        read += _place(_matmul("rk,sk->rs", left_q, right, precision), half, read.shape[-1])
     return erase, read
 
 
 def pair_products_transpose(
-    d_erase: Float[Array, "*b C C"],
-    d_read: Float[Array, "*b C C"],
-    e: Float[Array, "*b C K"],
-    q: Float[Array, "*b C K"],
-    k: Float[Array, "*b C K"],
-    sums: DecaySums,
-) -> tuple[Array, Array, Array, dict[int, Array], dict[int, Array]]:
-    """Gradients of `pair_products` for e, q, k and for the sums `to_row` and `from_row`."""
-    chunk_size = k.shape[-2]
-    de = dq = dk = 0
-    d_to_row, d_from_row = {}, {}
-    for half in levels(chunk_size):
-        left_e, left_q, right, to_row, from_row = _factors(e, q, k, sums, half)
+    d: Decayed,
+    d_erase: Float[Array, "*n C C"],
+    d_read: Float[Array, "*n C C"],
+    d_e_gamma: Float[Array, "*n C K"],
+    d_q_gamma: Float[Array, "*n C K"],
+    d_k_tail: Float[Array, "*n C K"],
+    d_total: Float[Array, "*n K"],
+    precision: jax.lax.Precision,
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients of e, q, k and g.
+
+    Args:
+      d: the chunk's operands.
+      d_erase: cotangent of P(e, k); entries at r <= s are not read.
+      d_read: cotangent of P(q, k); entries at r <= s are not read.
+      d_e_gamma: cotangent of `from_chunk_start(e_prefix)`.
+      d_q_gamma: cotangent of `from_chunk_start(q_prefix)`.
+      d_k_tail: cotangent of `to_chunk_end(k_suffix)`.
+      d_total: cotangent of `total`.
+      precision: of the matrix products.
+
+    Returns:
+      Gradients [..., C, K] of e, q, k and g.
+    """
+    start, rest = d.block_decay[..., 0, :, None, :], d.block_decay[..., 1, :, None, :]
+    de_prefix = start * d_e_gamma.reshape(d.e.shape)
+    dq_prefix = start * d_q_gamma.reshape(d.q.shape)
+    dk_suffix = rest * d_k_tail.reshape(d.k.shape)
+    d_block_sums = [
+        _row_sum(d.e_prefix * de_prefix + d.q_prefix * dq_prefix),
+        _row_sum(d.k_suffix * dk_suffix),
+    ]
+    for level, half in enumerate(_levels(d)):
+        left_e, left_q, right = _level_operands(d, level, half)
         block_e, block_q = _pick(d_erase, half), _pick(d_read, half)
-        d_left_e, d_left_q = _matmul(block_e, right), _matmul(block_q, right)
-        d_right = _t_matmul(block_e, left_e) + _t_matmul(block_q, left_q)
-        de += _scatter_rows(to_row * d_left_e, half, 1, chunk_size)
-        dq += _scatter_rows(to_row * d_left_q, half, 1, chunk_size)
-        dk += _scatter_rows(from_row * d_right, half, 0, chunk_size)
-        level = sums.to_row[half].shape
-        d_to_row[half] = (left_e * d_left_e + left_q * d_left_q).reshape(level)
-        d_from_row[half] = (right * d_right).reshape(level)
-    return de, dq, dk, d_to_row, d_from_row
+        d_left_e = _matmul("rs,sk->rk", block_e, right, precision)
+        d_left_q = _matmul("rs,sk->rk", block_q, right, precision)
+        d_right = _matmul("rs,rk->sk", block_e, left_e, precision)
+        d_right += _matmul("rs,rk->sk", block_q, left_q, precision)
+        d_sum = _merge(right * d_right, left_e * d_left_e + left_q * d_left_q, half)
+        d_block_sums.append(_row_sum(d_sum))
+        decay = d.block_decay[..., 2 + level, :, None, :]
+        zero = jnp.zeros_like(right)
+        de_prefix += decay * _merge(zero, d_left_e, half)
+        dq_prefix += decay * _merge(zero, d_left_q, half)
+        dk_suffix += decay * _merge(d_right, zero, half)
+    d_totals = _block_sums_transpose(jnp.stack(d_block_sums, axis=-3))
+    d_totals += (d.total * d_total)[..., None, :]
+
+    g, e, q, k = _rows(d.g), _rows(d.e), _rows(d.q), _rows(d.k)
+    prefix = [jnp.exp(sum(g[: r + 1])) for r in range(BLOCK)]
+    suffix = [jnp.exp(sum(g[r + 1 :], jnp.zeros_like(g[0]))) for r in range(BLOCK)]
+    de = [x * y for x, y in zip(prefix, _rows(de_prefix))]
+    dq = [x * y for x, y in zip(prefix, _rows(dq_prefix))]
+    dk = [x * y for x, y in zip(suffix, _rows(dk_suffix))]
+    d_prefix = [e[r] * de[r] + q[r] * dq[r] for r in range(BLOCK)]
+    d_suffix = [k[r] * dk[r] for r in range(BLOCK)]
+    dg = [d_totals + sum(d_prefix[r:]) + sum(d_suffix[:r]) for r in range(BLOCK)]
+    decays = _pair_decays(d)
+    erase_pairs, read_pairs = _pick_pairs(d_erase), _pick_pairs(d_read)
+    for r, s in _PAIRS:
+        d_e, d_q = erase_pairs[r, s][..., None], read_pairs[r, s][..., None]
+        decayed_k = decays[r, s] * k[s]
+        de[r] += d_e * decayed_k
+        dq[r] += d_q * decayed_k
+        d_k = (d_e * e[r] + d_q * q[r]) * decays[r, s]
+        dk[s] += d_k
+        for t in range(s + 1, r + 1):
+            dg[t] += d_k * k[s]
+    return tuple(_join(_stack(x)) for x in (de, dq, dk, dg))
 
 
-def _factors(e: Array, q: Array, k: Array, sums: DecaySums, half: int):
-    """The two sides of a level's products, and the decays in them, in tiles."""
-    rows = (*k.shape[:-2], -1, _rows(k.shape[-2], half), k.shape[-1])
-    to_row = jnp.exp(sums.to_row[half].reshape(rows))
-    from_row = jnp.exp(sums.from_row[half].reshape(rows))
-    left_e, left_q = _tiled(e, half, 1) * to_row, _tiled(q, half, 1) * to_row
-    return left_e, left_q, _tiled(k, half, 0) * from_row, to_row, from_row
+def _rows(x: Float[Array, "*n 4 K"]) -> list[Float[Array, "*n K"]]:
+    return [x[..., r, :] for r in range(BLOCK)]
 
 
-# Single bf16 or TF32 products would swamp the gradient of g, where row and column side cancel.
-_HIGHEST = jax.lax.Precision.HIGHEST
+def _stack(rows: list[Array]) -> Array:
+    return jnp.stack(rows, axis=-2)
 
 
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.einsum("...ij,...jk->...ik", a, b, precision=_HIGHEST)
+def _row_sum(x: Float[Array, "*n 4 K"]) -> Float[Array, "*n K"]:
+    return sum(_rows(x))
 
 
-def _matmul_t(a: Array, b: Array) -> Array:
-    return jnp.einsum("...ik,...jk->...ij", a, b, precision=_HIGHEST)
+def _join(x: Float[Array, "*n S 4 K"]) -> Float[Array, "*n C K"]:
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
-def _t_matmul(a: Array, b: Array) -> Array:
-    return jnp.einsum("...ji,...jk->...ik", a, b, precision=_HIGHEST)
+def _pair_decays(d: Decayed) -> dict[tuple[int, int], Array]:
+    """Decays between the rows of a block."""
+    g = _rows(d.g)
+    return {(r, s): jnp.exp(sum(g[s + 1 : r + 1])) for r, s in _PAIRS}
+
+
+def _place_pairs(pairs: dict[tuple[int, int], Float[Array, "*n S"]]) -> Float[Array, "*n C C"]:
+    """Puts the pairs of every block into the chunk's matrix."""
+    zero = jnp.zeros_like(pairs[1, 0])
+    rows = [jnp.stack([pairs.get((r, s), zero) for s in range(BLOCK)], -1) for r in range(BLOCK)]
+    return _block_diagonal(_stack(rows))
+
+
+def _pick_pairs(matrix: Float[Array, "*n C C"]) -> dict[tuple[int, int], Float[Array, "*n S"]]:
+    """The transpose of `_place_pairs`."""
+    return {(r, s): jnp.diagonal(matrix[..., r::BLOCK, s::BLOCK], 0, -2, -1) for r, s in _PAIRS}
+
+
+def _levels(d: Decayed) -> list[int]:
+    """Half part sizes in blocks: 1, 2, ..., S / 2."""
+    return [1 << i for i in range(d.block_decay.shape[-3] - 2)]
+
+
+def _block_sums(totals: Float[Array, "*n S K"]) -> Float[Array, "*n M S K"]:
+    """Sums of block totals before and after each block, and at each level."""
+    matrix = jnp.asarray(_block_sum_matrix(totals.shape[-2]), totals.dtype)
+    return jnp.einsum("mij,...jk->...mik", matrix, totals, precision=jax.lax.Precision.HIGHEST)
+
+
+def _block_sums_transpose(d_sums: Float[Array, "*n M S K"]) -> Float[Array, "*n S K"]:
+    matrix = jnp.asarray(_block_sum_matrix(d_sums.shape[-2]), d_sums.dtype)
+    return jnp.einsum("mij,...mik->...jk", matrix, d_sums, precision=jax.lax.Precision.HIGHEST)
+
+
+def _block_sum_matrix(count: int) -> np.ndarray:
+    """[M, S, S], 1 where block j's total enters block i's sum.
+
+    At a level, a block in the second half of its part sums from the middle up to itself, one in
+    the first half from itself to the middle.
+    """
+    block, other = np.arange(count)[:, None], np.arange(count)[None, :]
+    sums = [other < block, other > block]
+    half = 1
+    while half < count:
+        second = block // half % 2 == 1
+        towards_middle = np.where(second, other < block, other > block)
+        sums.append((block // half == other // half) & towards_middle)
+        half *= 2
+    return np.stack(sums)
+
+
+def _level_operands(d: Decayed, level: int, half: int) -> tuple[Array, Array, Array]:
+    """A level's two sides in tiles [..., tiles, rows, K]."""
+    decay = d.block_decay[..., 2 + level, :, None, :]
+    left_e = _split(d.e_prefix * decay, half, 1)
+    left_q = _split(d.q_prefix * decay, half, 1)
+    return left_e, left_q, _split(d.k_suffix * decay, half, 0)
+
+
+def _tile_rows(chunk_size: int, half: int) -> int:
+    return max(half * BLOCK, min(_TILE, chunk_size) // 2)
+
+
+def _split(x: Float[Array, "*n S 4 K"], half: int, side: int) -> Array:
+    """The first (0) or second (1) halves of all parts, in tiles [..., tiles, rows, K]."""
+    *batch, count, _, key_dim = x.shape
+    halves = x.reshape(*batch, -1, 2, half * BLOCK, key_dim)[..., side, :, :]
+    return halves.reshape(*batch, -1, _tile_rows(count * BLOCK, half), key_dim)
+
+
+def _merge(first: Array, second: Array, half: int) -> Float[Array, "*n S 4 K"]:
+    """The inverse of `_split` for both sides."""
+    *batch, _, _, key_dim = first.shape
+    halves = (*batch, -1, half * BLOCK, key_dim)
+    parts = jnp.stack([first.reshape(halves), second.reshape(halves)], axis=-3)
+    return parts.reshape(*batch, -1, BLOCK, key_dim)
+
+
+def _same_part(rows: int, half: int) -> np.ndarray:
+    part = np.arange(rows) // (half * BLOCK)
+    return part[:, None] == part[None, :]
+
+
+def _place(product: Array, half: int, chunk_size: int) -> Float[Array, "*n C C"]:
+    """Puts a level's products [..., tiles, rows, rows] where they belong in the chunk's matrix."""
+    *batch, tiles, rows, _ = product.shape
+    side = half * BLOCK
+    if rows > side:
+        product = jnp.where(_same_part(rows, half), product, 0)
+    parts = product.reshape(*batch, tiles, rows // side, 1, side, rows // side, 1, side)
+    padding = [(0, 0)] * parts.ndim
+    padding[-5], padding[-2] = (1, 0), (0, 1)
+    return _block_diagonal(jnp.pad(parts, padding).reshape(*batch, tiles, 2 * rows, 2 * rows))
+
+
+def _pick(matrix: Float[Array, "*n C C"], half: int) -> Array:
+    """The transpose of `_place`."""
+    *batch, chunk_size, _ = matrix.shape
+    rows, side = _tile_rows(chunk_size, half), half * BLOCK
+    starts = range(0, chunk_size, 2 * rows)
+    tiles = jnp.stack([matrix[..., i : i + 2 * rows, i : i + 2 * rows] for i in starts], axis=-3)
+    halves = (*batch, len(starts), rows // side, 2, side, rows // side, 2, side)
+    product = tiles.reshape(halves)[..., 1, :, :, 0, :].reshape(*batch, len(starts), rows, rows)
+    return jnp.where(_same_part(rows, half), product, 0) if rows > side else product
+
+
+def _block_diagonal(blocks: Array) -> Float[Array, "*n C C"]:
+    """[..., n, m, m] -> [..., n * m, n * m] with the blocks on the diagonal."""
+    *batch, count, size, _ = blocks.shape
+    eye = np.eye(count, dtype=bool)[:, None, :, None]
+    placed = jnp.where(eye, blocks[..., :, :, None, :], 0)
+    return placed.reshape(*batch, count * size, count * size)
+
+
+def _matmul(axes: str, a: Array, b: Array, precision: jax.lax.Precision) -> Array:
+    inputs, output = axes.split("->")
+    left, right = inputs.split(",")
+    return jnp.einsum(f"...{left},...{right}->...{output}", a, b, precision=precision)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Up to this size the doubling runs on whole tiles with a mask, so that no product is tiny.
-_TILE = 32
+_TILE = 16
 
 
 def unit_lower_inverse(strict: Float[Array, "*b C C"]) -> Float[Array, "*b C C"]:
