@@ -1,0 +1,22 @@
+"""Checks that every mixer makes at its boundary."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def check_inputs(x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> None:
+    """Raises ValueError unless `x` is a non-empty [B, T, D] and `segment_ids` fits it."""
+    if x.ndim != 3 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"x: expected a non-empty floating-point array [B T D], "
+            f"got shape {tuple(x.shape)} of {x.dtype}"
+        )
+    if segment_ids is None:
+        return
+    if tuple(segment_ids.shape) != tuple(x.shape[:2]):
+        raise ValueError(
+            f"segment_ids: expected shape {tuple(x.shape[:2])} (B, T) as x's, "
+            f"got {tuple(segment_ids.shape)}"
+        )
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")

@@ -1,0 +1,72 @@
+"""A causal depthwise convolution over a few tokens, which keeps documents apart and decodes."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float, Int
+
+
+def _uniform_fan_in_taps(key, shape, dtype=jnp.float32) -> jax.Array:
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution followed by SiLU.
+
+        y[t, c] = SiLU(sum_i kernel[i, c] x[t - (kernel_size - 1) + i, c])
+
+    Inputs before the first token, and those of another document, count as zero. The arithmetic
+    is float32 (float64 for float64 inputs); the output has the input's dtype.
+
+    Attributes:
+      kernel_size: number of tokens seen, the current one included.
+      param_dtype: dtype of the kernel [kernel_size, channels].
+      kernel_init: by default uniform within +-1 / sqrt(kernel_size).
+      decode: keep the last kernel_size - 1 inputs, and their documents, in the "cache"
+        collection; see `GatedDeltaNet2` for the meaning of `segment_ids` between calls.
+    """
+
+    kernel_size: int = 4
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = _uniform_fan_in_taps
+    decode: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Convolves `x` along T within each document."""
+        batch, length, channels = x.shape
+        past = self.kernel_size - 1
+        kernel = self.param(
+            "kernel", self.kernel_init, (self.kernel_size, channels), self.param_dtype
+        )
+        if self.decode:
+            window = self.variable("cache", "inputs", jnp.zeros, (batch, past, channels), x.dtype)
+            documents = self.variable("cache", "segment_ids", jnp.zeros, (batch, past), jnp.int32)
+            if segment_ids is None:
+                last = documents.value[:, -1:] if past else jnp.zeros((batch, 1), jnp.int32)
+                segment_ids = jnp.broadcast_to(last, (batch, length))
+            inputs = jnp.concatenate([window.value, x], axis=1)
+            segment_ids = jnp.concatenate([documents.value, segment_ids], axis=1, dtype=jnp.int32)
+            if not self.is_initializing():
+                window.value = inputs[:, length:]
+                documents.value = segment_ids[:, length:]
+        else:
+            inputs = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
+            if segment_ids is not None:
+                segment_ids = jnp.pad(segment_ids, ((0, 0), (past, 0)))
+
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        output = jnp.zeros(x.shape, dtype)
+        for tap in range(self.kernel_size):
+            seen = inputs[:, tap : tap + length].astype(dtype)
+            if segment_ids is not None and tap < past:
+                same = segment_ids[:, tap : tap + length] == segment_ids[:, past:]
+                seen = jnp.where(same[..., None], seen, 0)
+            output += kernel[tap].astype(dtype) * seen
+        return jax.nn.silu(output).astype(x.dtype)

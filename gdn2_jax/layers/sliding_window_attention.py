@@ -1,0 +1,134 @@
+"""The sliding-window attention mixer of the hybrid models."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.layers.initializers import fan_in_uniform
+from gdn2_jax.layers.inputs import check_inputs
+from gdn2_jax.layers.local_attention import Past, attend, local_attention
+from gdn2_jax.layers.rotary import rotate
+
+
+class SlidingWindowAttention(nn.Module):
+    """Causal multi-head softmax attention over the last `window_size` tokens, with rotary.
+
+    Query t sees the keys t - (window_size - 1), ..., t of its document.
+
+    With `decode=True` the "cache" collection keeps the rotated keys, the values and the documents
+    of the last `window_size` tokens in ring buffers, and `index`, the number of tokens so far. Calls,
+    `init` and `segment_ids` behave as in `GatedDeltaNet2`.
+
+    Attributes:
+      num_heads: number of heads, each of width D / num_heads.
+      window_size: number of keys a query sees, its own included.
+      rope_theta: base of the rotary frequencies.
+      dtype: dtype of the matrix products; promoted from input and parameters if None.
+      param_dtype: dtype of the kernels.
+      kernel_init: initialiser of the query, key and value kernels.
+      out_kernel_init: initialiser of the output kernel (depth-scaled in the language model).
+      decode: keep keys and values between calls.
+    """
+
+    num_heads: int
+    window_size: int = 2048
+    rope_theta: float = 10000.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = fan_in_uniform()
+    out_kernel_init: Initializer = fan_in_uniform()
+    decode: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Mixes tokens within each document.
+
+        Args:
+          x: inputs.
+          segment_ids: document of each token, non-decreasing along T.
+
+        Returns:
+          Outputs of `x`'s shape, in the compute dtype.
+
+        Raises:
+          ValueError: an input or an attribute is malformed.
+        """
+        check_inputs(x, segment_ids)
+        self._check_attributes(x.shape[-1])
+        batch, length, width = x.shape
+
+        def dense(kernel_init: Initializer, name: str) -> nn.Dense:
+            return nn.Dense(
+                width,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=kernel_init,
+                name=name,
+            )
+
+        q, k, v = (
+            dense(self.kernel_init, name)(x).reshape(batch, length, self.num_heads, -1)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        if self.decode:
+            o = self._attend_and_cache(q, k, v, segment_ids)
+        else:
+            positions = jnp.arange(length)
+            q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
+            o = local_attention(q, k, v, self.window_size, segment_ids)
+        return dense(self.out_kernel_init, "o_proj")(o.reshape(batch, length, width))
+
+    def _attend_and_cache(self, q, k, v, segment_ids) -> Float[Array, "B T N H"]:
+        batch, length = k.shape[:2]
+        window = self.window_size
+        ring = (batch, window, *k.shape[2:])
+        keys = self.variable("cache", "key", jnp.zeros, ring, k.dtype)
+        values = self.variable("cache", "value", jnp.zeros, ring, v.dtype)
+        documents = self.variable("cache", "segment_ids", jnp.zeros, (batch, window), jnp.int32)
+        index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
+
+        start = index.value
+        positions = start + jnp.arange(length)
+        q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
+        if segment_ids is None:
+            last = documents.value[:, (start - 1) % window]
+            segment_ids = jnp.broadcast_to(last[:, None], (batch, length))
+        past = Past(keys.value, values.value, documents.value, _positions_in_ring(start, window))
+
+        # Only the last `window` of the new tokens can be seen again.
+        slots = positions[-window:] % window
+        new = Past(
+            keys.value.at[:, slots].set(k[:, -window:]),
+            values.value.at[:, slots].set(v[:, -window:]),
+            documents.value.at[:, slots].set(segment_ids[:, -window:].astype(jnp.int32)),
+            _positions_in_ring(start + length, window),
+        )
+        if not self.is_initializing():
+            keys.value, values.value, documents.value = new[:3]
+            index.value = start + length
+        if length > 1:
+            return local_attention(q, k, v, window, segment_ids, past)
+        # One token attends to the ring as it is after its own entry, where it has position -1.
+        same_segment = segment_ids[:, :, None] == new.segment_ids[:, None]
+        return attend(q, new.k, new.v, -1 - new.positions[None], same_segment, window)
+
+    def _check_attributes(self, width: int) -> None:
+        if self.num_heads < 1 or width % self.num_heads or width // self.num_heads % 2:
+            raise ValueError(
+                f"num_heads: expected to divide the width {width} into heads of even width, "
+                f"got {self.num_heads}"
+            )
+        if self.window_size < 1:
+            raise ValueError(f"window_size: expected at least 1, got {self.window_size}")
+
+
+def _positions_in_ring(index: Int[Array, ""], window_size: int) -> Int[Array, "W"]:
+    """Positions, counted from token `index`, of the tokens in a ring that ends before it."""
+    age = (index - 1 - jnp.arange(window_size)) % window_size
+    return jnp.where(age < index, -1 - age, -window_size - 1)

@@ -1,0 +1,47 @@
+"""The gated MLP of a block."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float
+
+from gdn2_jax.layers.initializers import fan_in_uniform
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate x) * (up x)), without biases.
+
+    Attributes:
+      hidden_dim: width between the projections.
+      dtype: dtype of the products; promoted from input and parameters if None.
+      param_dtype: dtype of the kernels.
+      kernel_init: initialiser of the gate and up kernels.
+      down_kernel_init: initialiser of the down kernel (depth-scaled in the language model).
+    """
+
+    hidden_dim: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = fan_in_uniform()
+    down_kernel_init: Initializer = fan_in_uniform()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Applies the MLP to the last axis."""
+
+        def dense(features, kernel_init, name):
+            return nn.Dense(
+                features,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=kernel_init,
+                name=name,
+            )
+
+        gate = jax.nn.silu(dense(self.hidden_dim, self.kernel_init, "gate_proj")(x))
+        up = dense(self.hidden_dim, self.kernel_init, "up_proj")(x)
+        return dense(x.shape[-1], self.down_kernel_init, "down_proj")(gate * up)

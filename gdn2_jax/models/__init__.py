@@ -1,0 +1,8 @@
+"""Language models: configuration, presets, the model and generation from it."""
+
+from gdn2_jax.models.config import ModelConfig
+from gdn2_jax.models.generate import generate
+from gdn2_jax.models.language_model import LanguageModel
+from gdn2_jax.models.presets import PRESETS
+
+__all__ = ["PRESETS", "LanguageModel", "ModelConfig", "generate"]

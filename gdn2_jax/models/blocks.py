@@ -1,0 +1,128 @@
+"""Pre-norm residual blocks, and the choice of their mixers by name."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.layers import GatedDeltaNet2, SlidingWindowAttention, SwiGLU
+from gdn2_jax.layers.initializers import fan_in_uniform
+from gdn2_jax.models.config import ModelConfig
+
+
+def residual_dtype(config: ModelConfig) -> Any:
+    """The residual stream, the norms and the logits: float32, or float64 in float64 models."""
+    return jnp.promote_types(config.dtype, jnp.float32)
+
+
+def _depth_scaled(config: ModelConfig):
+    return fan_in_uniform(math.sqrt(2 * config.num_layers))
+
+
+def _gdn2(config: ModelConfig, decode: bool, name: str) -> nn.Module:
+    return GatedDeltaNet2(
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        num_value_heads=config.num_value_heads,
+        expand_v=config.expand_v,
+        conv_size=config.conv_size,
+        allow_negative_eigenvalues=config.allow_negative_eigenvalues,
+        erase_gate=config.erase_gate,
+        write_gate=config.write_gate,
+        decay_lower_bound=config.decay_lower_bound,
+        output_gate=config.output_gate,
+        norm_epsilon=config.norm_epsilon,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        decode=decode,
+        implementation=config.implementation,
+        name=name,
+    )
+
+
+def _sliding_window_attention(config: ModelConfig, decode: bool, name: str) -> nn.Module:
+    return SlidingWindowAttention(
+        num_heads=config.attention_heads,
+        window_size=config.window_size,
+        rope_theta=config.rope_theta,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        out_kernel_init=_depth_scaled(config),
+        decode=decode,
+        name=name,
+    )
+
+
+MIXERS: dict[str, Callable[[ModelConfig, bool, str], nn.Module]] = {
+    "gdn2": _gdn2,
+    "sliding_window_attention": _sliding_window_attention,
+}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    The stream `x` and the norms are float32, the branches run in `config.dtype`.
+
+    Attributes:
+      config: sizes and options.
+      mixer: key of `MIXERS`.
+      decode: keep state between calls.
+    """
+
+    config: ModelConfig
+    mixer: str
+    decode: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        """Adds both branches to the stream."""
+        config = self.config
+
+        def norm(name):
+            return nn.RMSNorm(
+                config.norm_epsilon, dtype=x.dtype, param_dtype=config.param_dtype, name=name
+            )
+
+        mixer = MIXERS[self.mixer](config, self.decode, "mixer")
+        x += mixer(norm("mixer_norm")(x), segment_ids).astype(x.dtype)
+        mlp = SwiGLU(
+            config.mlp_dim,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            down_kernel_init=_depth_scaled(config),
+            name="mlp",
+        )
+        return x + mlp(norm("mlp_norm")(x)).astype(x.dtype)
+
+
+class Layers(nn.Module):
+    """What the model scans over: one block, or a pair (mixer, sliding-window attention).
+
+    Attributes:
+      config: sizes and options.
+      decode: keep state between calls.
+    """
+
+    config: ModelConfig
+    decode: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Returns the stream as the scan's carry."""
+        block = Block
+        if self.config.remat == "full" and not self.decode:
+            # Inside a scan nothing can be merged across iterations, so no barrier is needed.
+            block = nn.remat(Block, prevent_cse=False)
+        x = block(self.config, self.config.mixer, self.decode, name="block")(x, segment_ids)
+        if self.config.hybrid:
+            attention = "sliding_window_attention"
+            x = block(self.config, attention, self.decode, name="attention_block")(x, segment_ids)
+        return x, None

@@ -1,0 +1,84 @@
+"""The language model: embedding, scanned blocks, final norm, untied head."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.layers.initializers import fan_in_uniform
+from gdn2_jax.models.blocks import Layers, residual_dtype
+from gdn2_jax.models.config import ModelConfig
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of GDN-2 blocks, or of GDN-2 and attention blocks in turn.
+
+    The parameters of all layers are stacked along a leading axis, under "layers". Their tree does
+    not depend on `config.remat` or on `decode`.
+
+    Attributes:
+      config: sizes and options.
+      decode: keep every mixer's state in the "cache" collection, see `GatedDeltaNet2`.
+    """
+
+    config: ModelConfig
+    decode: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Float[Array, "B T vocab"]:
+        """Logits of the token after each token.
+
+        Args:
+          tokens: ids in [0, vocab_size).
+          segment_ids: document of each token, non-decreasing along T; None for one document.
+          last_only: compute the logits of the last position only, [B, 1, vocab].
+
+        Returns:
+          Logits, float32.
+
+        Raises:
+          ValueError: `tokens` or `segment_ids` has a wrong shape or dtype.
+        """
+        if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: expected a non-empty integer array [B T], "
+                f"got shape {tuple(tokens.shape)} of {tokens.dtype}"
+            )
+        config = self.config
+        dtype = residual_dtype(config)
+        embed = nn.Embed(
+            config.vocab_size,
+            config.d_model,
+            dtype=dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=jax.nn.initializers.normal(0.02),
+            name="embed",
+        )
+        layers = nn.scan(
+            Layers,
+            variable_axes={"params": 0, "cache": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.num_layers // (2 if config.hybrid else 1),
+        )
+        x, _ = layers(config, self.decode, name="layers")(embed(tokens), segment_ids)
+        if last_only:
+            x = x[:, -1:]
+        x = nn.RMSNorm(
+            config.norm_epsilon, dtype=dtype, param_dtype=config.param_dtype, name="final_norm"
+        )(x)
+        logits = nn.Dense(
+            config.vocab_size,
+            use_bias=False,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            kernel_init=fan_in_uniform(),
+            name="lm_head",
+        )(x)
+        return logits.astype(dtype)
