@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gdn2_jax.ops.arithmetic import Arithmetic, arithmetic_for
 from gdn2_jax.ops.decayed_products import (
     Decayed,
     decayed,
@@ -101,22 +102,23 @@ def _chunkwise(layout, q, k, v, g, b, w, initial_state, segments):
 
 def _forward(layout, q, k, v, g, b, w, initial_state, segments):
     inputs = (q, k, v, g, b, w)
-    store = _storage_dtype(inputs)
+    arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
+    dot, operand = arithmetic.product, arithmetic.operand
 
     def span_forward(state, start):
         loaded, masks = _load(layout, inputs, segments, start)
-        c = _prepare(*loaded, masks, store)
+        c = _prepare(*loaded, masks, arithmetic)
 
         def next_chunk(state, chunk):
             y, u, k_tail, decay = chunk
-            start_state = state.astype(store)
-            residual = (u - _dot("ck,kv->cv", y, start_state)).astype(store)
-            return decay * state + _dot("ck,cv->kv", k_tail, residual), (start_state, residual)
+            start_state = state.astype(operand)
+            residual = (u - dot("ck,kv->cv", y, start_state)).astype(operand)
+            return decay * state + dot("ck,cv->kv", k_tail, residual), (start_state, residual)
 
         state, (states, residual) = jax.lax.scan(
             next_chunk, state, (c.y, c.u, c.k_tail, c.decay), unroll=_UNROLL
         )
-        outputs = _dot("ck,kv->cv", c.q_gamma, states) + _dot("cs,sv->cv", c.read, residual)
+        outputs = dot("ck,kv->cv", c.q_gamma, states) + dot("cs,sv->cv", c.read, residual)
         return state, (outputs.astype(v.dtype), states)
 
     starts = jnp.arange(0, q.shape[1], layout.span)
@@ -125,26 +127,27 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
 
 
 def _backward(layout, residuals, cotangents):
-    *inputs, segments, states = residuals
+    q, k, v, g, b, w, segments, states = residuals
+    inputs = (q, k, v, g, b, w)
     d_outputs, d_final_state = cotangents
-    store = _storage_dtype(inputs)
-    precision = _precision(store)
+    arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
+    dot, operand = arithmetic.product, arithmetic.operand
 
     def span_backward(d_state, xs):
         start, states = xs
-        (q, k, v, g, b, w), masks = _load(layout, inputs, segments, start)
-        d_out = _load_one(layout, d_outputs, start).astype(store)
-        c = _prepare(q, k, v, g, b, w, masks, store)
-        residual = (c.u - _dot("ck,kv->cv", c.y, states)).astype(store)
+        (q_, k_, v_, g_, b_, w_), masks = _load(layout, inputs, segments, start)
+        d_out = _load_one(layout, d_outputs, start).astype(operand)
+        c = _prepare(q_, k_, v_, g_, b_, w_, masks, arithmetic)
+        residual = (c.u - dot("ck,kv->cv", c.y, states)).astype(operand)
 
         def previous_chunk(d_state, chunk):
             y, q_gamma, k_tail, decay, d_residual, d_out = chunk
-            d_end_state = d_state.astype(store)
-            d_residual = (d_residual + _dot("ck,kv->cv", k_tail, d_end_state)).astype(store)
-            d_state = decay * d_state + _dot("ck,cv->kv", q_gamma, d_out)
-            return d_state - _dot("ck,cv->kv", y, d_residual), (d_end_state, d_residual)
+            d_end_state = d_state.astype(operand)
+            d_residual = (d_residual + dot("ck,kv->cv", k_tail, d_end_state)).astype(operand)
+            d_state = decay * d_state + dot("ck,cv->kv", q_gamma, d_out)
+            return d_state - dot("ck,cv->kv", y, d_residual), (d_end_state, d_residual)
 
-        d_residual = _dot("rs,rv->sv", c.read, d_out)
+        d_residual = dot("rs,rv->sv", c.read, d_out)
         d_state, (d_end_states, d_residual) = jax.lax.scan(
             previous_chunk,
             d_state,
@@ -153,18 +156,16 @@ def _backward(layout, residuals, cotangents):
             unroll=_UNROLL,
         )
 
-        d_read = _dot("cv,sv->cs", d_out, residual)
-        d_q_gamma = _dot("cv,kv->ck", d_out, states)
-        d_k_tail = _dot("cv,kv->ck", residual, d_end_states)
-        d_y = -_dot("cv,kv->ck", d_residual, states)
-        d_z = _dot("rc,rv->cv", c.inverse, d_residual.astype(g.dtype))
-        d_e_gamma = _dot("rc,rk->ck", c.inverse, d_y)
+        d_read = dot("cv,sv->cs", d_out, residual)
+        d_q_gamma = dot("cv,kv->ck", d_out, states)
+        d_k_tail = dot("cv,kv->ck", residual, d_end_states)
+        d_y = -dot("cv,kv->ck", d_residual, states)
+        d_z = dot("rc,rv->cv", c.inverse, d_residual.astype(g.dtype))
+        d_e_gamma = dot("rc,rk->ck", c.inverse, d_y)
         # -A^T dA A^T with dA = dU Z^T + dY Ebar^T, without forming dA.
-        d_erase = -_dot("cv,sv->cs", d_z.astype(store), c.u.astype(store))
-        d_erase -= _dot("ck,sk->cs", d_e_gamma.astype(store), c.y)
-        d_decay = jnp.einsum(
-            "...kv,...kv->...k", d_end_states.astype(g.dtype), states.astype(g.dtype)
-        )
+        d_erase = -dot("cv,sv->cs", d_z.astype(operand), c.u.astype(operand))
+        d_erase -= dot("ck,sk->cs", d_e_gamma.astype(operand), c.y)
+        d_decay = jnp.sum(d_end_states.astype(g.dtype) * states.astype(g.dtype), axis=-1)
         if masks is not None:
             d_erase = jnp.where(masks.same, d_erase, 0)
             d_read = jnp.where(masks.same, d_read, 0)
@@ -172,15 +173,15 @@ def _backward(layout, residuals, cotangents):
             d_k_tail, d_decay = d_k_tail * masks.writes, d_decay * masks.carries
 
         de, dq, dk, dg = pair_products_transpose(
-            c.operands, d_erase, d_read, d_e_gamma, d_q_gamma, d_k_tail, d_decay, precision
+            c.operands, d_erase, d_read, d_e_gamma, d_q_gamma, d_k_tail, d_decay, arithmetic
         )
         # Pairs r = s do not decay: their share stays out of the gradient of g.
-        diagonal = jnp.einsum("...cv,...cv->...c", d_out.astype(g.dtype), residual.astype(g.dtype))
-        dq, dk = dq + diagonal[..., None] * k, dk + diagonal[..., None] * q
-        d_inputs = (layout.scale * dq, dk + b * de, w * d_z, dg, k * de, v * d_z)
+        diagonal = jnp.sum(d_out.astype(g.dtype) * residual.astype(g.dtype), axis=-1, keepdims=True)
+        dq, dk = dq + diagonal * k_, dk + diagonal * q_
+        d_inputs = (layout.scale * dq, dk + b_ * de, w_ * d_z, dg, k_ * de, v_ * d_z)
         return d_state, tuple(dx.astype(x.dtype) for dx, x in zip(d_inputs, inputs))
 
-    starts = jnp.arange(0, inputs[0].shape[1], layout.span)
+    starts = jnp.arange(0, q.shape[1], layout.span)
     d_initial_state, d_inputs = jax.lax.scan(
         span_backward, d_final_state, (starts, states), reverse=True
     )
@@ -188,27 +189,6 @@ def _backward(layout, residuals, cotangents):
 
 
 _chunkwise.defvjp(_forward, _backward)
-
-
-def _storage_dtype(inputs: tuple[Array, ...]) -> jnp.dtype:
-    """What products with the state read: bf16 where every input but g is bf16 or fp16."""
-    q, k, v, g, b, w = inputs
-    low = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in (q, k, v, b, w))
-    return jnp.dtype(jnp.bfloat16) if low else g.dtype
-
-
-def _precision(store: jnp.dtype) -> jax.lax.Precision:
-    """Of the pair products; below float32's own, TF32 on a GPU still exceeds what is stored."""
-    return jax.lax.Precision.DEFAULT if store == jnp.bfloat16 else jax.lax.Precision.HIGHEST
-
-
-def _dot(axes: str, a: Array, b: Array) -> Array:
-    """A batched product accumulated in at least float32."""
-    left, rest = axes.split(",")
-    right, out = rest.split("->")
-    dtype = jnp.promote_types(a.dtype, jnp.float32)
-    axes = f"...{left},...{right}->...{out}"
-    return jnp.einsum(axes, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
 def _load_one(layout: _Layout, x: Array, start: Array) -> Array:
@@ -250,9 +230,10 @@ def _segment_masks(
     )
 
 
-def _prepare(q, k, v, g, b, w, masks: _Masks | None, store: jnp.dtype) -> _Chunks:
-    operands = decayed(b * k, q, k, g)
-    erase, read = pair_products(operands, _precision(store))
+def _prepare(q, k, v, g, b, w, masks: _Masks | None, arithmetic: Arithmetic) -> _Chunks:
+    dot, operand = arithmetic.product, arithmetic.operand
+    operands = decayed(b * k, q, k, g, operand)
+    erase, read = pair_products(operands, arithmetic)
     read += jnp.sum(q * k, axis=-1, keepdims=True) * jnp.eye(k.shape[-2], dtype=k.dtype)
     e_gamma = from_chunk_start(operands.e_prefix, operands)
     q_gamma = from_chunk_start(operands.q_prefix, operands)
@@ -266,10 +247,10 @@ def _prepare(q, k, v, g, b, w, masks: _Masks | None, store: jnp.dtype) -> _Chunk
     return _Chunks(
         operands,
         inverse,
-        read.astype(store),
-        q_gamma.astype(store),
-        k_tail.astype(store),
+        read.astype(operand),
+        q_gamma.astype(operand),
+        k_tail.astype(operand),
         decay[..., None],
-        y=_dot("rs,sk->rk", inverse, e_gamma).astype(store),
-        u=_dot("rs,sv->rv", inverse, w * v),
+        y=dot("rs,sk->rk", inverse, e_gamma).astype(operand),
+        u=dot("rs,sv->rv", inverse, w * v),
     )

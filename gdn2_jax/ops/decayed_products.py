@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gdn2_jax.ops.arithmetic import Arithmetic
+
 BLOCK = 4
 _PAIRS = [(r, s) for r in range(BLOCK) for s in range(r)]
 # Levels of small parts share one masked product a tile of this many rows.
@@ -55,17 +57,16 @@ class Decayed(NamedTuple):
     total: Float[Array, "*n K"]
 
 
-def decayed(e: Array, q: Array, k: Array, g: Array) -> Decayed:
-    """Prepares a chunk's operands, all [..., C, K]."""
+def decayed(e: Array, q: Array, k: Array, g: Array, operand: jnp.dtype) -> Decayed:
+    """Prepares a chunk's operands, all [..., C, K]; decayed rows are stored as `operand`."""
     blocks = (*g.shape[:-2], -1, BLOCK, g.shape[-1])
     e, q, k, g = (x.reshape(blocks) for x in (e, q, k, g))
-    rows = _rows(g)
-    prefix = jnp.exp(_stack([sum(rows[: r + 1]) for r in range(BLOCK)]))
-    suffix = jnp.exp(_stack([sum(rows[r + 1 :], jnp.zeros_like(rows[0])) for r in range(BLOCK)]))
-    totals = sum(rows)
+    prefix, suffix = _block_decays(g)
+    totals = _row_sum(g)
     block_decay = jnp.exp(_block_sums(totals))
     total = jnp.exp(jnp.sum(totals, axis=-2))
-    return Decayed(e, q, k, g, e * prefix, q * prefix, k * suffix, block_decay, total)
+    e_prefix, q_prefix = (e * prefix).astype(operand), (q * prefix).astype(operand)
+    return Decayed(e, q, k, g, e_prefix, q_prefix, (k * suffix).astype(operand), block_decay, total)
 
 
 def from_chunk_start(x_prefix: Array, d: Decayed) -> Float[Array, "*n C K"]:
@@ -79,7 +80,7 @@ def to_chunk_end(x_suffix: Array, d: Decayed) -> Float[Array, "*n C K"]:
 
 
 def pair_products(
-    d: Decayed, precision: jax.lax.Precision
+    d: Decayed, arithmetic: Arithmetic
 ) -> tuple[Float[Array, "*n C C"], Float[Array, "*n C C"]]:
     """P(e, k) and P(q, k) for all pairs r > s; zero elsewhere."""
     e, q, k = _rows(d.e), _rows(d.q), _rows(d.k)
@@ -89,8 +90,8 @@ def pair_products(
     read = _place_pairs({(r, s): jnp.sum(q[r] * decayed_k[r, s], axis=-1) for r, s in _PAIRS})
     for level, half in enumerate(_levels(d)):
         left_e, left_q, right = _level_operands(d, level, half)
-        erase += _place(_matmul("rk,sk->rs", left_e, right, precision), half, erase.shape[-1])
-        read += _place(_matmul("rk,sk->rs", left_q, right, precision), half, read.shape[-1])
+        erase += _place(arithmetic.product("rk,sk->rs", left_e, right), half, erase.shape[-1])
+        read += _place(arithmetic.product("rk,sk->rs", left_q, right), half, read.shape[-1])
     return erase, read
 
 
@@ -102,7 +103,7 @@ def pair_products_transpose(
     d_q_gamma: Float[Array, "*n C K"],
     d_k_tail: Float[Array, "*n C K"],
     d_total: Float[Array, "*n K"],
-    precision: jax.lax.Precision,
+    arithmetic: Arithmetic,
 ) -> tuple[Array, Array, Array, Array]:
     """Gradients of e, q, k and g.
 
@@ -114,11 +115,13 @@ def pair_products_transpose(
       d_q_gamma: cotangent of `from_chunk_start(q_prefix)`.
       d_k_tail: cotangent of `to_chunk_end(k_suffix)`.
       d_total: cotangent of `total`.
-      precision: of the matrix products.
+      arithmetic: of the matrix products.
 
     Returns:
       Gradients [..., C, K] of e, q, k and g.
     """
+    # Per level (0: the chunk's ends), the gradients of e_prefix, q_prefix and k_suffix that arrive
+    # through it, and those of its sums of block totals.
     start, rest = d.block_decay[..., 0, :, None, :], d.block_decay[..., 1, :, None, :]
     de_prefix = start * d_e_gamma.reshape(d.e.shape)
     dq_prefix = start * d_q_gamma.reshape(d.q.shape)
@@ -129,27 +132,35 @@ def pair_products_transpose(
     ]
     for level, half in enumerate(_levels(d)):
         left_e, left_q, right = _level_operands(d, level, half)
-        block_e, block_q = _pick(d_erase, half), _pick(d_read, half)
-        d_left_e = _matmul("rs,sk->rk", block_e, right, precision)
-        d_left_q = _matmul("rs,sk->rk", block_q, right, precision)
-        d_right = _matmul("rs,rk->sk", block_e, left_e, precision)
-        d_right += _matmul("rs,rk->sk", block_q, left_q, precision)
-        d_sum = _merge(right * d_right, left_e * d_left_e + left_q * d_left_q, half)
-        d_block_sums.append(_row_sum(d_sum))
+        block_e = _pick(d_erase, half).astype(arithmetic.operand)
+        block_q = _pick(d_read, half).astype(arithmetic.operand)
+        d_left_e = arithmetic.product("rs,sk->rk", block_e, right)
+        d_left_q = arithmetic.product("rs,sk->rk", block_q, right)
+        d_right = arithmetic.product("rs,rk->sk", block_e, left_e)
+        d_right += arithmetic.product("rs,rk->sk", block_q, left_q)
+        d_block_sums.append(
+            _merge_blocks(
+                _block_row_sum(right * d_right),
+                _block_row_sum(left_e * d_left_e + left_q * d_left_q),
+                half,
+                d.e.shape,
+            )
+        )
         decay = d.block_decay[..., 2 + level, :, None, :]
-        zero = jnp.zeros_like(right)
+        zero = jnp.zeros_like(d_right)
         de_prefix += decay * _merge(zero, d_left_e, half)
         dq_prefix += decay * _merge(zero, d_left_q, half)
         dk_suffix += decay * _merge(d_right, zero, half)
+    # Without the barrier XLA sums the levels again for every one of the many uses below.
+    de_prefix, dq_prefix, dk_suffix, *d_block_sums = jax.lax.optimization_barrier(
+        (de_prefix, dq_prefix, dk_suffix, *d_block_sums)
+    )
     d_totals = _block_sums_transpose(jnp.stack(d_block_sums, axis=-3))
     d_totals += (d.total * d_total)[..., None, :]
 
-    g, e, q, k = _rows(d.g), _rows(d.e), _rows(d.q), _rows(d.k)
-    prefix = [jnp.exp(sum(g[: r + 1])) for r in range(BLOCK)]
-    suffix = [jnp.exp(sum(g[r + 1 :], jnp.zeros_like(g[0]))) for r in range(BLOCK)]
-    de = [x * y for x, y in zip(prefix, _rows(de_prefix))]
-    dq = [x * y for x, y in zip(prefix, _rows(dq_prefix))]
-    dk = [x * y for x, y in zip(suffix, _rows(dk_suffix))]
+    e, q, k = _rows(d.e), _rows(d.q), _rows(d.k)
+    prefix, suffix = _block_decays(d.g)
+    de, dq, dk = _rows(prefix * de_prefix), _rows(prefix * dq_prefix), _rows(suffix * dk_suffix)
     d_prefix = [e[r] * de[r] + q[r] * dq[r] for r in range(BLOCK)]
     d_suffix = [k[r] * dk[r] for r in range(BLOCK)]
     dg = [d_totals + sum(d_prefix[r:]) + sum(d_suffix[:r]) for r in range(BLOCK)]
@@ -165,6 +176,14 @@ def pair_products_transpose(
         for t in range(s + 1, r + 1):
             dg[t] += d_k * k[s]
     return tuple(_join(_stack(x)) for x in (de, dq, dk, dg))
+
+
+def _block_decays(g: Float[Array, "*n 4 K"]) -> tuple[Array, Array]:
+    """Decays from the start of a block to each row (inclusive), and from it to the end."""
+    rows = _rows(g)
+    prefix = [sum(rows[: r + 1]) for r in range(BLOCK)]
+    suffix = [sum(rows[r + 1 :], jnp.zeros_like(rows[0])) for r in range(BLOCK)]
+    return jnp.exp(_stack(prefix)), jnp.exp(_stack(suffix))
 
 
 def _rows(x: Float[Array, "*n 4 K"]) -> list[Float[Array, "*n K"]]:
@@ -237,9 +256,9 @@ def _block_sum_matrix(count: int) -> np.ndarray:
 def _level_operands(d: Decayed, level: int, half: int) -> tuple[Array, Array, Array]:
     """A level's two sides in tiles [..., tiles, rows, K]."""
     decay = d.block_decay[..., 2 + level, :, None, :]
-    left_e = _split(d.e_prefix * decay, half, 1)
-    left_q = _split(d.q_prefix * decay, half, 1)
-    return left_e, left_q, _split(d.k_suffix * decay, half, 0)
+    left_e = _split((d.e_prefix * decay).astype(d.e_prefix.dtype), half, 1)
+    left_q = _split((d.q_prefix * decay).astype(d.q_prefix.dtype), half, 1)
+    return left_e, left_q, _split((d.k_suffix * decay).astype(d.k_suffix.dtype), half, 0)
 
 
 def _tile_rows(chunk_size: int, half: int) -> int:
@@ -259,6 +278,20 @@ def _merge(first: Array, second: Array, half: int) -> Float[Array, "*n S 4 K"]:
     halves = (*batch, -1, half * BLOCK, key_dim)
     parts = jnp.stack([first.reshape(halves), second.reshape(halves)], axis=-3)
     return parts.reshape(*batch, -1, BLOCK, key_dim)
+
+
+def _block_row_sum(x: Float[Array, "*n tiles rows K"]) -> Float[Array, "*n tiles blocks K"]:
+    """Sums the rows of each block of a level's halves."""
+    *batch, rows, key_dim = x.shape
+    return _row_sum(x.reshape(*batch, rows // BLOCK, BLOCK, key_dim))
+
+
+def _merge_blocks(first: Array, second: Array, half: int, shape: tuple[int, ...]) -> Array:
+    """`_merge` for one row a block: [..., S, K] for operands of `shape` [..., S, 4, K]."""
+    *batch, count, _, key_dim = shape
+    halves = (*batch, -1, half, key_dim)
+    parts = jnp.stack([first.reshape(halves), second.reshape(halves)], axis=-3)
+    return parts.reshape(*batch, count, key_dim)
 
 
 def _same_part(rows: int, half: int) -> np.ndarray:
@@ -295,9 +328,3 @@ def _block_diagonal(blocks: Array) -> Float[Array, "*n C C"]:
     eye = np.eye(count, dtype=bool)[:, None, :, None]
     placed = jnp.where(eye, blocks[..., :, :, None, :], 0)
     return placed.reshape(*batch, count * size, count * size)
-
-
-def _matmul(axes: str, a: Array, b: Array, precision: jax.lax.Precision) -> Array:
-    inputs, output = axes.split("->")
-    left, right = inputs.split(",")
-    return jnp.einsum(f"...{left},...{right}->...{output}", a, b, precision=precision)
