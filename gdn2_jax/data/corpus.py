@@ -37,11 +37,14 @@ class Corpus:
       train: sequences of shuffled documents.
       validation: sequences of the documents kept aside, in fixed order; None where
         `validation_fraction` is 0.
+      digest: of the files' contents, the tokenizer and the split. A run that goes on with another
+        digest does not see the same data.
     """
 
     tokenizer: Tokenizer
     train: PackedSequences
     validation: PackedSequences | None
+    digest: str
 
 
 def prepare(config: DataConfig) -> Corpus:
@@ -73,6 +76,7 @@ def prepare(config: DataConfig) -> Corpus:
         tokenizer or load_tokenizer(entry / "tokenizer.json"),
         _pack(config, entry, "train", config.seed),
         _pack(config, entry, "validation", None) if config.validation_fraction else None,
+        entry.name,
     )
 
 

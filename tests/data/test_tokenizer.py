@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gdn2_jax.data import load_tokenizer, train_tokenizer
+
+TEXTS = ["the cat sat on the mat", "the dog sat on the log", "naïve café 東京 🙂"] * 5
+TRAINED = train_tokenizer(TEXTS, 300)
+
+
+def word_level(vocabulary):
+    """A Hugging Face tokenizer that knows whole words only."""
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+@given(st.text())
+def test_bytes_come_back_as_the_same_text(text):
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_bytes_have_257_entries_and_the_last_ends_a_document():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (257, 256)
+    assert tokenizer.decode([104, 256, 105, 300]) == "hi"
+    assert tokenizer.decode([104, 0xC3]) == "h\ufffd"
+
+
+@given(st.text())
+def test_a_trained_tokenizer_gives_any_text_back(text):
+    assert TRAINED.decode(TRAINED.encode(text)) == text
+
+
+def test_a_trained_tokenizer_has_merges_and_no_more_entries_than_asked_for():
+    assert 257 < TRAINED.vocab_size <= 300
+    assert len(TRAINED.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+    assert max(TRAINED.encode(TEXTS[0])) < TRAINED.vocab_size
+
+
+def test_training_is_reproducible():
+    again = train_tokenizer(TEXTS, 300)
+    for text in TEXTS:
+        np.testing.assert_array_equal(again.encode(text), TRAINED.encode(text))
+
+
+def test_a_batch_encodes_as_its_texts_do_one_by_one():
+    for tokenizer in (TRAINED, load_tokenizer("bytes")):
+        for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+            np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("tokenizer", [TRAINED, load_tokenizer("bytes")], ids=["bpe", "bytes"])
+def test_a_saved_tokenizer_loads_as_the_same(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.vocab_size == tokenizer.vocab_size
+    assert loaded.end_of_document == tokenizer.end_of_document
+    np.testing.assert_array_equal(loaded.encode(TEXTS[0]), tokenizer.encode(TEXTS[0]))
+
+
+def test_a_document_that_spells_the_end_token_does_not_end():
+    ids = TRAINED.encode("a<|endoftext|>b")
+    assert TRAINED.end_of_document not in ids
+    assert TRAINED.decode(ids) == "a<|endoftext|>b"
+
+
+def test_a_tokenizer_json_keeps_its_ids_and_adds_no_token(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizer = word_level({"<unk>": 0, "</s>": 1, "hello": 5, "world": 70})
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.enable_truncation(1)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(path))
+    loaded = load_tokenizer(path)
+    assert loaded.encode("hello world moon").tolist() == [5, 70, 0]
+    assert [ids.tolist() for ids in loaded.encode_batch(["hello", "hello world"])] == [[5], [5, 70]]
+    assert loaded.end_of_document == 1
+    assert loaded.vocab_size == 71  # the greatest id counts, not the number of entries
+
+
+def test_the_end_token_can_be_named_and_must_exist(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    word_level({"<unk>": 0, "stop": 1}).save(str(path))
+    assert load_tokenizer(path, "stop").end_of_document == 1
+    with pytest.raises(ValueError, match="end_of_document: the tokenizer has no token halt;"):
+        load_tokenizer(path, "halt")
+    with pytest.raises(ValueError, match="has no token <|endoftext|> or </s>"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "none"}}', "\xff"])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"tokenizer: {path} is not a tokenizer.json"):
+        load_tokenizer(path)
+
+
+def test_an_unknown_tokenizer_is_named():
+    with pytest.raises(FileNotFoundError, match='expected "bytes", "train:N" or .* got byte$'):
+        load_tokenizer("byte")
