@@ -157,14 +157,13 @@ def _backward(layout, residuals, cotangents):
         )
 
         d_read = dot("cv,sv->cs", d_out, residual)
-        d_q_gamma = dot("cv,kv->ck", d_out, states)
-        d_k_tail = dot("cv,kv->ck", residual, d_end_states)
+        d_q_gamma = dot("cv,kv->ck", d_out, states).astype(operand)
+        d_k_tail = dot("cv,kv->ck", residual, d_end_states).astype(operand)
         d_y = -dot("cv,kv->ck", d_residual, states)
-        d_z = dot("rc,rv->cv", c.inverse, d_residual.astype(g.dtype))
-        d_e_gamma = dot("rc,rk->ck", c.inverse, d_y)
+        d_z = dot("rc,rv->cv", c.inverse, d_residual.astype(g.dtype)).astype(operand)
+        d_e_gamma = dot("rc,rk->ck", c.inverse, d_y).astype(operand)
         # -A^T dA A^T with dA = dU Z^T + dY Ebar^T, without forming dA.
-        d_erase = -dot("cv,sv->cs", d_z.astype(operand), c.u.astype(operand))
-        d_erase -= dot("ck,sk->cs", d_e_gamma.astype(operand), c.y)
+        d_erase = -dot("cv,sv->cs", d_z, c.u.astype(operand)) - dot("ck,sk->cs", d_e_gamma, c.y)
         d_decay = jnp.sum(d_end_states.astype(g.dtype) * states.astype(g.dtype), axis=-1)
         if masks is not None:
             d_erase = jnp.where(masks.same, d_erase, 0)
@@ -206,7 +205,9 @@ def _store(spans: Array) -> Array:
 
 
 def _load(layout: _Layout, inputs: tuple[Array, ...], segments: Array | None, start: Array):
-    q, k, v, g, b, w = (_load_one(layout, x, start).astype(inputs[3].dtype) for x in inputs)
+    # The barrier keeps the re-laid copies in the inputs' own dtype, read many times below.
+    loaded = jax.lax.optimization_barrier([_load_one(layout, x, start) for x in inputs])
+    q, k, v, g, b, w = (x.astype(inputs[3].dtype) for x in loaded)
     return (layout.scale * q, k, v, g, b, w), _segment_masks(layout, segments, start)
 
 

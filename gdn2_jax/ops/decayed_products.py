@@ -120,6 +120,11 @@ def pair_products_transpose(
     Returns:
       Gradients [..., C, K] of e, q, k and g.
     """
+    operand = arithmetic.operand
+
+    def wide(x: Array) -> Array:
+        return x.astype(d.g.dtype)
+
     # Per level (0: the chunk's ends), the gradients of e_prefix, q_prefix and k_suffix that arrive
     # through it, and those of its sums of block totals.
     start, rest = d.block_decay[..., 0, :, None, :], d.block_decay[..., 1, :, None, :]
@@ -132,16 +137,17 @@ def pair_products_transpose(
     ]
     for level, half in enumerate(_levels(d)):
         left_e, left_q, right = _level_operands(d, level, half)
-        block_e = _pick(d_erase, half).astype(arithmetic.operand)
-        block_q = _pick(d_read, half).astype(arithmetic.operand)
-        d_left_e = arithmetic.product("rs,sk->rk", block_e, right)
-        d_left_q = arithmetic.product("rs,sk->rk", block_q, right)
+        block_e = _pick(d_erase, half).astype(operand)
+        block_q = _pick(d_read, half).astype(operand)
+        d_left_e = arithmetic.product("rs,sk->rk", block_e, right).astype(operand)
+        d_left_q = arithmetic.product("rs,sk->rk", block_q, right).astype(operand)
         d_right = arithmetic.product("rs,rk->sk", block_e, left_e)
         d_right += arithmetic.product("rs,rk->sk", block_q, left_q)
+        d_right = d_right.astype(operand)
         d_block_sums.append(
             _merge_blocks(
-                _block_row_sum(right * d_right),
-                _block_row_sum(left_e * d_left_e + left_q * d_left_q),
+                _block_row_sum(wide(right) * wide(d_right)),
+                _block_row_sum(wide(left_e) * wide(d_left_e) + wide(left_q) * wide(d_left_q)),
                 half,
                 d.e.shape,
             )
