@@ -1,5 +1,6 @@
 """The Gated DeltaNet-2 token mixer."""
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -151,14 +152,10 @@ class GatedDeltaNet2(nn.Module):
         return convolution(y, segment_ids)
 
     def _log_decay(self, f: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
-        """The log-decay (paper eqs. 12 and 86), in float32 or wider."""
-        rate = jnp.exp(self.param("A_log", log_uniform_rate, (self.num_heads,), jnp.float32))
+        a_log = self.param("A_log", log_uniform_rate, (self.num_heads,), jnp.float32)
         shape = (self.num_heads, self.head_dim)
         dt_bias = self.param("dt_bias", inverse_softplus_time_step, shape, jnp.float32)
-        f = f.astype(jnp.promote_types(f.dtype, jnp.float32)) + dt_bias
-        if self.decay_lower_bound is None:
-            return -rate[:, None] * jax.nn.softplus(f)
-        return self.decay_lower_bound * jax.nn.sigmoid(rate[:, None] * f)
+        return _log_decay(f, a_log, dt_bias, self.decay_lower_bound)
 
     def _mix(self, q, k, v, g, b, w, segment_ids) -> Float[Array, "B T Hv V"]:
         """Runs the operator, from and to the cached state when decoding."""
@@ -228,6 +225,23 @@ def _split(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H C"]:
     return x.reshape(*x.shape[:2], heads, -1)
 
 
+# The backward recomputes the float32 intermediates of the next two from their narrow inputs.
+@functools.partial(jax.checkpoint, static_argnums=(3,))
+def _log_decay(
+    f: Float[Array, "B T H K"],
+    a_log: Float[Array, "H"],
+    dt_bias: Float[Array, "H K"],
+    lower_bound: float | None,
+) -> Float[Array, "B T H K"]:
+    """The log-decay (paper eqs. 12 and 86), in float32 or wider."""
+    rate = jnp.exp(a_log)[:, None]
+    f = f.astype(jnp.promote_types(f.dtype, jnp.float32)) + dt_bias
+    if lower_bound is None:
+        return -rate * jax.nn.softplus(f)
+    return lower_bound * jax.nn.sigmoid(rate * f)
+
+
+@jax.checkpoint
 def _l2_normalize(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
     """Divides by sqrt(sum x^2 + 1e-6) over channels, computed in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -61,12 +61,22 @@ class ShortConvolution(nn.Module):
             if segment_ids is not None:
                 segment_ids = jnp.pad(segment_ids, ((0, 0), (past, 0)))
 
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        output = jnp.zeros(x.shape, dtype)
-        for tap in range(self.kernel_size):
-            seen = inputs[:, tap : tap + length].astype(dtype)
-            if segment_ids is not None and tap < past:
-                same = segment_ids[:, tap : tap + length] == segment_ids[:, past:]
-                seen = jnp.where(same[..., None], seen, 0)
-            output += kernel[tap].astype(dtype) * seen
-        return jax.nn.silu(output).astype(x.dtype)
+        return _convolve(inputs, kernel, segment_ids)
+
+
+@jax.checkpoint  # The shifted float32 copies would outweigh every other array kept for the backward.
+def _convolve(
+    inputs: Float[Array, "B P+T D"], kernel: Array, segment_ids: Int[Array, "B P+T"] | None
+) -> Float[Array, "B T D"]:
+    """The convolution and SiLU of tokens that follow P = kernel_size - 1 others."""
+    past = kernel.shape[0] - 1
+    length = inputs.shape[1] - past
+    dtype = jnp.promote_types(inputs.dtype, jnp.float32)
+    output = 0
+    for tap in range(past + 1):
+        seen = inputs[:, tap : tap + length].astype(dtype)
+        if segment_ids is not None and tap < past:
+            same = segment_ids[:, tap : tap + length] == segment_ids[:, past:]
+            seen = jnp.where(same[..., None], seen, 0)
+        output += kernel[tap].astype(dtype) * seen
+    return jax.nn.silu(output).astype(inputs.dtype)
