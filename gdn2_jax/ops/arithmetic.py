@@ -1,0 +1,42 @@
+"""Dtypes and precision of the chunkwise form's matrix products."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+class Arithmetic(NamedTuple):
+    """What matrix products read; sums, decays, states and the inverse keep full precision.
+
+    Attributes:
+      operand: dtype of most operands.
+      precision: of products whose operands stay in full precision.
+    """
+
+    operand: jnp.dtype
+    precision: jax.lax.Precision
+
+    def product(self, axes: str, a: Array, b: Array) -> Array:
+        """A batched matrix product, e.g. "ck,kv->cv", accumulated in at least float32."""
+        inputs, output = axes.split("->")
+        left, right = inputs.split(",")
+        return jnp.einsum(
+            f"...{left},...{right}->...{output}",
+            a,
+            b,
+            precision=self.precision,
+            preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
+        )
+
+
+def arithmetic_for(inputs: tuple[Array, ...], full: jnp.dtype) -> Arithmetic:
+    """bf16 operands where every input is bf16 or fp16, `full` otherwise.
+
+    Float32 operands beside bf16 ones use the backend's default (TF32 on a GPU), which exceeds what
+    the inputs hold; with float32 inputs products are exact to float32 on every backend.
+    """
+    if all(x.dtype in (jnp.bfloat16, jnp.float16) for x in inputs):
+        return Arithmetic(jnp.dtype(jnp.bfloat16), jax.lax.Precision.DEFAULT)
+    return Arithmetic(jnp.dtype(full), jax.lax.Precision.HIGHEST)
