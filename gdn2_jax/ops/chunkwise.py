@@ -105,7 +105,8 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
     dot, operand = arithmetic.product, arithmetic.operand
 
-    def span_forward(state, start):
+    def span_forward(carry, start):
+        state, all_outputs = carry
         loaded, masks = _load(layout, inputs, segments, start)
         c = _prepare(*loaded, masks, arithmetic)
 
@@ -119,11 +120,12 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
             next_chunk, state, (c.y, c.u, c.k_tail, c.decay), unroll=_UNROLL
         )
         outputs = dot("ck,kv->cv", c.q_gamma, states) + dot("cs,sv->cv", c.read, residual)
-        return state, (outputs.astype(v.dtype), states)
+        return (state, _store(all_outputs, outputs, start)), states
 
     starts = jnp.arange(0, q.shape[1], layout.span)
-    final_state, (outputs, states) = jax.lax.scan(span_forward, initial_state, starts)
-    return (_store(outputs), final_state), (*inputs, segments, states)
+    carry = (initial_state, jnp.zeros_like(v))
+    (final_state, outputs), states = jax.lax.scan(span_forward, carry, starts)
+    return (outputs, final_state), (*inputs, segments, states)
 
 
 def _backward(layout, residuals, cotangents):
@@ -133,7 +135,8 @@ def _backward(layout, residuals, cotangents):
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
     dot, operand = arithmetic.product, arithmetic.operand
 
-    def span_backward(d_state, xs):
+    def span_backward(carry, xs):
+        d_state, all_d_inputs = carry
         start, states = xs
         (q_, k_, v_, g_, b_, w_), masks = _load(layout, inputs, segments, start)
         d_out = _load_one(layout, d_outputs, start).astype(operand)
@@ -178,13 +181,15 @@ def _backward(layout, residuals, cotangents):
         diagonal = jnp.sum(d_out.astype(g.dtype) * residual.astype(g.dtype), axis=-1, keepdims=True)
         dq, dk = dq + diagonal * k_, dk + diagonal * q_
         d_inputs = (layout.scale * dq, dk + b_ * de, w_ * d_z, dg, k_ * de, v_ * d_z)
-        return d_state, tuple(dx.astype(x.dtype) for dx, x in zip(d_inputs, inputs))
+        stored = tuple(_store(x, dx, start) for x, dx in zip(all_d_inputs, d_inputs))
+        return (d_state, stored), None
 
     starts = jnp.arange(0, q.shape[1], layout.span)
-    d_initial_state, d_inputs = jax.lax.scan(
-        span_backward, d_final_state, (starts, states), reverse=True
+    carry = (d_final_state, tuple(jnp.zeros_like(x) for x in inputs))
+    (d_initial_state, d_inputs), _ = jax.lax.scan(
+        span_backward, carry, (starts, states), reverse=True
     )
-    return (*(_store(dx) for dx in d_inputs), d_initial_state, None)
+    return (*d_inputs, d_initial_state, None)
 
 
 _chunkwise.defvjp(_forward, _backward)
@@ -198,10 +203,11 @@ def _load_one(layout: _Layout, x: Array, start: Array) -> Array:
     return jnp.transpose(chunks, (1, 0, 3, 2, 4))
 
 
-def _store(spans: Array) -> Array:
-    """Spans [S, N, B, H, C, D] as [B, T, H, D]."""
-    _, _, batch, heads, _, dim = spans.shape
-    return jnp.transpose(spans, (2, 0, 1, 4, 3, 5)).reshape(batch, -1, heads, dim)
+def _store(x: Array, span: Array, start: Array) -> Array:
+    """Writes a span [N, B, H, C, D] into [B, T, H, D], in its dtype."""
+    batch, _, heads, dim = x.shape
+    rows = jnp.transpose(span, (1, 0, 3, 2, 4)).reshape(batch, -1, heads, dim).astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, axis=1)
 
 
 def _load(layout: _Layout, inputs: tuple[Array, ...], segments: Array | None, start: Array):
