@@ -18,8 +18,11 @@ class Arithmetic(NamedTuple):
     operand: jnp.dtype
     precision: jax.lax.Precision
 
-    def product(self, axes: str, a: Array, b: Array) -> Array:
-        """A batched matrix product, e.g. "ck,kv->cv", accumulated in at least float32."""
+    def product(self, axes: str, a: Array, b: Array, dtype: jnp.dtype | None = None) -> Array:
+        """A batched matrix product, e.g. "ck,kv->cv", accumulated in at least float32.
+
+        The result has `dtype`, or that of the accumulation if None.
+        """
         inputs, output = axes.split("->")
         left, right = inputs.split(",")
         return jnp.einsum(
@@ -27,7 +30,7 @@ class Arithmetic(NamedTuple):
             a,
             b,
             precision=self.precision,
-            preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
+            preferred_element_type=dtype or jnp.promote_types(a.dtype, jnp.float32),
         )
 
 

@@ -160,8 +160,8 @@ def _backward(layout, residuals, cotangents):
         )
 
         d_read = dot("cv,sv->cs", d_out, residual)
-        d_q_gamma = dot("cv,kv->ck", d_out, states).astype(operand)
-        d_k_tail = dot("cv,kv->ck", residual, d_end_states).astype(operand)
+        d_q_gamma = dot("cv,kv->ck", d_out, states, operand)
+        d_k_tail = dot("cv,kv->ck", residual, d_end_states, operand)
         d_y = -dot("cv,kv->ck", d_residual, states)
         d_z = dot("rc,rv->cv", c.inverse, d_residual.astype(g.dtype)).astype(operand)
         d_e_gamma = dot("rc,rk->ck", c.inverse, d_y).astype(operand)

@@ -139,11 +139,11 @@ def pair_products_transpose(
         left_e, left_q, right = _level_operands(d, level, half)
         block_e = _pick(d_erase, half).astype(operand)
         block_q = _pick(d_read, half).astype(operand)
-        d_left_e = arithmetic.product("rs,sk->rk", block_e, right).astype(operand)
-        d_left_q = arithmetic.product("rs,sk->rk", block_q, right).astype(operand)
-        d_right = arithmetic.product("rs,rk->sk", block_e, left_e)
-        d_right += arithmetic.product("rs,rk->sk", block_q, left_q)
-        d_right = d_right.astype(operand)
+        d_left_e = arithmetic.product("rs,sk->rk", block_e, right, operand)
+        d_left_q = arithmetic.product("rs,sk->rk", block_q, right, operand)
+        blocks = jnp.concatenate([block_e, block_q], axis=-2)
+        left = jnp.concatenate([left_e, left_q], axis=-2)
+        d_right = arithmetic.product("rs,rk->sk", blocks, left, operand)
         d_block_sums.append(
             _merge_blocks(
                 _block_row_sum(wide(right) * wide(d_right)),
