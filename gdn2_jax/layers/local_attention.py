@@ -70,7 +70,11 @@ def attend(
     mask = ((distances >= 0) & (distances < window_size))[None]
     if same_segment is not None:
         mask &= same_segment
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="xla")
+    dtype = q.dtype
+    if dtype == jnp.float16:  # dot_product_attention asks for a float16 product no CPU has.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    mask = mask[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla").astype(dtype)
 
 
 def _block_attention(

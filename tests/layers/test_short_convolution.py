@@ -1,0 +1,52 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdn2_jax.layers import ShortConvolution
+
+
+def test_the_last_tap_multiplies_the_current_token():
+    x = jnp.zeros((1, 6, 1)).at[0, 1].set(1.0)
+    taps = jnp.array([1.0, 2.0, 3.0, 4.0])[:, None]
+    y = ShortConvolution().apply({"params": {"kernel": taps}}, x)
+    np.testing.assert_allclose(y[0, :, 0], jax.nn.silu(jnp.array([0.0, 4, 3, 2, 1, 0])))
+
+
+def test_a_document_sees_nothing_of_the_one_before():
+    x = jax.random.normal(jax.random.key(0), (1, 8, 3))
+    layer = ShortConvolution()
+    params = layer.init(jax.random.key(1), x)
+    ids = jnp.array([[7, 7, 7, 8, 9, 9, 9, 9]])
+    alone = [layer.apply(params, x[:, a:b]) for a, b in [(0, 3), (3, 4), (4, 8)]]
+    np.testing.assert_allclose(layer.apply(params, x, ids), jnp.concatenate(alone, 1), atol=1e-6)
+
+
+def test_bfloat16_inputs_are_summed_in_float32():
+    x = jnp.array([256.0, 1.0, -256.0, 0.0], jnp.bfloat16)[None, :, None]
+    y = ShortConvolution().apply({"params": {"kernel": jnp.ones((4, 1))}}, x)
+    # bfloat16 sums would lose the 1 beside 256.
+    assert y.dtype == jnp.bfloat16 and y[0, -1, 0] == jax.nn.silu(1.0).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 4])
+def test_decoding_equals_the_full_convolution(kernel_size):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 3))
+    layer = ShortConvolution(kernel_size)
+    params = layer.init(jax.random.key(1), x)
+    full = layer.apply(params, x)
+    decoder, variables = layer.clone(decode=True), params
+    for start, stop in [(0, 1), (1, 2), (2, 7), (7, 8), (8, 9)]:
+        y, cache = decoder.apply(variables, x[:, start:stop], mutable=["cache"])
+        np.testing.assert_allclose(y, full[:, start:stop], atol=1e-6)
+        variables = {**params, **cache}
+    kept = variables["cache"]["inputs"]
+    np.testing.assert_array_equal(kept, x[:, 10 - kernel_size :])
+
+
+def test_the_window_holds_raw_inputs_in_their_own_dtype():
+    x = jnp.ones((1, 2, 3), jnp.bfloat16)
+    layer = ShortConvolution(decode=True)
+    _, cache = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["cache"])
+    assert cache["cache"]["inputs"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cache["cache"]["inputs"][0, :, 0], [0, 1, 1])

@@ -1,0 +1,227 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdn2_jax.layers import SlidingWindowAttention
+from gdn2_jax.layers.local_attention import local_attention
+from gdn2_jax.layers.rotary import rotate
+
+HEADS, WIDTH, WINDOW = 2, 16, 4
+
+
+@pytest.fixture
+def make(random_params):
+    def build(x, **options):
+        layer = SlidingWindowAttention(**{"num_heads": HEADS, "window_size": WINDOW} | options)
+        return layer, random_params(layer, x)
+
+    return build
+
+
+def inputs(*shape):
+    return jax.random.normal(jax.random.key(1), shape)
+
+
+def reference(params, x, window, theta, segment_ids):
+    """One row, one query and one head at a time."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    steps, width = x.shape
+    q, k, v = ((x @ p[f"{name}_proj"]["kernel"]).reshape(steps, HEADS, -1).copy() for name in "qkv")
+    half = q.shape[-1] // 2
+    for t in range(steps):
+        for i in range(half):
+            c, s = np.cos(t * theta ** (-i / half)), np.sin(t * theta ** (-i / half))
+            for u in (q, k):
+                first, second = u[t, :, i].copy(), u[t, :, i + half].copy()
+                u[t, :, i] = first * c - second * s
+                u[t, :, i + half] = second * c + first * s
+    o = np.zeros_like(v)
+    for t in range(steps):
+        seen = [s for s in range(max(0, t - window + 1), t + 1) if segment_ids[s] == segment_ids[t]]
+        for h in range(HEADS):
+            scores = k[seen, h] @ q[t, h] / np.sqrt(2 * half)
+            weights = np.exp(scores - scores.max())
+            o[t, h] = weights / weights.sum() @ v[seen, h]
+    return o.reshape(steps, width) @ p["o_proj"]["kernel"]
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize("documents", [False, True])
+def test_layer_equals_attention_written_out(make, length, documents):
+    x = inputs(1, length, WIDTH)
+    layer, params = make(x, rope_theta=100.0)
+    segment_ids = np.array([0, 0, 1, 1, 1, 2, 3, 3, 3, 3, 3])[None, :length] * documents
+    actual = jax.jit(layer.apply)({"params": params}, x, segment_ids if documents else None)
+    expected = reference(params, np.asarray(x[0]), WINDOW, 100.0, segment_ids[0])
+    np.testing.assert_allclose(actual[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [7, 8, 64])
+def test_a_query_sees_exactly_the_keys_of_its_window(length):
+    window = 7
+    q, k, v = (inputs(1, length, 1, 4) for _ in range(3))
+    attention = functools.partial(local_attention, window_size=window)
+    seen = jax.jit(jax.jacobian(lambda v: attention(q, k, v).sum((0, 2, 3))))(v)
+    seen = jnp.any(seen[:, 0, :, 0] != 0, axis=-1)
+    distances = jnp.arange(length)[:, None] - jnp.arange(length)
+    np.testing.assert_array_equal(seen, (distances >= 0) & (distances <= window - 1))
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    q, k = inputs(1, 1, 1, 8), inputs(1, 1, 1, 8)[..., ::-1]
+
+    def score(position, distance):
+        return jnp.vdot(
+            rotate(q, jnp.array([position]), 10.0),
+            rotate(k, jnp.array([position - distance]), 10.0),
+        )
+
+    np.testing.assert_allclose(score(3, 2), score(50, 2), rtol=1e-4)
+    assert abs(score(3, 2) - score(3, 1)) > 1e-3
+
+
+def test_no_value_or_gradient_crosses_a_document(make):
+    x = inputs(1, 11, WIDTH)
+    layer, params = make(x)
+    segment_ids = jnp.array([[0] * 3 + [1] * 8])
+
+    @jax.jit
+    @jax.grad
+    def gradient(x):
+        return jnp.sum(jnp.square(layer.apply({"params": params}, x, segment_ids)[:, 3:]))
+
+    assert jnp.all(gradient(x)[:, :3] == 0) and jnp.any(gradient(x)[:, 3:] != 0)
+
+
+def test_gradients_through_blocks_equal_those_of_dense_attention():
+    q, k, v = inputs(3, 2, 11, HEADS, 8)
+    distances = jnp.arange(11)[:, None] - jnp.arange(11)
+    mask = ((distances >= 0) & (distances < WINDOW))[None, None]
+
+    def dense(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    def loss(attention):
+        return lambda *args: jnp.sum(jnp.square(attention(*args)))
+
+    blocks = functools.partial(local_attention, window_size=WINDOW)
+    actual = jax.jit(jax.grad(loss(blocks), argnums=(0, 1, 2)))(q, k, v)
+    expected = jax.jit(jax.grad(loss(dense), argnums=(0, 1, 2)))(q, k, v)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_decoding_equals_the_full_forward(make, documents):
+    x = inputs(2, 23, WIDTH)
+    layer, params = make(x)
+    segment_ids = None
+    if documents:
+        segment_ids = jnp.array([[1] * 5 + [2] * 18, [1] * 6 + [2] + [3] * 9 + [4] * 7])
+    full = jax.jit(layer.apply)({"params": params}, x, segment_ids)
+    decoder = layer.clone(decode=True)
+    run = jax.jit(lambda *args: decoder.apply(*args, mutable=["cache"]))
+    variables = jax.tree.map(jnp.zeros_like, decoder.init(jax.random.key(0), x[:, :1]))
+    variables = {"params": params, "cache": variables["cache"]}
+    # Prefills shorter and longer than the window, steps that go round the ring.
+    for start, stop in [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7), (7, 17), (17, 18), (18, 23)]:
+        ids = None if segment_ids is None else segment_ids[:, start:stop]
+        y, cache = run(variables, x[:, start:stop], ids)
+        np.testing.assert_allclose(y, full[:, start:stop], atol=1e-5)
+        variables = {"params": params, **cache}
+    assert variables["cache"]["key"].shape == (2, WINDOW, HEADS, WIDTH // HEADS)
+    assert variables["cache"]["index"] == 23
+
+
+def test_init_leaves_an_empty_cache(make):
+    x = inputs(1, 3, WIDTH)
+    layer, _ = make(x)
+    cache = layer.clone(decode=True).init(jax.random.key(0), x)["cache"]
+    assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(cache))
+
+
+def test_decoding_without_segments_continues_the_last_document(make):
+    x = inputs(1, 6, WIDTH)
+    layer, params = make(x)
+    full = layer.apply({"params": params}, x, jnp.array([[1, 1, 2, 2, 2, 2]]))
+    decoder = layer.clone(decode=True)
+    ids = jnp.array([[1, 1, 2]])
+    _, cache = decoder.apply({"params": params}, x[:, :3], ids, mutable=["cache"])
+    y, _ = decoder.apply({"params": params, **cache}, x[:, 3:], mutable=["cache"])
+    np.testing.assert_allclose(y, full[:, 3:], atol=1e-5)
+
+
+def test_memory_grows_linearly_with_the_length():
+    def temporary_bytes(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        gradient = jax.grad(lambda q, k, v: local_attention(q, k, v, 64).sum(), argnums=(0, 1, 2))
+        return jax.jit(gradient).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) < 2.5 * temporary_bytes(2048)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "documents", "expected"),
+    [
+        (jnp.bfloat16, False, 2),
+        (jnp.float16, False, 2),
+        (jnp.float32, False, 0),
+        (jnp.bfloat16, True, 0),
+    ],
+)
+def test_gpu_lowering_calls_cudnn_where_it_can(monkeypatch, dtype, documents, expected):
+    # This host has no GPU, so that cuDNN's version has to be made up.
+    name = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(name, lambda: 91000)
+    x = jax.ShapeDtypeStruct((1, 512, 2, 64), dtype)
+    segment_ids = jnp.zeros((1, 512), jnp.int32) if documents else None
+
+    def loss(q, k, v):
+        return local_attention(q, k, v, 128, segment_ids).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x)
+    calls = re.findall(r"__cudnn\$fmha\w+", traced.lower(lowering_platforms=("cuda",)).as_text())
+    assert len(calls) == expected  # forward and backward
+    assert "__cudnn" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_head_width_that_cudnn_does_not_serve_lowers_for_gpus_all_the_same(monkeypatch):
+    name = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(name, lambda: 91000)
+    x = jax.ShapeDtypeStruct((1, 32, 2, 6), jnp.bfloat16)
+    traced = jax.jit(functools.partial(local_attention, window_size=8)).trace(x, x, x)
+    assert "__cudnn" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_layer_has_float32_parameters_and_narrow_outputs(make, dtype):
+    x = inputs(1, 6, WIDTH)
+    layer, params = make(x, dtype=dtype)
+    y = jax.jit(layer.apply)({"params": params}, x)
+    assert y.dtype == dtype
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    wide = layer.clone(dtype=jnp.float32).apply({"params": params}, x)
+    np.testing.assert_allclose(y.astype(jnp.float32), wide, atol=0.05 * jnp.abs(wide).max())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_heads": 3}, "num_heads"),
+        ({"num_heads": 16}, "num_heads"),
+        ({"window_size": 0}, "window_size"),
+    ],
+)
+def test_malformed_attributes_are_named(options, named):
+    layer = SlidingWindowAttention(**{"num_heads": HEADS} | options)
+    with pytest.raises(ValueError, match=f"^{named}: expected .*got"):
+        jax.eval_shape(layer.init, jax.random.key(0), inputs(1, 4, WIDTH))
+
+
+def test_malformed_segments_are_named():
+    layer = SlidingWindowAttention(num_heads=HEADS)
+    with pytest.raises(ValueError, match="^segment_ids: expected .*got"):
+        jax.eval_shape(layer.init, jax.random.key(0), inputs(1, 4, WIDTH), jnp.zeros((1, 5), int))
