@@ -1,0 +1,73 @@
+"""Continues a prompt with a trained model.
+
+python experiments/generate.py
+python experiments/generate.py runs/tiny --prompt "import " --temperature 0.7 --top-p 0.9
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gdn2_jax.evaluation import sample_text
+from gdn2_jax.training import CheckpointError, load_trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to sample, and how."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional] = Path("runs/tiny")
+    """The directory of a run of train.py; its latest checkpoint is used."""
+
+    prompt: str = ""
+    """The beginning of the document."""
+
+    tokens: int = 512
+    """How many to add."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the most likely token."""
+
+    top_k: int | None = None
+    """Sample among the k most likely tokens only."""
+
+    top_p: float | None = None
+    """Sample among the most likely tokens that together reach this probability."""
+
+    seed: int = 0
+    """The same seed gives the same text."""
+
+    batch: int = 1
+    """Number of samples; the first is shown while it grows."""
+
+
+def main(options: Options) -> int | str:
+    """Returns the exit status, or a message for it to be 1."""
+    try:
+        trained = load_trained(options.run_dir)
+        texts = sample_text(
+            trained.config.model,
+            trained.params,
+            trained.tokenizer,
+            options.prompt,
+            max_new_tokens=options.tokens,
+            batch_size=options.batch,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            stream=sys.stdout,
+        )
+    except (ValueError, OSError, CheckpointError) as error:
+        return f"generate.py: {error}"
+    print()
+    for number, text in enumerate(texts[1:], start=2):
+        print(f"\n--- sample {number} ---\n{text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

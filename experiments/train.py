@@ -1,0 +1,76 @@
+"""Trains a language model: a preset, and whatever of it you want otherwise.
+
+    python experiments/train.py                                  # "tiny", minutes on two CPU cores
+    python experiments/train.py --steps 1000 --model.num-layers 6
+    python experiments/train.py --data my-texts/ notes.jsonl --run-dir runs/mine
+    python experiments/train.py swa_gdn2_1.3B --data fineweb/ --data.tokenizer tokenizer.json
+
+The first argument, if it is no option, is the preset: {presets}. --data is short for --data.paths.
+A run that was stopped or killed continues when started again. Everything lands in --run-dir.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from absl import flags
+
+from gdn2_jax.training import (
+    PRESETS,
+    CheckpointError,
+    DivergenceError,
+    TrainingConfig,
+    open_run,
+    train,
+)
+
+
+def main(arguments: list[str]) -> int | str:
+    """Returns the exit status, or a message for it to be 1."""
+    # grain hands absl's flags to its workers, which absl allows only after parsing.
+    flags.FLAGS.mark_as_parsed()
+    try:
+        config, directory = parse(arguments)
+        run = open_run(config, directory)
+    except (ValueError, OSError, CheckpointError) as error:
+        return f"train.py: {error}"
+    try:
+        train(run)
+    except DivergenceError as error:
+        return f"train.py: {error}"
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[TrainingConfig, Path]:
+    """Returns the configuration and the run's directory."""
+    preset, options = "tiny", arguments
+    if arguments and not arguments[0].startswith("-"):
+        preset, *options = arguments
+    if preset not in PRESETS:
+        raise ValueError(f"expected a preset, one of {', '.join(PRESETS)}, got {preset!r}")
+
+    def command(
+        config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = PRESETS[preset],
+        run_dir: Path = Path("runs") / preset,
+    ):
+        """Pairs what the command line gives.
+
+        Args:
+          config: of the run.
+          run_dir: where checkpoints, metrics, plot and sample go.
+        """
+        return config, run_dir
+
+    options = ["--data.paths" if option == "--data" else option for option in options]
+    return tyro.cli(
+        command,
+        args=options,
+        prog=f"train.py {preset}",
+        description=__doc__.format(presets=", ".join(PRESETS)),
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,83 @@
+"""How well a model predicts held-out text."""
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from gdn2_jax.data import PackedSequences, validation_batches
+from gdn2_jax.models import LanguageModel, ModelConfig
+
+
+class Perplexity(NamedTuple):
+    """The result of an evaluation.
+
+    Attributes:
+      loss: mean cross-entropy of a token, in nats.
+      perplexity: its exponential.
+      bits_per_byte: the same loss per byte of text, which compares across tokenizers.
+      tokens: evaluated.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+def evaluate_perplexity(
+    config: ModelConfig,
+    params: Any,
+    sequences: PackedSequences,
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    max_batches: int | None = None,
+) -> Perplexity:
+    """Evaluates a model on packed sequences, each from an empty state.
+
+    Args:
+      config: the model's configuration.
+      params: its parameters.
+      sequences: such as `gdn2_jax.data.prepare(config).validation`; documents are kept apart if
+        they are so there.
+      mesh: with an axis "data", which splits the batches.
+      batch_size: sequences of a batch, over all processes; the mesh divides it.
+      max_batches: stop after so many; None evaluates every sequence.
+
+    Returns:
+      Loss, perplexity and bits per byte.
+    """
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    batches = validation_batches(
+        sequences,
+        global_batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    sums = []
+    for batch in itertools.islice(batches, max_batches):
+        batch = jax.make_array_from_process_local_data(rows, batch)
+        if not sequences.reset_at_documents:
+            batch["segment_ids"] = None
+        sums.append(_summed_losses(config, params, batch))
+    total, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    loss = total / tokens
+    tokens_per_byte = sequences.store.num_tokens / sequences.store.num_bytes
+    bits_per_byte = loss / math.log(2) * tokens_per_byte
+    return Perplexity(float(loss), float(np.exp(loss)), float(bits_per_byte), int(tokens))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _summed_losses(config, params, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum of the tokens' losses and their number."""
+    logits = LanguageModel(config).apply({"params": params}, batch["inputs"], batch["segment_ids"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])

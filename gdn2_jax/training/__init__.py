@@ -1,0 +1,19 @@
+"""Training of language models: configuration, step, checkpoints, metrics and the loop."""
+
+from gdn2_jax.training.checkpoint import CheckpointError
+from gdn2_jax.training.config import PRESETS, OptimizerConfig, TrainingConfig
+from gdn2_jax.training.run import TrainedModel, load_trained, open_run, run_files
+from gdn2_jax.training.train import DivergenceError, train
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "DivergenceError",
+    "OptimizerConfig",
+    "TrainedModel",
+    "TrainingConfig",
+    "load_trained",
+    "open_run",
+    "run_files",
+    "train",
+]

@@ -1,0 +1,147 @@
+"""Checkpoints: written in the background, whole or not at all, and checked when read."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
+
+from gdn2_jax.training.step import TrainState
+
+
+class CheckpointError(Exception):
+    """A checkpoint is damaged or belongs to another configuration."""
+
+
+def open_checkpoints(directory: Path, kept: int) -> ocp.CheckpointManager:
+    """Returns a manager that saves asynchronously and keeps the latest `kept` checkpoints.
+
+    What a killed save left behind does not count as a checkpoint, and is removed.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def save_checkpoint(
+    manager: ocp.CheckpointManager, state: TrainState, progress: dict[str, Any]
+) -> None:
+    """Starts to save `state`; it may be donated when this returns.
+
+    Args:
+      manager: from `open_checkpoints`.
+      state: to be saved under its step.
+      progress: JSON, saved beside the arrays.
+    """
+    trees = _split(state)
+    content = {"progress": progress, "checksums": _checksums(trees)}
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items["content"] = ocp.args.JsonSave({**content, "sha256": _sha256(content)})
+    manager.save(int(state.step), args=ocp.args.Composite(**items))
+
+
+def restore_checkpoint(
+    manager: ocp.CheckpointManager, step: int, abstract_state: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    """Reads a checkpoint and compares every array with its checksum.
+
+    Args:
+      manager: from `open_checkpoints`.
+      step: one of its steps.
+      abstract_state: shapes, dtypes and shardings.
+
+    Returns:
+      The state and `progress` as they were saved.
+
+    Raises:
+      CheckpointError: if the checkpoint is damaged, or does not fit `abstract_state`.
+    """
+    trees, progress = _restore(manager, step, _split(abstract_state))
+    return TrainState(**trees["run"], params=trees["params"]), progress
+
+
+def restore_params(manager: ocp.CheckpointManager, step: int, abstract_params: Any) -> Any:
+    """Reads the parameters alone, as `restore_checkpoint` does the state.
+
+    Raises:
+      CheckpointError: if the checkpoint is damaged, or does not fit `abstract_params`.
+    """
+    return _restore(manager, step, {"params": abstract_params})[0]["params"]
+
+
+def _split(state: TrainState) -> dict[str, Any]:
+    """The checkpoint's items: parameters can be read without the rest."""
+    run = state._asdict()
+    return {"params": run.pop("params"), "run": run}
+
+
+def _restore(manager, step, abstract_trees):
+    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_trees.items()}
+    items["content"] = ocp.args.JsonRestore()
+    try:
+        restored = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
+        content = restored.pop("content")
+        damaged = ["content"] if content.pop("sha256") != _sha256(content) else []
+        checksums = content["checksums"]
+        damaged += [
+            name
+            for name, value in _checksums(restored).items()
+            if name not in checksums or checksums[name] != value
+        ]
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise CheckpointError(f"{_advice(manager, step)}: {error}") from error
+    if damaged:
+        raise CheckpointError(f"{_advice(manager, step)}: altered since it was saved: {damaged}")
+    return restored, content["progress"]
+
+
+def _advice(manager: ocp.CheckpointManager, step: int) -> str:
+    earlier = [str(other) for other in sorted(manager.all_steps()) if other < step]
+    remedy = f"go on from step {earlier[-1]}" if earlier else "start afresh"
+    return (
+        f"the checkpoint {manager.directory / str(step)} is damaged or of another model "
+        f"(move it away to {remedy})"
+    )
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """A 32-bit checksum of each array, by its path.
+
+    Computed on the devices, wherever the shards lie: arrays need not come to the host for it, and
+    the sum of integers is the same in any order. An array that differs in one element always has
+    another checksum, one that differs in more with probability 1 - 2**-32.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    values = jax.device_get(_checksum_arrays([leaf for _, leaf in leaves]))
+    return {name: int(value) for name, value in zip(names, values)}
+
+
+@jax.jit
+def _checksum_arrays(arrays: list[Array]) -> list[UInt32[Array, ""]]:
+    return [_checksum(array) for array in arrays]
+
+
+def _checksum(x: Array) -> UInt32[Array, ""]:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = position * size + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(_scramble(words ^ _scramble(position)), dtype=jnp.uint32)
+
+
+def _scramble(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """MurmurHash3's finalizer, a bijection in which every bit depends on every other."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

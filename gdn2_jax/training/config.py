@@ -1,0 +1,154 @@
+"""What a training run is made of, and presets of it."""
+
+import dataclasses
+from typing import Literal
+
+from gdn2_jax.data import DataConfig
+from gdn2_jax.models import PRESETS as MODELS
+from gdn2_jax.models import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with clipping, linear warm-up and a cosine; the defaults are the paper's recipe.
+
+    Raises:
+      ValueError: if a field is out of its range (names the field).
+    """
+
+    learning_rate: float = 4e-4
+    """Peak of the schedule."""
+
+    final_learning_rate: float = 0.1
+    """End of the schedule, as a share of the peak."""
+
+    warmup: float = 0.01
+    """Share of the run in which the learning rate rises from 0 to its peak."""
+
+    beta1: float = 0.9
+    """Decay of the average of gradients."""
+
+    beta2: float = 0.95
+    """Decay of the average of squared gradients."""
+
+    epsilon: float = 1e-8
+    """Added to the root of the average of squared gradients."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay; the learning rate multiplies it."""
+
+    decay_mask: Literal["all", "exclude_A_log_dt_bias", "matrices_only"] = "all"
+    """What decays: every parameter, as in the paper's released trainer; all but A_log and dt_bias,
+    which that trainer marks but does not leave out; or projections and embeddings alone."""
+
+    clip_norm: float = 1.0
+    """Gradients of a greater global norm are scaled down to it."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "epsilon", "clip_norm"):
+            self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
+        for name in ("final_learning_rate", "weight_decay"):
+            self._require(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
+        for name in ("warmup", "beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        masks = ("all", "exclude_A_log_dt_bias", "matrices_only")
+        self._require("decay_mask", self.decay_mask in masks, f"one of {masks}")
+
+    def _require(self, name: str, fulfilled: bool, expected: str) -> None:
+        if not fulfilled:
+            raise ValueError(f"optimizer.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A training run.
+
+    Raises:
+      ValueError: if a field is out of its range (names the field).
+    """
+
+    model: ModelConfig
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    steps: int
+    """Optimizer steps. The schedule of the learning rate spans them."""
+
+    global_batch_size: int
+    """Sequences of an optimizer step, over all devices."""
+
+    accumulation: int = 1
+    """Microbatches into which each batch is split, to save memory; their gradients are averaged."""
+
+    seed: int = 0
+    """Of the parameters' initial values and the model's random numbers."""
+
+    log_every: int = 10
+    """Steps between lines of metrics."""
+
+    validate_every: int = 1000
+    """Steps between evaluations of the validation split."""
+
+    validation_batches: int | None = None
+    """Microbatches of an evaluation, always the same. None: the whole validation split."""
+
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+
+    checkpoints_kept: int = 2
+    """The latest so many checkpoints are kept."""
+
+    sample_prompt: str = ""
+    """What the sample at the end of the run continues; empty: a new document."""
+
+    sample_tokens: int = 256
+    """Tokens of that sample."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{field.name}: expected at least {least}, got {value}")
+        if self.global_batch_size % self.accumulation:
+            raise ValueError(
+                f"accumulation: expected a divisor of global_batch_size {self.global_batch_size}, "
+                f"got {self.accumulation}"
+            )
+
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences that run through the model at once, over all devices."""
+        return self.global_batch_size // self.accumulation
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, over all devices."""
+        return self.global_batch_size * self.data.sequence_length
+
+
+def _paper_recipe(model: ModelConfig) -> TrainingConfig:
+    """100B tokens in batches of 0.5M, sequences of 4096, AdamW as above."""
+    return TrainingConfig(
+        model=model,
+        data=DataConfig(sequence_length=4096),
+        steps=190_734,
+        global_batch_size=128,
+    )
+
+
+PRESETS: dict[str, TrainingConfig] = {
+    # Minutes on two CPU cores.
+    "tiny": TrainingConfig(
+        model=MODELS["tiny"],
+        data=DataConfig(sequence_length=256),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup=0.05),
+        steps=300,
+        global_batch_size=8,
+        validate_every=100,
+        validation_batches=4,
+        checkpoint_every=100,
+        sample_prompt="def ",
+    ),
+    "gdn2_1.3B": _paper_recipe(MODELS["gdn2_1.3B"]),
+    "swa_gdn2_1.3B": _paper_recipe(MODELS["swa_gdn2_1.3B"]),
+}

@@ -1,0 +1,229 @@
+"""The directory of a run, and the checks that come before anything is compiled or overwritten."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from gdn2_jax.data import Corpus, DataConfig, Tokenizer, load_tokenizer, prepare
+from gdn2_jax.models import ModelConfig
+from gdn2_jax.parallel import data_mesh
+from gdn2_jax.training.checkpoint import (
+    CheckpointError,
+    open_checkpoints,
+    restore_checkpoint,
+    restore_params,
+)
+from gdn2_jax.training.config import OptimizerConfig, TrainingConfig
+from gdn2_jax.training.step import TrainState, abstract_state, replicated
+
+# What may differ when a run goes on: it changes no number, or (steps) is meant to be raised. The
+# text itself may move: the corpus' digest is compared.
+_FREE = {
+    *("steps", "log_every", "validate_every", "validation_batches", "checkpoint_every"),
+    *("checkpoints_kept", "sample_prompt", "sample_tokens"),
+    *("data.paths", "data.num_workers", "data.cache_directory"),
+    *("model.remat", "model.implementation"),
+}
+
+
+class RunFiles(NamedTuple):
+    """Where a run keeps its files.
+
+    Attributes:
+      config: the `TrainingConfig` as JSON.
+      tokenizer: for `gdn2_jax.data.load_tokenizer`.
+      checkpoints: of orbax.
+      metrics: one JSON object for each logged step.
+      tensorboard: the same for TensorBoard.
+      plot: of the losses.
+      sample: of the trained model.
+      summary: the results as JSON, written last.
+    """
+
+    config: Path
+    tokenizer: Path
+    checkpoints: Path
+    metrics: Path
+    tensorboard: Path
+    plot: Path
+    sample: Path
+    summary: Path
+
+
+class Run(NamedTuple):
+    """A run that has passed all checks, ready to start or to go on.
+
+    Attributes:
+      config: of the run.
+      files: of the run.
+      mesh: the devices.
+      corpus: the data.
+      checkpoints: of the run.
+      state: restored from the latest checkpoint; None if there is none.
+      progress: saved with that checkpoint.
+    """
+
+    config: TrainingConfig
+    files: RunFiles
+    mesh: Mesh
+    corpus: Corpus
+    checkpoints: ocp.CheckpointManager
+    state: TrainState | None
+    progress: dict[str, Any]
+
+
+def run_files(directory: Path) -> RunFiles:
+    """Returns the paths of a run's files."""
+    return RunFiles(
+        config=directory / "config.json",
+        tokenizer=directory / "tokenizer.json",
+        checkpoints=directory / "checkpoints",
+        metrics=directory / "metrics.jsonl",
+        tensorboard=directory / "tensorboard",
+        plot=directory / "loss.png",
+        sample=directory / "sample.txt",
+        summary=directory / "summary.json",
+    )
+
+
+def open_run(config: TrainingConfig, directory: Path) -> Run:
+    """Prepares the data and the run's directory, and restores its latest checkpoint.
+
+    Args:
+      config: what to train.
+      directory: of the run; created if missing.
+
+    Returns:
+      The run, for `gdn2_jax.training.train`.
+
+    Raises:
+      ValueError: if the devices do not divide the batch, the corpus is empty, the tokenizer does
+        not fit the model, or the directory's run has another configuration or corpus.
+      FileNotFoundError: if the text or the tokenizer does not exist.
+      CheckpointError: if the latest checkpoint is damaged.
+    """
+    mesh = data_mesh()
+    check_batch(config, mesh.shape["data"])
+    corpus = prepare(config.data)
+    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size: expected at least the tokenizer's {corpus.tokenizer.vocab_size}, "
+            f"got {config.model.vocab_size}"
+        )
+    files = run_files(directory)
+    checkpoints = open_checkpoints(files.checkpoints, config.checkpoints_kept)
+    step = checkpoints.latest_step()
+    if step is None:
+        return Run(config, files, mesh, corpus, checkpoints, None, {})
+
+    differences = compare_configs(load_config(files.config), config)
+    if differences:
+        raise ValueError(
+            f"{directory} holds a run of another configuration: {'; '.join(differences)}. "
+            "Use its values to go on, or another --run-dir"
+        )
+    abstract = abstract_state(config, replicated(mesh))
+    state, progress = restore_checkpoint(checkpoints, step, abstract)
+    if progress["corpus"] != corpus.digest:
+        raise ValueError(
+            f"data: {directory} was trained on another corpus: files were added, removed or "
+            "edited, or the default corpus is that of another Python. Use another --run-dir"
+        )
+    return Run(config, files, mesh, corpus, checkpoints, state, progress)
+
+
+class TrainedModel(NamedTuple):
+    """What a run has learnt so far.
+
+    Attributes:
+      config: of the run.
+      params: of the model.
+      tokenizer: of the model.
+      step: of the checkpoint.
+    """
+
+    config: TrainingConfig
+    params: Any
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_trained(directory: Path) -> TrainedModel:
+    """Reads the latest checkpoint's parameters, checked, and the tokenizer of a run.
+
+    Raises:
+      FileNotFoundError: if the directory holds no run with a checkpoint.
+      CheckpointError: if something in it is damaged.
+    """
+    files = run_files(directory)
+    if not files.checkpoints.is_dir():
+        raise FileNotFoundError(f"{directory} is not the directory of a run")
+    config = load_config(files.config)
+    with contextlib.closing(open_checkpoints(files.checkpoints, None)) as checkpoints:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{directory} has no checkpoint yet")
+        device = SingleDeviceSharding(jax.devices()[0])
+        params = restore_params(checkpoints, step, abstract_state(config, device).params)
+    tokenizer = load_tokenizer(files.tokenizer, config.data.end_of_document)
+    return TrainedModel(config, params, tokenizer, step)
+
+
+def check_batch(config: TrainingConfig, devices: int) -> None:
+    """Raises a ValueError unless `devices` divide the microbatch."""
+    if config.microbatch_size % devices:
+        raise ValueError(
+            f"global_batch_size: expected a multiple of {devices * config.accumulation} "
+            f"({devices} devices, accumulation {config.accumulation}), "
+            f"got {config.global_batch_size}"
+        )
+
+
+def save_config(config: TrainingConfig, path: Path) -> None:
+    """Writes a configuration as JSON, as a whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def load_config(path: Path) -> TrainingConfig:
+    """Reads what `save_config` wrote.
+
+    Raises:
+      CheckpointError: if the file is missing or damaged, or from another version of the code.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        fields["data"]["paths"] = tuple(fields["data"]["paths"])
+        parts = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
+        fields |= {name: part(**fields[name]) for name, part in parts.items()}
+        return TrainingConfig(**fields)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} does not hold a configuration: {error}") from error
+
+
+def compare_configs(old: TrainingConfig, new: TrainingConfig) -> list[str]:
+    """Describes the fields whose difference keeps a run from going on exactly."""
+    old, new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [
+        f"{name} is {old[name]!r} there, {new[name]!r} here"
+        for name in old
+        if old[name] != new[name] and name not in _FREE
+    ]
+
+
+def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,134 @@
+"""The state of a run and the function that advances it by one optimizer step."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Float, Int, Key
+
+from gdn2_jax.models import LanguageModel
+from gdn2_jax.training.config import TrainingConfig
+from gdn2_jax.training.optimizer import learning_rate_schedule, make_optimizer
+
+
+class TrainState(NamedTuple):
+    """What a training step reads and writes.
+
+    Attributes:
+      step: optimizer steps taken.
+      params: of the model.
+      opt_state: of the optimizer.
+      rng: of the model's random numbers.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    rng: Key[Array, ""]
+
+
+class StepMetrics(NamedTuple):
+    """What a training step reports.
+
+    Attributes:
+      loss: mean cross-entropy of the batch's tokens in nats, before the update.
+      learning_rate: of the update.
+      grad_norm: global norm of the gradient, before clipping.
+    """
+
+    loss: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+
+
+def initial_state(config: TrainingConfig) -> TrainState:
+    """Returns the state before the first step; traceable."""
+    params_key, rng = jax.random.split(jax.random.key(config.seed))
+    model = LanguageModel(config.model)
+    params = model.init(params_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    optimizer = make_optimizer(config.optimizer, _schedule(config))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), rng)
+
+
+def abstract_state(config: TrainingConfig, sharding: Sharding) -> TrainState:
+    """Returns the shapes and dtypes of a state, with the given sharding."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(functools.partial(initial_state, config)),
+    )
+
+
+def train_step(
+    config: TrainingConfig, state: TrainState, batch: dict[str, Array]
+) -> tuple[TrainState, StepMetrics]:
+    """Takes one optimizer step: gradients of G microbatches, averaged in the parameters' dtype.
+
+    Args:
+      config: of the run; static.
+      state: before the step.
+      batch: as from `gdn2_jax.data.train_iterator`, each array with its rows split into
+        microbatches, [G, B / G, T].
+
+    Returns:
+      The state after the step and the metrics.
+    """
+    model = LanguageModel(config.model)
+    rng, step_rng = jax.random.split(state.rng)
+
+    def loss_fn(params, batch, rng):
+        segment_ids = batch["segment_ids"] if config.data.reset_at_documents else None
+        logits = model.apply(
+            {"params": params}, batch["inputs"], segment_ids, rngs={"dropout": rng}
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return jnp.average(losses, weights=batch["weights"])
+
+    def accumulate(total, microbatch):
+        value_and_grad = jax.value_and_grad(loss_fn)(state.params, *microbatch)
+        return jax.tree.map(jnp.add, total, value_and_grad), None
+
+    count = config.accumulation
+    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), state.params))
+    total, _ = jax.lax.scan(accumulate, zeros, (batch, jax.random.split(step_rng, count)))
+    loss, grads = jax.tree.map(lambda x: x / count, total)
+
+    schedule = _schedule(config)
+    updates, opt_state = make_optimizer(config.optimizer, schedule).update(
+        grads, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    metrics = StepMetrics(loss, schedule(state.step), optax.global_norm(grads))
+    return TrainState(state.step + 1, params, opt_state, rng), metrics
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How the arrays [G, B / G, T] of a batch lie on the mesh: rows split over "data"."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def jit_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
+    """Returns `train_step` of state and batch, compiled for the mesh; the state is donated."""
+
+    def step(state, batch):
+        return train_step(config, state, batch)
+
+    return jax.jit(
+        step,
+        in_shardings=(replicated(mesh), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+        donate_argnums=0,
+    )
+
+
+def _schedule(config: TrainingConfig) -> optax.Schedule:
+    microsteps = config.steps * config.accumulation
+    return learning_rate_schedule(config.optimizer, microsteps, config.accumulation)

@@ -1,0 +1,302 @@
+"""The training loop."""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from gdn2_jax.data import train_iterator
+from gdn2_jax.evaluation import evaluate_perplexity, sample_text
+from gdn2_jax.training.checkpoint import save_checkpoint
+from gdn2_jax.training.config import TrainingConfig
+from gdn2_jax.training.flops import peak_flops, training_flops_per_token
+from gdn2_jax.training.metrics import MetricsLog, plot_losses, read_metrics
+from gdn2_jax.training.run import Run, save_config
+from gdn2_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    batch_sharding,
+    initial_state,
+    jit_train_step,
+    replicated,
+)
+
+
+class DivergenceError(Exception):
+    """The loss or the gradient is no longer finite."""
+
+
+def train(run: Run) -> bool:
+    """Trains from the run's latest checkpoint, or from the start, to its last step.
+
+    Writes the files of `RunFiles`. A run that is killed at any point and started again ends with
+    the same parameters, and the same metrics apart from times, as one that is not. SIGTERM and
+    SIGINT end a run after the next step, with a checkpoint.
+
+    Args:
+      run: from `open_run`.
+
+    Returns:
+      Whether the run is complete, and not stopped by a signal.
+
+    Raises:
+      DivergenceError: loss or gradient became NaN or infinite. Such a state is never saved.
+    """
+    config, files = run.config, run.files
+    start = 0 if run.state is None else int(run.state.step)
+    with contextlib.closing(run.checkpoints):
+        if start >= config.steps and _is_summarized(run, start):
+            _say(f"{files.config.parent} is finished at step {start}; more --steps continue it")
+            _list_files(run)
+            return True
+
+        if _is_primary():
+            save_config(config, files.config)
+            run.corpus.tokenizer.save(files.tokenizer)
+        state = run.state or _initial_state(run)
+        _say(_describe(run, state))
+        if start:
+            _say(f"continuing from the checkpoint of step {start}")
+        log = MetricsLog(files.metrics, files.tensorboard, start)
+        with contextlib.closing(log):
+            state = _take_steps(run, state, start, log)
+    if int(state.step) < config.steps:
+        _say(f"stopped after step {int(state.step)} with a checkpoint; start again to continue")
+        return False
+    _finish(run, state)
+    return True
+
+
+def _take_steps(run: Run, state: TrainState, start: int, log: MetricsLog) -> TrainState:
+    """Returns the state after the last step, or after a signal."""
+    config = run.config
+    if start >= config.steps:
+        return state
+    step_fn = _compile_step(run, state)
+    batches, data_state = _open_batches(run)
+    with contextlib.closing(batches), _StopSignal() as stop, _progress_bar(config, start) as bar:
+        clock, clock_step = time.perf_counter(), start
+        for step in range(start + 1, config.steps + 1):
+            state, metrics = step_fn(state, _device_batch(run, next(batches)))
+            bar.update()
+            last, stops = step == config.steps, stop.received
+            validates = last or step % config.validate_every == 0
+            saves = last or stops or step % config.checkpoint_every == 0
+            logs = last or step == 1 or step % config.log_every == 0
+            if logs or validates or saves:
+                row = {"step": step, "tokens": step * config.tokens_per_step}
+                row |= _checked(metrics, run, step)
+            if logs:
+                seconds = time.perf_counter() - clock
+                row |= _speed(run, (step - clock_step) / seconds)
+                log.write(row)
+                bar.set_postfix_str(_abbreviate(row), refresh=False)
+                clock, clock_step = time.perf_counter(), step
+            if validates and run.corpus.validation is not None:
+                validation = _validate(run, state)
+                log.write({"step": step, **validation})
+                bar.write(f"step {step}: {_format(validation)}")
+            if saves:
+                progress = {"position": step * config.global_batch_size, **data_state}
+                progress["iterator"] = batches.get_state()
+                save_checkpoint(run.checkpoints, state, progress)
+            if validates or saves:
+                clock, clock_step = time.perf_counter(), step
+            if stops:
+                break
+    return state
+
+
+def _initial_state(run: Run) -> TrainState:
+    sharding = replicated(run.mesh)
+    return jax.jit(initial_state, static_argnums=0, out_shardings=sharding)(run.config)
+
+
+def _compile_step(run: Run, state: TrainState) -> Callable:
+    shape = (run.config.accumulation, run.config.microbatch_size, run.config.data.sequence_length)
+    dtypes = {name: jnp.int32 for name in ("inputs", "targets", "segment_ids")}
+    dtypes["weights"] = jnp.float32
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    began = time.perf_counter()
+    compiled = jit_train_step(run.config, run.mesh).lower(state, batch).compile()
+    _say(f"compiled in {time.perf_counter() - began:.0f} s")
+    return compiled
+
+
+def _open_batches(run: Run) -> tuple[grain.DatasetIterator, dict[str, Any]]:
+    """Returns the iterator at the run's position, and what is to be saved with its state."""
+    readers = [jax.process_count(), run.config.data.num_workers]
+    saved = run.progress
+    # The iterator's own state fits only as many readers as wrote it; the position fits any.
+    fits = saved.get("readers") == readers
+    start_sequence = saved["start_sequence"] if fits else saved.get("position", 0)
+    batches = train_iterator(
+        run.corpus.train,
+        global_batch_size=run.config.global_batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_sequence=start_sequence,
+        num_workers=run.config.data.num_workers,
+    )
+    if fits:
+        batches.set_state(saved["iterator"])
+    return batches, {
+        "corpus": run.corpus.digest,
+        "readers": readers,
+        "start_sequence": start_sequence,
+    }
+
+
+def _device_batch(run: Run, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Splits this process's rows into microbatches and puts them on the mesh."""
+    split = {
+        name: rows.reshape(run.config.accumulation, -1, rows.shape[-1])
+        for name, rows in batch.items()
+    }
+    return jax.make_array_from_process_local_data(batch_sharding(run.mesh), split)
+
+
+def _checked(metrics: StepMetrics, run: Run, step: int) -> dict[str, float]:
+    """Brings metrics to the host; waits for the step."""
+    row = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+    if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+        saved = run.checkpoints.latest_step()
+        raise DivergenceError(
+            f"the run has diverged: loss {row['loss']}, gradient norm {row['grad_norm']} at step "
+            f"{step}. "
+            + ("No checkpoint was written." if saved is None else f"Last checkpoint: step {saved}.")
+        )
+    return row
+
+
+def _speed(run: Run, steps_per_second: float) -> dict[str, float]:
+    config = run.config
+    tokens_per_second = steps_per_second * config.tokens_per_step
+    speed = {"tokens_per_second": tokens_per_second}
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is not None and config.model.dtype in ("bfloat16", "float16"):
+        flops = training_flops_per_token(config.model, config.data.sequence_length)
+        speed["model_flop_utilisation"] = tokens_per_second * flops / (peak * jax.device_count())
+    return speed
+
+
+def _abbreviate(row: dict[str, float]) -> str:
+    text = f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+    if "model_flop_utilisation" in row:
+        text += f", MFU {row['model_flop_utilisation']:.1%}"
+    return text
+
+
+def _validate(run: Run, state: TrainState) -> dict[str, float]:
+    result = evaluate_perplexity(
+        run.config.model,
+        state.params,
+        run.corpus.validation,
+        mesh=run.mesh,
+        batch_size=run.config.microbatch_size,
+        max_batches=run.config.validation_batches,
+    )
+    return {f"validation_{name}": value for name, value in result._asdict().items()}
+
+
+def _finish(run: Run, state: TrainState) -> None:
+    """Writes sample, plot and summary."""
+    config, files = run.config, run.files
+    _say("\na sample:")
+    (text,) = sample_text(
+        config.model,
+        state.params,
+        run.corpus.tokenizer,
+        config.sample_prompt,
+        max_new_tokens=config.sample_tokens,
+        seed=config.seed,
+        stream=sys.stdout if _is_primary() else None,
+    )
+    _say("\n")
+    if not _is_primary():
+        return
+    rows = read_metrics(files.metrics)
+    losses = [row for row in rows if "loss" in row]
+    validations = [row for row in rows if "validation_loss" in row]
+    summary = {"first_loss": losses[0]["loss"], **losses[-1], **(validations or [{}])[-1]}
+    _say(_format(summary))
+    files.sample.write_text(text + "\n")
+    plot_losses(rows, files.plot)
+    files.summary.write_text(json.dumps(summary, indent=2) + "\n")
+    _list_files(run)
+
+
+def _is_summarized(run: Run, step: int) -> bool:
+    """Whether the summary, which is written last, is that of `step`."""
+    try:
+        return json.loads(run.files.summary.read_text())["step"] == step
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _describe(run: Run, state: TrainState) -> str:
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    return (
+        f"{parameters:,} parameters, {run.corpus.train.store.num_tokens:,} tokens of text, "
+        f"{run.config.steps:,} steps of {run.config.tokens_per_step:,} tokens on "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
+
+
+def _list_files(run: Run) -> None:
+    for name, path in run.files._asdict().items():
+        _say(f"  {name:<12}{path}")
+
+
+def _format(row: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.5g}" for name, value in row.items())
+
+
+def _progress_bar(config: TrainingConfig, start: int) -> tqdm:
+    return tqdm(
+        desc="train",
+        total=config.steps,
+        initial=start,
+        unit="step",
+        mininterval=1 if sys.stderr.isatty() else 10,
+        disable=not _is_primary(),
+    )
+
+
+def _is_primary() -> bool:
+    return jax.process_index() == 0
+
+
+def _say(text: str) -> None:
+    if _is_primary():
+        print(text, flush=True)
+
+
+class _StopSignal:
+    """Notes SIGTERM or SIGINT, and lets a second one act as usual."""
+
+    def __enter__(self) -> Self:
+        self.received = False
+        self._handlers = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame) -> None:
+        self.received = True
+        signal.signal(number, self._handlers[number])
