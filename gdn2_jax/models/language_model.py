@@ -62,7 +62,7 @@ class LanguageModel(nn.Module):
         )
         layers = nn.scan(
             Layers,
-            variable_axes={"params": 0, "cache": 0},
+            variable_axes={"params": 0, "cache": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.num_layers // (2 if config.hybrid else 1),

@@ -1,0 +1,243 @@
+import dataclasses
+import functools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from gdn2_jax.layers import GatedDeltaNet2, SlidingWindowAttention, SwiGLU
+from gdn2_jax.models import PRESETS, LanguageModel
+
+
+def tokens(*shape):
+    return jax.random.randint(jax.random.key(2), shape, 0, 31)
+
+
+def apply(config, params, *args):
+    return jax.jit(LanguageModel(config).apply)({"params": params}, *args)
+
+
+def loss(config, params, ids):
+    return jnp.mean(jnp.square(LanguageModel(config).apply({"params": params}, ids)))
+
+
+def test_model_is_its_blocks_in_order(small_model):
+    config, params = small_model
+    ids = tokens(2, 9)
+
+    def norm(scale, x):
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-5) * scale
+
+    @jax.jit
+    def by_hand(params, ids):
+        gdn2 = GatedDeltaNet2(num_heads=2, head_dim=8, implementation="recurrent")
+        attention = SlidingWindowAttention(num_heads=2, window_size=4)
+        x = params["embed"]["embedding"][ids]
+        for layer in range(4):
+            hybrid = "attention_block" in params["layers"]
+            name = "attention_block" if hybrid and layer % 2 else "block"
+            index = layer // 2 if hybrid else layer
+            p = jax.tree.map(operator.itemgetter(index), params["layers"][name])
+            mixer = attention if name == "attention_block" else gdn2
+            x += mixer.apply({"params": p["mixer"]}, norm(p["mixer_norm"]["scale"], x))
+            x += SwiGLU(24).apply({"params": p["mlp"]}, norm(p["mlp_norm"]["scale"], x))
+        return norm(params["final_norm"]["scale"], x) @ params["lm_head"]["kernel"]
+
+    expected = by_hand(params, ids)
+    np.testing.assert_allclose(apply(config, params, ids), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("decode", [False, True])
+def test_parameter_tree_does_not_depend_on_remat_or_decoding(hybrid_model, remat, decode):
+    config, params = hybrid_model
+    model = LanguageModel(dataclasses.replace(config, remat=remat), decode=decode)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens(1, 3))["params"]
+    assert jax.tree.map(lambda p: (p.shape, p.dtype), shapes) == jax.tree.map(
+        lambda p: (p.shape, p.dtype), params
+    )
+
+
+@functools.cache
+def plain_gradients(config):
+    return jax.jit(jax.value_and_grad(functools.partial(loss, config)))
+
+
+def assert_gradients_close(actual, expected):
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * jnp.abs(b).max())
+
+    jax.tree.map(compare, actual, expected)
+
+
+def test_gradients_are_the_same_with_and_without_remat(hybrid_model):
+    config, params = hybrid_model
+    recomputing = dataclasses.replace(config, remat="full")
+    _, kept = plain_gradients(config)(params, tokens(4, 6))
+    _, recomputed = plain_gradients(recomputing)(params, tokens(4, 6))
+    assert_gradients_close(recomputed, kept)
+
+
+def test_remat_keeps_less_between_the_passes(hybrid_model):
+    config, params = hybrid_model
+
+    def temporary_bytes(remat):
+        gradient = jax.grad(functools.partial(loss, dataclasses.replace(config, remat=remat)))
+        compiled = jax.jit(gradient).lower(params, tokens(4, 128)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("full") < 0.8 * temporary_bytes("none")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_model_keeps_parameters_stream_and_logits_in_float32(hybrid_model, dtype):
+    config, params = hybrid_model
+    ids = tokens(2, 7)
+    narrow = LanguageModel(dataclasses.replace(config, dtype=dtype))
+    shapes = jax.eval_shape(narrow.init, jax.random.key(0), ids)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    run = jax.jit(
+        functools.partial(narrow.apply, capture_intermediates=True, mutable="intermediates")
+    )
+    logits, kept = run({"params": params}, ids)
+    kept = kept["intermediates"]
+    layers = kept["layers"]
+    assert logits.dtype == jnp.float32
+    assert kept["embed"]["__call__"][0].dtype == jnp.float32
+    for block in ("block", "attention_block"):
+        assert layers[block]["__call__"][0].dtype == jnp.float32
+        assert layers[block]["mixer_norm"]["__call__"][0].dtype == jnp.float32
+        assert layers[block]["mixer"]["__call__"][0].dtype == dtype
+        assert layers[block]["mlp"]["__call__"][0].dtype == dtype
+    wide = apply(config, params, ids)
+    np.testing.assert_allclose(logits, wide, atol=0.1 * jnp.abs(wide).max())
+
+
+def test_segments_isolate_documents(small_model):
+    config, params = small_model
+    ids = tokens(1, 12)
+    segment_ids = jnp.array([[1] * 5 + [2] * 7])
+    packed = apply(config, params, ids, segment_ids)
+    alone = [apply(config, params, ids[:, a:b]) for a, b in [(0, 5), (5, 12)]]
+    np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=1e-5)
+
+
+def test_model_is_causal(small_model):
+    config, params = small_model
+    ids = tokens(1, 10)
+    changed = ids.at[0, 6].add(1) % 31
+    before, after = apply(config, params, ids), apply(config, params, changed)
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert jnp.all(jnp.any(before[:, 6:] != after[:, 6:], axis=-1))
+
+
+def test_decoding_equals_the_full_forward(small_model):
+    config, params = small_model
+    ids = tokens(2, 12)
+    full = apply(config, params, ids)
+    model = LanguageModel(config, decode=True)
+    run = jax.jit(lambda variables, ids: model.apply(variables, ids, mutable=["cache"]))
+    variables = {"params": params}
+    for start, stop in [(0, 5), (5, 6), (6, 7), (7, 11), (11, 12)]:
+        logits, cache = run(variables, ids[:, start:stop])
+        np.testing.assert_allclose(logits, full[:, start:stop], atol=1e-5)
+        variables = {"params": params, **cache}
+
+
+def test_cache_does_not_grow_with_the_number_of_tokens(hybrid_model):
+    config, params = hybrid_model
+    model = LanguageModel(config, decode=True)
+
+    def cache(length):
+        _, variables = jax.eval_shape(
+            lambda: model.apply({"params": params}, tokens(1, length), mutable=["cache"])
+        )
+        return jax.tree.map(lambda leaf: leaf.shape, variables)
+
+    assert cache(3) == cache(300)
+
+
+def test_last_only_gives_the_last_logits(hybrid_model):
+    config, params = hybrid_model
+    ids = tokens(2, 6)
+    last = LanguageModel(config).apply({"params": params}, ids, last_only=True)
+    np.testing.assert_allclose(last, apply(config, params, ids)[:, -1:], atol=1e-5)
+
+
+def test_initial_parameters_are_depth_scaled_where_they_should_be(small_model):
+    config, _ = small_model
+    config = dataclasses.replace(config, d_model=64, mlp_dim=96)
+    params = jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens(1, 1))["params"]
+
+    def bound(leaf):
+        return float(jnp.abs(leaf).max())
+
+    deep = math.sqrt(2 * 4)
+    expected = {"lm_head": 1 / 8}
+    actual = {"lm_head": bound(params["lm_head"]["kernel"])}
+    for name, block in params["layers"].items():
+        mlp, mixer = block["mlp"], block["mixer"]
+        expected |= {f"{name}/up": 1 / 8, f"{name}/gate": 1 / 8}
+        expected[f"{name}/down"] = 96**-0.5 / deep
+        for part in ("up", "gate", "down"):
+            actual[f"{name}/{part}"] = bound(mlp[f"{part}_proj"]["kernel"])
+        fan_out = 2**-2.5 * math.sqrt(6 / (64 + 16))
+        attention = name == "attention_block"
+        expected[f"{name}/q"] = 1 / 8 if attention else fan_out
+        expected[f"{name}/o"] = 1 / 8 / deep if attention else fan_out
+        for part in "qo":
+            actual[f"{name}/{part}"] = bound(mixer[f"{part}_proj"]["kernel"])
+        # Layers are drawn apart from each other.
+        assert not jnp.array_equal(mlp["up_proj"]["kernel"][0], mlp["up_proj"]["kernel"][1])
+    for name, value in expected.items():
+        assert 0.97 * value < actual[name] <= 1.0001 * value, name
+    assert abs(params["embed"]["embedding"].std() - 0.02) < 1e-3
+
+
+def test_sharded_batches_give_the_logits_and_gradients_of_one_device(hybrid_model):
+    config, params = hybrid_model
+    ids = tokens(4, 6)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=auto, devices=jax.devices()[:2])
+    spec = PartitionSpec("data")
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec()
+    )
+    def sharded(params, ids):
+        value, gradient = jax.value_and_grad(functools.partial(loss, config))(params, ids)
+        return jax.lax.pmean(value, "data"), gradient
+
+    value, gradient = sharded(params, ids)
+    whole, expected = plain_gradients(config)(params, ids)
+    np.testing.assert_allclose(value, whole, rtol=1e-5)
+    # Inside shard_map the gradient of a replicated parameter is summed over the mesh.
+    assert_gradients_close(jax.tree.map(lambda leaf: leaf / 2, gradient), expected)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_large_model_lowers_for_gpus_on_this_host(remat):
+    config = dataclasses.replace(PRESETS["swa_gdn2_1.3B"], remat=remat)
+    ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), ids)["params"]
+    gradient = jax.jit(jax.grad(functools.partial(loss, config)))
+    assert gradient.trace(params, ids).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "ids", [np.zeros(3, np.int32), np.zeros((1, 0), np.int32), np.zeros((1, 3), np.float32)]
+)
+def test_malformed_tokens_are_named(hybrid_model, ids):
+    with pytest.raises(ValueError, match="^tokens: expected .*got"):
+        jax.eval_shape(LanguageModel(hybrid_model[0]).init, jax.random.key(0), ids)
+
+
+def test_malformed_segments_are_named(hybrid_model):
+    config, params = hybrid_model
+    with pytest.raises(ValueError, match="^segment_ids: expected .*got"):
+        LanguageModel(config).apply({"params": params}, tokens(1, 4), tokens(1, 3))
