@@ -31,7 +31,7 @@ from gdn2_jax.ops.triangular_inverse import unit_lower_inverse
 _MAX_CHUNK_SIZE = 64
 _MIN_CHUNK_SIZE = 16
 _SPANS = 4
-_UNROLL = 8
+_UNROLL = 4
 
 
 class _Masks(NamedTuple):

@@ -1,0 +1,331 @@
+"""Times the operator and measures its memory: implementation x shape x dtype.
+
+    python experiments/benchmark_operator.py                       # the project's own shapes
+    python experiments/benchmark_operator.py --shapes 1,8192,16,128 --dtypes bfloat16
+    python experiments/benchmark_operator.py --peers fla cudnn     # PyTorch kernels in this process
+
+A row is one compiled function: the forward, or the forward and the backward with cotangents of both
+results. Times are medians with the interquartile range; inputs are on the device, compilation is
+apart. "temp / inputs" is the compiled function's temporary memory over the bytes of its inputs,
+and "floor" what reading every input and writing every result once would take at the bandwidth of
+a large copy, measured in the same process.
+"""
+
+import dataclasses
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from gdn2_jax import gated_delta_rule_2
+from gdn2_jax.testing import operator_inputs
+
+Shape = tuple[int, int, int, int]
+
+# (shape, dtype, implementations); None stands for the implementation the device gets by default.
+CPU_CASES = [((1, 2048, 4, 64), "float32", ("recurrent", "xla"))]
+GPU_CASES = [
+    ((8, 4096, 16, 128), "bfloat16", ("xla",)),
+    ((1, 32768, 16, 128), "bfloat16", ("xla",)),
+    ((1, 2048, 4, 64), "float32", ("recurrent", "xla")),
+]
+MEMORY_SHAPE = (1, 4096, 4, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure.
+
+    Attributes:
+      shapes: each "B,T,H,d"; the project's own where empty.
+      implementations: of the operator, for the shapes given.
+      dtypes: of q, k, v, b and w, for the shapes given.
+      peers: kernels of other packages to time beside ours, where importable: fla, cudnn.
+      repeats: timed samples of each function.
+      output: file to append the rows to, as JSON lines.
+    """
+
+    shapes: tuple[str, ...] = ()
+    implementations: tuple[str, ...] = ("xla",)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    peers: tuple[str, ...] = ()
+    repeats: int = 10
+    output: Path | None = None
+
+
+def main(config: Config) -> None:
+    """Prints the table."""
+    on_gpu = jax.default_backend() == "gpu"
+    bandwidth = copy_bandwidth() if on_gpu else None
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
+    if bandwidth:
+        print(f"copy bandwidth (read + write): {bandwidth / 1e12:.2f} TB/s", flush=True)
+    print_header()
+    rows = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print_row(row)
+        if config.output:
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+            with config.output.open("a") as file:
+                file.write(json.dumps({"device": jax.devices()[0].device_kind, **row}) + "\n")
+
+    cases = GPU_CASES if on_gpu else CPU_CASES
+    if config.shapes:
+        shapes = [parse_shape(shape) for shape in config.shapes]
+        cases = [(s, dtype, config.implementations) for s in shapes for dtype in config.dtypes]
+    for shape, dtype, implementations in cases:
+        arguments, cotangents = inputs(shape, dtype)
+        for implementation in implementations:
+            for name, function, operands in (
+                ("forward", forward(implementation), arguments),
+                ("forward + backward", both(implementation), (arguments, cotangents)),
+            ):
+                row = measure(function, operands, config.repeats)
+                floor = traffic(arguments, name) / bandwidth * 1e3 if bandwidth else None
+                add(dict(label(implementation, shape, dtype, name), **row, floor_ms=floor))
+        for peer in config.peers:
+            for row in time_peer(peer, arguments, config.repeats):
+                add(dict(label(peer, shape, dtype, row.pop("pass")), **row))
+    if not config.shapes:
+        for row in memory_rows():
+            add(row)
+    for line in summary(rows):
+        print(line)
+    if config.output:
+        print(f"rows appended to {config.output}")
+
+
+def parse_shape(text: str) -> Shape:
+    """Reads "B,T,H,d"."""
+    shape = tuple(int(number) for number in text.split(","))
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"shapes: expected B,T,H,d, got {text!r}")
+    return shape
+
+
+def inputs(shape: Shape, dtype: str) -> tuple[tuple, tuple]:
+    """Gates as a layer has them at initialisation, and cotangents of both results."""
+    batch, length, heads, dim = shape
+    drawn = operator_inputs(batch, length, heads, dim, dtype=dtype, initial_state=False)
+    state = jax.random.normal(jax.random.key(0), (batch, heads, dim, dim), drawn.g.dtype)
+    return tuple(drawn[:6]), (drawn.v[::-1], state)
+
+
+def forward(implementation: str) -> Callable:
+    """The operator, jitted."""
+    return jax.jit(lambda *arguments: gated_delta_rule_2(*arguments, implementation=implementation))
+
+
+def both(implementation: str) -> Callable:
+    """The operator and its gradients, jitted."""
+
+    def run(arguments, cotangents):
+        results, pullback = jax.vjp(forward(implementation), *arguments)
+        return results, pullback(cotangents)
+
+    return jax.jit(run)
+
+
+def measure(function: Callable, operands: tuple, repeats: int) -> dict[str, Any]:
+    """Compiles, warms up and times a function."""
+    start = time.perf_counter()
+    compiled = function.lower(*operands).compile()
+    compile_s = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+    def run(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            results = compiled(*operands)
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / calls
+
+    run(1)
+    # Calls are queued on the device, so that many of them hide the host's share.
+    calls = max(1, min(200, int(0.05 / run(1))))
+    return {
+        **spread([run(calls) * 1e3 for _ in range(repeats)]),
+        "compile_s": compile_s,
+        "temp_ratio": memory.temp_size_in_bytes / memory.argument_size_in_bytes,
+        "peak_gib": total / 2**30,
+    }
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and interquartile range."""
+    if len(samples) < 2:
+        return {"median_ms": samples[0], "iqr_ms": 0.0}
+    low, median, high = statistics.quantiles(samples, n=4)
+    return {"median_ms": median, "iqr_ms": high - low}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 4 GiB."""
+    x = jax.random.normal(jax.random.key(0), (2**30,))
+    seconds = measure(jax.jit(lambda x: x + 1), (x,), 5)["median_ms"] / 1e3
+    return 2 * x.nbytes / seconds
+
+
+def traffic(arguments: tuple, name: str) -> int:
+    """Bytes of every input, result, cotangent and gradient once."""
+    read = sum(x.nbytes for x in arguments)
+    output = arguments[2].nbytes
+    return read + output if name == "forward" else 3 * read + 2 * output
+
+
+def memory_rows() -> list[dict[str, Any]]:
+    """Compiles forward + backward at a length and twice that; nothing runs."""
+    rows = []
+    batch, length, heads, dim = MEMORY_SHAPE
+    for shape in (MEMORY_SHAPE, (batch, 2 * length, heads, dim)):
+        key_side = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+        g = jax.ShapeDtypeStruct(shape, jnp.float32)
+        state = jax.ShapeDtypeStruct((batch, heads, dim, dim), jnp.float32)
+        arguments = (key_side, key_side, key_side, g, key_side, key_side)
+        start = time.perf_counter()
+        compiled = both("xla").lower(arguments, (key_side, state)).compile()
+        compile_s = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        given = sum(x.size * x.dtype.itemsize for x in arguments)
+        temp = memory.temp_size_in_bytes
+        total = memory.argument_size_in_bytes + memory.output_size_in_bytes + temp
+        rows.append(
+            dict(
+                label("xla", shape, "bfloat16", "forward + backward"),
+                compile_s=compile_s,
+                temp_ratio=temp / given,
+                peak_gib=total / 2**30,
+            )
+        )
+    return rows
+
+
+def time_peer(peer: str, arguments: tuple, repeats: int) -> list[dict[str, Any]]:
+    """Times another package's kernel on the same inputs, with CUDA events."""
+    try:
+        torch = importlib.import_module("torch")
+        function, operands = {"fla": fla_call, "cudnn": cudnn_call}[peer](torch, arguments)
+    except ImportError as error:
+        print(f"{peer}: not importable ({error})")
+        return []
+    try:
+        operands = [x.requires_grad_() if x.is_floating_point() else x for x in operands]
+        output = function(*operands)
+        cotangent = torch.randn_like(output)
+
+        def step():
+            torch.autograd.backward(function(*operands), cotangent)
+            for x in operands:
+                x.grad = None
+
+        return [
+            {"pass": "forward", **cuda_times(torch, lambda: function(*operands), repeats)},
+            {"pass": "forward + backward", **cuda_times(torch, step, repeats)},
+        ]
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        print(f"{peer}: declined these inputs ({error})")
+        return []
+
+
+def fla_call(torch: Any, arguments: tuple) -> tuple[Callable, list]:
+    """flash-linear-attention's GDN-2."""
+    chunk_gdn2 = importlib.import_module("fla.ops.gdn2").chunk_gdn2
+    return lambda *x: chunk_gdn2(*x)[0], [to_torch(torch, x) for x in arguments]
+
+
+def cudnn_call(torch: Any, arguments: tuple) -> tuple[Callable, list]:
+    """KDA of cuDNN, whose GDN-2 declines Hopper; the erase gate's mean serves as its scalar beta."""
+    attention = importlib.import_module("cudnn.linear_attention").kimi_delta_attention
+    q, k, v, g, b, _ = arguments
+    batch, length = q.shape[:2]
+    packed = [to_torch(torch, x.reshape(-1, *x.shape[2:])) for x in (q, k, v, g, b.mean(-1))]
+    cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * length
+    return lambda *x: attention(*x, cu_seqlens)[0], packed
+
+
+def to_torch(torch: Any, x: jax.Array) -> Any:
+    """Copies an array to PyTorch, on the GPU."""
+    return torch.from_dlpack(x).clone()
+
+
+def cuda_times(torch: Any, function: Callable, repeats: int) -> dict[str, float]:
+    """Times a PyTorch function with events around batches of ten calls."""
+    for _ in range(3):
+        function()
+    samples = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(10):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(end) / 10)
+    return spread(samples)
+
+
+def label(implementation: str, shape: Shape, dtype: str, name: str) -> dict[str, Any]:
+    """What a row is about."""
+    return {"implementation": implementation, "shape": shape, "dtype": dtype, "pass": name}
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Ratios of "xla" to "recurrent" where both were timed."""
+    times = {
+        (row["shape"], row["pass"], row["implementation"]): row["median_ms"]
+        for row in rows
+        if "median_ms" in row
+    }
+    lines = []
+    for (shape, name, implementation), ms in times.items():
+        other = times.get((shape, name, "recurrent"))
+        if implementation == "xla" and other:
+            lines.append(f"{shape} {name}: xla takes {ms / other:.2f} of recurrent's time")
+    return lines
+
+
+COLUMNS = [
+    ("implementation", 14, ""),
+    ("shape", 20, ""),
+    ("dtype", 9, ""),
+    ("pass", 19, ""),
+    ("median_ms", 9, ".3f"),
+    ("iqr_ms", 7, ".3f"),
+    ("floor_ms", 8, ".3f"),
+    ("compile_s", 9, ".1f"),
+    ("temp_ratio", 13, ".2f"),
+    ("peak_gib", 8, ".2f"),
+]
+
+
+def print_header() -> None:
+    """Prints the names of the columns, and of the ratio to the floor."""
+    names = {"temp_ratio": "temp / inputs", "median_ms": "median ms", "iqr_ms": "IQR ms"}
+    names |= {"floor_ms": "floor ms", "compile_s": "compile s", "peak_gib": "peak GiB"}
+    print("  ".join(f"{names.get(key, key):>{width}}" for key, width, _ in COLUMNS), "   x floor")
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Prints a row of the table."""
+    cells = []
+    for key, width, style in COLUMNS:
+        value = row.get(key)
+        value = ",".join(map(str, value)) if key == "shape" else value
+        cells.append(f"{'-' if value is None else format(value, style):>{width}}")
+    floor = row.get("floor_ms")
+    cells.append(f"{row['median_ms'] / floor:9.1f}" if floor else f"{'-':>9}")
+    print("  ".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
