@@ -23,8 +23,8 @@ class DataConfig:
     """Cuts each .txt file into documents where this string stands. Empty: one document a file."""
 
     tokenizer: str = "bytes"
-    """"bytes"; the path of a Hugging Face tokenizer.json; or "train:N", a byte-level BPE of N
-    entries trained on the training documents."""
+    """"bytes" (257 entries: the byte values and the end of a document); the path of a Hugging Face
+    tokenizer.json; or "train:N", a byte-level BPE of N entries trained on the training documents."""
 
     end_of_document: str = ""
     """The token that ends each document, for a tokenizer.json. Empty: the usual names are tried."""

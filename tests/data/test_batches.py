@@ -7,11 +7,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import grain
 import numpy as np
 import pytest
-from etils import epath
 
 from gdn2_jax.data import PackedSequences, train_iterator, validation_batches
 
@@ -123,10 +123,8 @@ def test_grains_checkpoint_handler_saves_and_restores_the_stream(sequences, tmp_
     handler = grain.checkpoint.CheckpointHandler()
     iterator = train_iterator(sequences, global_batch_size=BATCH)
     next(iterator)
-    handler.save(epath.Path(tmp_path), item=iterator)
-    restored = handler.restore(
-        epath.Path(tmp_path), item=train_iterator(sequences, global_batch_size=BATCH)
-    )
+    handler.save(tmp_path, item=iterator)
+    restored = handler.restore(tmp_path, item=train_iterator(sequences, global_batch_size=BATCH))
     assert_same(take(3, restored), take(3, iterator))
 
 
@@ -204,18 +202,22 @@ def test_workers_end_with_a_killed_run_and_leave_no_shared_memory(tmp_path):
         """)
     )
     (tmp_path / "text.txt").write_text("some text " * 1000)
-    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    before = _shared_memory()
     run = subprocess.Popen([sys.executable, script], cwd=tmp_path, stdout=subprocess.PIPE)
     workers = [int(pid) for pid in run.stdout.readline().split()]
     assert len(workers) == 2
-    new = set(os.listdir("/dev/shm")) - before if before else set()
-    assert not {name for name in new if name.startswith("psm_")}
+    assert _shared_memory() <= before
     run.send_signal(signal.SIGKILL)
     run.wait()
     deadline = time.time() + 20
     while any(_is_alive(pid) for pid in workers):
         assert time.time() < deadline, "a worker outlived the run"
         time.sleep(0.1)
+
+
+def _shared_memory():
+    """Names of the segments of Python's shared memory (none where they are not files)."""
+    return {path.name for path in Path("/dev/shm").glob("psm_*")}
 
 
 def _is_alive(pid):

@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 import pytest
+import tokenizers
 
 from gdn2_jax.data import DataConfig, prepare, train_tokenizer
 from gdn2_jax.data import corpus as corpus_module
@@ -221,6 +222,22 @@ def test_a_tokenizer_file_is_used_and_its_contents_are_part_of_the_digest(corpus
     second = corpus(tokenizer=str(path))
     assert second.digest != first.digest
     assert second.train.store.num_tokens > first.train.store.num_tokens
+
+
+def test_another_separator_or_end_token_changes_the_digest(corpus, tmp_path):
+    (tmp_path / "text.txt").write_text("a few words, and more\n" * 50 + "and others; and\n" * 50)
+    paths = {"paths": (str(tmp_path / "text.txt"),), "validation_fraction": 0}
+    separated = [corpus(**paths, document_separator=separator) for separator in ("\n", ", ", "")]
+    assert len({c.digest for c in separated}) == 3
+
+    vocabulary = {"<unk>": 0, "</s>": 1, "stop": 2}
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "<unk>")).save(str(path))
+    ended = [
+        corpus(tokenizer=str(path), end_of_document=end, sequence_length=4).train.store.tokens[-1]
+        for end in ("", "stop")
+    ]
+    assert ended == [1, 2]
 
 
 def test_a_missing_tokenizer_is_an_error_before_anything_is_written(corpus, tmp_path):

@@ -109,3 +109,10 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
 def test_an_unknown_tokenizer_is_named():
     with pytest.raises(FileNotFoundError, match='expected "bytes", "train:N" or .* got byte$'):
         load_tokenizer("byte")
+
+
+def test_training_reads_no_more_characters_than_its_limit(monkeypatch):
+    monkeypatch.setattr("gdn2_jax.data.tokenizer._TRAINING_CHARACTERS", 16)
+    tokenizer = train_tokenizer(["xyxyxyxy", "xyxyxyxy" + "pqpqpqpq" * 9, "pqpqpqpq" * 9], 300)
+    assert len(tokenizer.encode("xyxyxyxy")) < 8
+    assert len(tokenizer.encode("pqpqpqpq")) == 8
