@@ -210,9 +210,11 @@ def test_workers_end_with_a_killed_run_and_leave_no_shared_memory(tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     deadline = time.time() + 20
-    while any(_is_alive(pid) for pid in workers):
-        assert time.time() < deadline, "a worker outlived the run"
+    while (alive := [pid for pid in workers if _is_alive(pid)]) and time.time() < deadline:
         time.sleep(0.1)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    assert not alive, "workers outlived the run"
 
 
 def _shared_memory():
