@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = [
+    "absl-py",
     "chex",
     "grain",
     "matplotlib",
