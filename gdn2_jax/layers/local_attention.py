@@ -46,7 +46,7 @@ def local_attention(
             return jax.nn.dot_product_attention(
                 *(q, k, v),
                 is_causal=True,
-                local_window_size=(window_size - 1, 0),
+                local_window_size=(window_size - 1, 0) if q.shape[1] > window_size else None,
                 implementation="cudnn",
             )
         except (NotImplementedError, RuntimeError):

@@ -259,7 +259,9 @@ def test_without_short_convolutions_tokens_meet_only_in_the_state(make):
     np.testing.assert_allclose(apply(layer, params, x), alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["recurrent", "xla"])
+@pytest.mark.parametrize(
+    "implementation", ["recurrent", pytest.param("xla", marks=pytest.mark.slow)]
+)
 def test_prefill_steps_and_a_second_prefill_equal_the_full_forward(make, implementation):
     x = inputs(2, 80, WIDTH)
     layer, params = make(x[:, :1], implementation=implementation, num_value_heads=4)

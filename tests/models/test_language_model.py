@@ -74,6 +74,7 @@ def assert_gradients_close(actual, expected):
     jax.tree.map(compare, actual, expected)
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_with_and_without_remat(hybrid_model):
     config, params = hybrid_model
     recomputing = dataclasses.replace(config, remat="full")
@@ -82,6 +83,7 @@ def test_gradients_are_the_same_with_and_without_remat(hybrid_model):
     assert_gradients_close(recomputed, kept)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less_between_the_passes(hybrid_model):
     config, params = hybrid_model
 
@@ -168,8 +170,8 @@ def test_last_only_gives_the_last_logits(hybrid_model):
     np.testing.assert_allclose(last, apply(config, params, ids)[:, -1:], atol=1e-5)
 
 
-def test_initial_parameters_are_depth_scaled_where_they_should_be(small_model):
-    config, _ = small_model
+def test_initial_parameters_are_depth_scaled_where_they_should_be(hybrid_model):
+    config, _ = hybrid_model
     config = dataclasses.replace(config, d_model=64, mlp_dim=96)
     params = jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens(1, 1))["params"]
 
@@ -198,6 +200,7 @@ def test_initial_parameters_are_depth_scaled_where_they_should_be(small_model):
     assert abs(params["embed"]["embedding"].std() - 0.02) < 1e-3
 
 
+@pytest.mark.slow
 def test_sharded_batches_give_the_logits_and_gradients_of_one_device(hybrid_model):
     config, params = hybrid_model
     ids = tokens(4, 6)
