@@ -26,6 +26,12 @@ def open_checkpoints(directory: Path, kept: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
+def read_checkpoints(directory: Path) -> ocp.CheckpointManager:
+    """Returns a manager that alters nothing, not even where a run is saving at the moment."""
+    options = ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False)
+    return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
 def save_checkpoint(
     manager: ocp.CheckpointManager, state: TrainState, progress: dict[str, Any]
 ) -> None:

@@ -17,6 +17,7 @@ from gdn2_jax.parallel import data_mesh
 from gdn2_jax.training.checkpoint import (
     CheckpointError,
     open_checkpoints,
+    read_checkpoints,
     restore_checkpoint,
     restore_params,
 )
@@ -166,7 +167,7 @@ def load_trained(directory: Path) -> TrainedModel:
     if not files.checkpoints.is_dir():
         raise FileNotFoundError(f"{directory} is not the directory of a run")
     config = load_config(files.config)
-    with contextlib.closing(open_checkpoints(files.checkpoints, None)) as checkpoints:
+    with contextlib.closing(read_checkpoints(files.checkpoints)) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise FileNotFoundError(f"{directory} has no checkpoint yet")

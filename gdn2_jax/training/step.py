@@ -92,7 +92,8 @@ def train_step(
         return jax.tree.map(jnp.add, total, value_and_grad), None
 
     count = config.accumulation
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros((), jnp.float32), state.params))
+    loss_dtype = jnp.promote_types(config.model.dtype, jnp.float32)
+    zeros = (jnp.zeros((), loss_dtype), jax.tree.map(jnp.zeros_like, state.params))
     total, _ = jax.lax.scan(accumulate, zeros, (batch, jax.random.split(step_rng, count)))
     loss, grads = jax.tree.map(lambda x: x / count, total)
 

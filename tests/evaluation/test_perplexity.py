@@ -1,0 +1,88 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdn2_jax.data import DataConfig, prepare
+from gdn2_jax.evaluation import evaluate_perplexity
+from gdn2_jax.models import LanguageModel, ModelConfig
+from gdn2_jax.parallel import data_mesh
+
+
+@pytest.fixture(scope="module")
+def config():
+    return ModelConfig(
+        vocab_size=300,
+        d_model=16,
+        num_layers=1,
+        num_heads=1,
+        head_dim=16,
+        mlp_dim=32,
+        dtype="float32",
+        implementation="recurrent",
+    )
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    model = LanguageModel(config)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    # At first the mixer does almost nothing.
+    return jax.tree.map(lambda x: 4 * x, variables["params"])
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory):
+    """Sequences of which 8 devices leave a rest."""
+    directory = tmp_path_factory.mktemp("text")
+    text = np.random.default_rng(0).integers(97, 123, (40, 50), np.uint8)
+    (directory / "text.txt").write_text("\n".join(bytes(row).decode() for row in text))
+    data = DataConfig(
+        paths=(str(directory),),
+        document_separator="\n",
+        sequence_length=15,
+        validation_fraction=0.15,
+        cache_directory=str(directory / "cache"),
+    )
+    return prepare(data).validation
+
+
+def test_every_token_counts_once_and_padding_not_at_all(config, params, sequences):
+    assert len(sequences) % 8
+    rows = [sequences[i] for i in range(len(sequences))]
+    inputs, targets = (np.stack([row[name] for row in rows]) for name in ("inputs", "targets"))
+    logits = LanguageModel(config).apply({"params": params}, inputs)
+    picked = np.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)
+    expected = -np.mean(np.asarray(picked), dtype=np.float64)
+
+    result = evaluate_perplexity(config, params, sequences, mesh=data_mesh(), batch_size=8)
+    assert result.tokens == targets.size
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_bits_are_per_byte_of_text_whatever_a_token_is(config, params, sequences):
+    result = evaluate_perplexity(config, params, sequences, mesh=data_mesh(), batch_size=8)
+    store = sequences.store
+    # 50 bytes a document, and one token more, its end.
+    assert store.num_tokens / store.num_bytes == pytest.approx(51 / 50)
+    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) * 51 / 50)
+
+
+def test_evaluation_stops_after_max_batches(config, params, sequences):
+    result = evaluate_perplexity(
+        config, params, sequences, mesh=data_mesh(), batch_size=8, max_batches=1
+    )
+    assert result.tokens == 8 * 15
+
+
+def test_documents_are_kept_apart_where_the_sequences_say_so(config, params, sequences):
+    apart = dataclasses.replace(sequences, reset_at_documents=True)
+    losses = [
+        evaluate_perplexity(config, params, part, mesh=data_mesh(), batch_size=8).loss
+        for part in (sequences, apart)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-6

@@ -1,0 +1,236 @@
+"""experiments/train.py and generate.py as commands: killed, stopped, continued, sampled from."""
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from gdn2_jax.training import load_trained, run_files
+from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
+from gdn2_jax.training.metrics import read_metrics
+from gdn2_jax.training.step import abstract_state
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+# 120 steps of some 10 ms, and a checkpoint after every 40.
+OPTIONS = {
+    "steps": 120,
+    "checkpoint-every": 40,
+    "validate-every": 60,
+    "validation-batches": 2,
+    "log-every": 1,
+    "sample-tokens": 8,
+    "global-batch-size": 4,
+    "accumulation": 2,
+    "data.sequence-length": 128,
+    "model.d-model": 16,
+    "model.num-layers": 1,
+    "model.hybrid": False,
+    "model.num-heads": 1,
+    "model.head-dim": 16,
+    "model.mlp-dim": 32,
+    "model.implementation": "recurrent",
+}
+
+
+def command(script, *arguments, **environment):
+    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
+    return subprocess.Popen(
+        [sys.executable, EXPERIMENTS / script, *map(str, arguments)],
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def output(process):
+    text, _ = process.communicate(timeout=300)
+    return text
+
+
+def wait_for(condition, process):
+    """Polls; fails if the process ends first."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, f"ended too early:\n{output(process)}"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.001)
+
+
+def logged_step(files):
+    return max((row["step"] for row in read_metrics(files.metrics)), default=0)
+
+
+def saved_steps(files):
+    return sorted(int(path.name) for path in files.checkpoints.glob("*") if path.name.isdigit())
+
+
+def is_saving(files, process):
+    """Whether a checkpoint is half written; if so, the process is left standing still."""
+    if not any(files.checkpoints.glob("80.orbax-checkpoint-tmp*")):
+        return False
+    process.send_signal(signal.SIGSTOP)
+    if any(files.checkpoints.glob("80.orbax-checkpoint-tmp*")):
+        return True
+    process.send_signal(signal.SIGCONT)
+    return False
+
+
+class Interrupted(NamedTuple):
+    files: object
+    saved: list[list[int]]
+    logged: list[int]
+    stopped_output: str
+    stopped_status: int
+    last_output: str
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    for i in range(20):
+        words = draw.choices(["the", "red", "cat", "sits", "under", "a", "green", "tree"], k=1000)
+        (directory / f"{i}.txt").write_text(" ".join(words))
+    options = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    cache = tmp_path_factory.mktemp("cache")
+    return [*options, f"--data.cache-directory={cache}", "--data", directory]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(options, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    process = command("train.py", *options, "--run-dir", directory)
+    text = output(process)
+    assert process.returncode == 0, text
+    return run_files(directory)
+
+
+@pytest.fixture(scope="module")
+def interrupted(options, tmp_path_factory):
+    """Killed before the first checkpoint, during a save and between two; then stopped kindly."""
+    directory = tmp_path_factory.mktemp("runs") / "interrupted"
+    files = run_files(directory)
+    # Only this run's processes share compiled programs; the uninterrupted one has its own.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    saved, logged = [], []
+
+    def start():
+        return command("train.py", *options, "--run-dir", directory, **cache)
+
+    def end(process, condition, number):
+        wait_for(condition, process)
+        process.send_signal(number)
+        text = output(process)
+        saved.append(saved_steps(files))
+        logged.append(logged_step(files))
+        return text
+
+    process = start()
+    end(process, lambda: logged_step(files) >= 10, signal.SIGKILL)
+    process = start()
+    end(process, lambda: is_saving(files, process), signal.SIGKILL)
+    process = start()
+    end(process, lambda: 55 <= logged_step(files) < 80, signal.SIGKILL)
+    process = start()
+    stopped_output = end(process, lambda: logged_step(files) >= 85, signal.SIGTERM)
+    stopped_status = process.returncode
+
+    process = start()
+    last_output = output(process)
+    assert process.returncode == 0, last_output
+    return Interrupted(files, saved, logged, stopped_output, stopped_status, last_output)
+
+
+@pytest.mark.slow
+def test_kills_came_when_they_were_meant_to(interrupted):
+    before_first, during_save, between, stopped = interrupted.saved
+    assert before_first == [] and interrupted.logged[0] >= 10
+    assert during_save == [40] and interrupted.logged[1] >= 80
+    assert between == [40] and interrupted.logged[2] < 80
+    assert stopped[0] == 80 and 85 <= stopped[1] < 120
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_run_with_a_checkpoint_of_its_last_step(interrupted):
+    assert interrupted.stopped_status == 0
+    step = interrupted.saved[-1][-1]
+    assert f"stopped after step {step} with a checkpoint" in interrupted.stopped_output
+    assert interrupted.logged[-1] == step
+    assert f"continuing from the checkpoint of step {step}" in interrupted.last_output
+
+
+@pytest.mark.slow
+def test_killed_run_ends_with_the_bits_of_the_uninterrupted_one(interrupted, uninterrupted):
+    config = load_trained(uninterrupted.config.parent).config
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = abstract_state(config, device)
+    results = []
+    for files in (interrupted.files, uninterrupted):
+        manager = read_checkpoints(files.checkpoints)
+        state, progress = restore_checkpoint(manager, 120, abstract)
+        manager.close()
+        results.append((state._replace(rng=jax.random.key_data(state.rng)), progress["position"]))
+    assert results[0][1] == 120 * 4
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.slow
+def test_killed_run_leaves_the_metrics_of_the_uninterrupted_one(interrupted, uninterrupted):
+    def rows(files):
+        return [
+            {name: value for name, value in row.items() if name != "tokens_per_second"}
+            for row in read_metrics(files.metrics)
+        ]
+
+    assert len(rows(uninterrupted)) == 120 + 2
+    assert rows(interrupted.files) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_trained_model_is_sampled_from(uninterrupted):
+    options = ("--prompt", "the red ", "--tokens", 12, "--batch", 2, "--top-k", 5, "--seed", 3)
+    process = command("generate.py", uninterrupted.config.parent, *options)
+    text = output(process)
+    assert process.returncode == 0, text
+    first, second = text.split("\n--- sample 2 ---\n")
+    assert first.startswith("the red ") and second.startswith("the red ") and len(second) > 12
+    assert first.strip() != second.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (["tinny"], "expected a preset, one of tiny, gdn2_1.3B, swa_gdn2_1.3B, got 'tinny'"),
+        (["--steps", "0"], "steps: expected at least 1, got 0"),
+        (["--data", "/nonexistent"], "/nonexistent does not exist"),
+    ],
+)
+def test_mistake_on_the_command_line_ends_with_one_clear_message(
+    arguments, message, tmp_path, capsys
+):
+    specification = importlib.util.spec_from_file_location("train_script", EXPERIMENTS / "train.py")
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    try:
+        status = script.main([*arguments, "--run-dir", str(tmp_path / "run")])
+    except SystemExit as exit:
+        status = exit.code
+    printed = capsys.readouterr()
+    assert status not in (0, None)
+    assert message in f"{status} {printed.out} {printed.err}"
+    assert not (tmp_path / "run").exists()

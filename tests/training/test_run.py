@@ -1,0 +1,156 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from gdn2_jax.data import train_iterator
+from gdn2_jax.training import CheckpointError, load_trained, open_run, run_files
+from gdn2_jax.training.checkpoint import restore_checkpoint
+from gdn2_jax.training.run import load_config, save_config
+from gdn2_jax.training.step import abstract_state, replicated
+from gdn2_jax.training.train import _open_batches
+
+
+def replace(config, **changes):
+    """Replaces fields, such as model__d_model=8."""
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        if field:
+            value = dataclasses.replace(getattr(config, part), **{field: value})
+        config = dataclasses.replace(config, **{part: value})
+    return config
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_config_survives_its_file(config, tmp_path):
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == config
+
+
+def test_other_configuration_is_refused_by_naming_the_fields(config, finished):
+    before = contents(finished)
+    other = replace(config, model__d_model=32, optimizer__beta2=0.99, global_batch_size=16)
+    with pytest.raises(ValueError) as error:
+        open_run(other, finished)
+    for text in (
+        "model.d_model is 16 there, 32 here",
+        "optimizer.beta2 is 0.95 there, 0.99 here",
+        "global_batch_size is 8 there, 16 here",
+    ):
+        assert text in str(error.value)
+    assert contents(finished) == before
+
+
+def test_what_changes_no_number_may_differ(config, finished):
+    other = replace(config, steps=99, log_every=7, data__num_workers=1, model__remat="full")
+    run = open_run(other, finished)
+    assert int(run.state.step) == 8
+    run.checkpoints.close()
+
+
+def test_other_text_is_refused(config, copy, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.txt").write_text("a " * 1000)
+    (tmp_path / "other/b.txt").write_text("b " * 1000)
+    with pytest.raises(ValueError, match="data: .* was trained on another corpus"):
+        open_run(replace(config, data__paths=(str(tmp_path / "other"),)), copy)
+
+
+def test_tokenizer_must_fit_the_model(config, tmp_path):
+    with pytest.raises(ValueError, match="model.vocab_size: .* tokenizer's 257, got 100"):
+        open_run(replace(config, model__vocab_size=100), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_corpus_is_refused_before_the_run_directory_exists(config, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="corpus is empty"):
+        open_run(replace(config, data__paths=(str(tmp_path / "empty.txt"),)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_without_its_configuration_is_refused(config, copy):
+    files = run_files(copy)
+    files.config.write_text(files.config.read_text()[:-20])
+    with pytest.raises(CheckpointError, match=r"config\.json does not hold a configuration"):
+        open_run(config, copy)
+
+
+def plain(state):
+    return jax.device_get(state._replace(rng=jax.random.key_data(state.rng)))
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+# tensorstore may still report a failed read when its event loop is gone.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_flipped_byte_anywhere_in_a_checkpoint_is_reported_or_harmless(config, copy):
+    run = open_run(config, copy)
+    abstract = abstract_state(config, replicated(run.mesh))
+    files = [path for path in (run_files(copy).checkpoints / "8").rglob("*") if path.is_file()]
+    files = [path for path in files if path.stat().st_size]
+    arrays = max(files, key=lambda path: path.stat().st_size)
+    places = [(path, path.stat().st_size // 2) for path in files]
+    places += [(arrays, arrays.stat().st_size * tenth // 10) for tenth in range(10)]
+    messages = {}
+    for path, position in places:
+        flip(path, position)
+        try:
+            state, progress = restore_checkpoint(run.checkpoints, 8, abstract)
+        except CheckpointError as error:
+            messages[path, position] = str(error)
+        else:
+            # Some files are not read.
+            jax.tree.map(np.testing.assert_array_equal, plain(state), plain(run.state))
+            assert progress == run.progress
+        flip(path, position)
+    run.checkpoints.close()
+    for message in messages.values():
+        assert "checkpoints/8 is damaged" in message and "go on from step 4" in message
+    assert {path for path, _ in messages} >= {arrays, *files[0].parent.glob("content/metadata")}
+    # Damage that orbax does not notice.
+    assert any("altered since it was saved: ['" in message for message in messages.values())
+
+
+def test_parameters_alone_can_be_read(config, finished):
+    trained = load_trained(finished)
+    run = open_run(config, finished)
+    jax.tree.map(np.testing.assert_array_equal, trained.params, run.state.params)
+    assert trained.step == 8 and trained.config == config and trained.tokenizer.vocab_size == 257
+    run.checkpoints.close()
+
+
+def test_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not the directory of a run"):
+        load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("readers", [[1, 0], [2, 3]])
+def test_data_go_on_where_they_stopped_for_the_same_and_for_other_readers(
+    config, finished, readers
+):
+    run = open_run(config, finished)
+    run = run._replace(progress={**run.progress, "readers": readers})
+    batches, _ = _open_batches(run)
+    stream = train_iterator(run.corpus.train, global_batch_size=config.global_batch_size)
+    for _ in range(config.steps):
+        next(stream)
+    for _ in range(2):
+        jax.tree.map(np.testing.assert_array_equal, next(batches), next(stream))
+    batches.close(), stream.close(), run.checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", 0), ("accumulation", 3), ("checkpoints_kept", 0), ("seed", -1)]
+)
+def test_config_names_the_field_that_is_out_of_range(config, field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected .* got {value}"):
+        replace(config, **{field: value})

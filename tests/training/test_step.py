@@ -1,0 +1,119 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gdn2_jax.models import LanguageModel
+from gdn2_jax.parallel import data_mesh
+from gdn2_jax.training.run import check_batch
+from gdn2_jax.training.step import initial_state, jit_train_step, train_step
+
+
+def random_batch(config, seed=0):
+    shape = (config.accumulation, config.microbatch_size, config.data.sequence_length)
+    inputs, targets = np.random.default_rng(seed).integers(0, 257, (2, *shape), np.int32)
+    ones = np.ones(shape, np.int32)
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "segment_ids": ones,
+        "weights": ones.astype(np.float32),
+    }
+
+
+def assert_close(actual, expected, rtol):
+    """Relative to each array's greatest element; A_log and dt_bias are float32 in any model."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(b).max() or 1
+        np.testing.assert_allclose(a / scale, b / scale, atol=rtol)
+
+
+@pytest.fixture(scope="module")
+def float64_config(config):
+    with jax.enable_x64(True):
+        model = dataclasses.replace(config.model, dtype="float64", param_dtype="float64")
+        yield dataclasses.replace(config, model=model, steps=1000)
+
+
+@pytest.fixture(scope="module")
+def jitted_step(float64_config):
+    return jax.jit(functools.partial(train_step, float64_config))
+
+
+@pytest.fixture(scope="module")
+def one_step(float64_config, jitted_step):
+    """State, batch, and what a step on one device, in one microbatch, makes of them."""
+    state = jax.jit(initial_state, static_argnums=0)(float64_config)
+    # The first learning rate is 0: set all counts to a later step.
+    state = jax.tree.map(lambda x: x + 100 if x.dtype == jnp.int32 else x, state)
+    batch = random_batch(float64_config)
+    return state, batch, jitted_step(state, batch)
+
+
+def test_loss_is_the_mean_cross_entropy_and_gradient_norm_that_of_its_gradient(
+    float64_config, one_step
+):
+    state, batch, (_, metrics) = one_step
+
+    def loss(params):
+        logits = LanguageModel(float64_config.model).apply({"params": params}, batch["inputs"][0])
+        log_probabilities = jax.nn.log_softmax(logits)
+        picked = jnp.take_along_axis(log_probabilities, batch["targets"][0][..., None], -1)
+        return -picked.mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-6)
+    np.testing.assert_allclose(metrics.grad_norm, optax.global_norm(grads), rtol=1e-6)
+
+
+def test_four_microbatches_take_the_same_step_as_one_batch(float64_config, one_step):
+    state, batch, (expected, metrics) = one_step
+    config = dataclasses.replace(float64_config, accumulation=4)
+    split = {name: x.reshape(4, 2, -1) for name, x in batch.items()}
+    actual, split_metrics = jax.jit(functools.partial(train_step, config))(state, split)
+    np.testing.assert_allclose(split_metrics.loss, metrics.loss, rtol=1e-9)
+    np.testing.assert_allclose(split_metrics.grad_norm, metrics.grad_norm, rtol=1e-9)
+    moments, expected_moments = actual.opt_state[1][0], expected.opt_state[1][0]
+    assert_close(moments.mu, expected_moments.mu, 2e-6)
+    assert_close(moments.nu, expected_moments.nu, 2e-6)
+
+
+def test_eight_devices_take_the_same_step_as_one(float64_config, one_step):
+    state, batch, (expected, metrics) = one_step
+    mesh = data_mesh()
+    assert mesh.size == 8
+    state = jax.tree.map(jnp.copy, state)  # donated
+    actual, actual_metrics = jit_train_step(float64_config, mesh)(state, batch)
+    np.testing.assert_allclose(actual_metrics.loss, metrics.loss, rtol=1e-9)
+    assert_close(actual.params, expected.params, 2e-6)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(actual.params))
+
+
+def test_step_moves_the_random_numbers_and_the_count(one_step):
+    before, _, (after, _) = one_step
+    assert int(after.step) == int(before.step) + 1
+    assert not np.array_equal(jax.random.key_data(after.rng), jax.random.key_data(before.rng))
+
+
+def test_documents_are_kept_apart_only_where_the_data_say_so(float64_config, jitted_step, one_step):
+    state, whole, (_, metrics) = one_step
+    documents = np.repeat(np.arange(1, 5, dtype=np.int32), 8)
+    parts = {**whole, "segment_ids": np.broadcast_to(documents, whole["inputs"].shape)}
+    assert jitted_step(state, parts)[1].loss == metrics.loss
+
+    data = dataclasses.replace(float64_config.data, reset_at_documents=True)
+    resetting = dataclasses.replace(float64_config, data=data)
+    resetting_step = jax.jit(functools.partial(train_step, resetting))
+    np.testing.assert_allclose(resetting_step(state, whole)[1].loss, metrics.loss, rtol=1e-9)
+    assert abs(resetting_step(state, parts)[1].loss - metrics.loss) > 1e-6
+
+
+def test_batch_that_the_devices_do_not_divide_is_refused(config):
+    check_batch(dataclasses.replace(config, global_batch_size=16, accumulation=2), 8)
+    uneven = dataclasses.replace(config, global_batch_size=24, accumulation=2)
+    with pytest.raises(ValueError, match="global_batch_size: expected a multiple of 16 .* got 24"):
+        check_batch(uneven, 8)

@@ -1,0 +1,63 @@
+import dataclasses
+import json
+
+import pytest
+
+from gdn2_jax.training import (
+    DivergenceError,
+    OptimizerConfig,
+    load_trained,
+    open_run,
+    run_files,
+    train,
+)
+from gdn2_jax.training.metrics import read_metrics
+
+
+def test_loss_falls_and_is_logged_with_all_that_belongs_to_it(config, finished):
+    rows = read_metrics(run_files(finished).metrics)
+    training, validation = rows[:-1], rows[-1]
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(
+        row.keys() == {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+        for row in training
+    )
+    assert [row["tokens"] for row in training] == [8 * 32 * step for step in range(1, 9)]
+    assert 5.3 < training[0]["loss"] < 5.8
+    assert training[-1]["loss"] < training[0]["loss"] - 0.5
+    assert validation["step"] == 8
+    assert abs(validation["validation_loss"] - training[-1]["loss"]) < 0.5
+    assert validation["validation_tokens"] == 2 * 8 * 32
+
+
+def test_finished_run_leaves_all_its_files(finished):
+    files = run_files(finished)
+    assert all(path.exists() for path in files)
+    summary = json.loads(files.summary.read_text())
+    assert summary["step"] == 8 and summary["loss"] < summary["first_loss"]
+    assert files.sample.read_text()
+
+
+@pytest.mark.slow
+def test_finished_run_says_so_and_more_steps_continue_it(config, copy, capsys):
+    files = run_files(copy)
+    before = files.metrics.read_text()
+    assert train(open_run(config, copy))
+    assert "is finished at step 8" in capsys.readouterr().out
+    assert files.metrics.read_text() == before
+
+    assert train(open_run(dataclasses.replace(config, steps=10), copy))
+    assert "continuing from the checkpoint of step 8" in capsys.readouterr().out
+    assert files.metrics.read_text().startswith(before)
+    assert load_trained(copy).step == 10
+
+
+@pytest.mark.slow
+def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_path):
+    """The first update is so large that the second loss is not finite."""
+    optimizer = OptimizerConfig(learning_rate=1e38, warmup=0)
+    config = dataclasses.replace(config, optimizer=optimizer, checkpoint_every=1)
+    with pytest.raises(DivergenceError, match=r"diverged: loss .* at step 2\. .* step 1"):
+        train(open_run(config, tmp_path))
+    assert [row["step"] for row in read_metrics(run_files(tmp_path).metrics)] == [1]
+    assert load_trained(tmp_path).step == 1
