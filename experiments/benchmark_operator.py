@@ -6,7 +6,7 @@
 
 A row is one compiled function: the forward, or the forward and the backward with cotangents of both
 results. Times are medians with the interquartile range; inputs are on the device, compilation is
-apart. "temp / inputs" is the compiled function's temporary memory over the bytes of its inputs,
+apart. "temp / inputs" is the compiled function's temporary memory over the bytes of q, k, v, g, b, w,
 and "floor" what reading every input and writing every result once would take at the bandwidth of
 a large copy, measured in the same process.
 """
@@ -18,14 +18,15 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
 
 from gdn2_jax import gated_delta_rule_2
-from gdn2_jax.testing import operator_inputs
+from gdn2_jax.ops import Implementation
+from gdn2_jax.testing import ERROR_BOUNDS, operator_inputs
 
 Shape = tuple[int, int, int, int]
 
@@ -53,9 +54,9 @@ class Config:
     """
 
     shapes: tuple[str, ...] = ()
-    implementations: tuple[str, ...] = ("xla",)
-    dtypes: tuple[str, ...] = ("bfloat16",)
-    peers: tuple[str, ...] = ()
+    implementations: tuple[Implementation, ...] = ("xla",)
+    dtypes: tuple[Literal[*ERROR_BOUNDS], ...] = ("bfloat16",)
+    peers: tuple[Literal["fla", "cudnn"], ...] = ()
     repeats: int = 10
     output: Path | None = None
 
@@ -89,9 +90,16 @@ def main(config: Config) -> None:
                 ("forward", forward(implementation), arguments),
                 ("forward + backward", both(implementation), (arguments, cotangents)),
             ):
-                row = measure(function, operands, config.repeats)
-                floor = traffic(arguments, name) / bandwidth * 1e3 if bandwidth else None
-                add(dict(label(implementation, shape, dtype, name), **row, floor_ms=floor))
+                row = label(implementation, shape, dtype, name)
+                try:
+                    row |= measure(function, operands, config.repeats)
+                except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+                    add(row | {"error": str(error).splitlines()[0]})
+                    continue
+                row["temp_ratio"] = row.pop("temp_bytes") / sum(x.nbytes for x in arguments)
+                if bandwidth:
+                    row["floor_ms"] = traffic(arguments, name) / bandwidth * 1e3
+                add(row)
         for peer in config.peers:
             for row in time_peer(peer, arguments, config.repeats):
                 add(dict(label(peer, shape, dtype, row.pop("pass")), **row))
@@ -156,7 +164,7 @@ def measure(function: Callable, operands: tuple, repeats: int) -> dict[str, Any]
     return {
         **spread([run(calls) * 1e3 for _ in range(repeats)]),
         "compile_s": compile_s,
-        "temp_ratio": memory.temp_size_in_bytes / memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
         "peak_gib": total / 2**30,
     }
 
@@ -219,6 +227,7 @@ def time_peer(peer: str, arguments: tuple, repeats: int) -> list[dict[str, Any]]
         print(f"{peer}: not importable ({error})")
         return []
     try:
+        torch.cuda.reset_peak_memory_stats()
         operands = [x.requires_grad_() if x.is_floating_point() else x for x in operands]
         output = function(*operands)
         cotangent = torch.randn_like(output)
@@ -228,11 +237,13 @@ def time_peer(peer: str, arguments: tuple, repeats: int) -> list[dict[str, Any]]
             for x in operands:
                 x.grad = None
 
-        return [
-            {"pass": "forward", **cuda_times(torch, lambda: function(*operands), repeats)},
-            {"pass": "forward + backward", **cuda_times(torch, step, repeats)},
-        ]
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+        with torch.no_grad():
+            times = cuda_times(torch, lambda: function(*operands), repeats)
+        rows = [{"pass": "forward", **times}]
+        rows.append({"pass": "forward + backward", **cuda_times(torch, step, repeats)})
+        rows[-1]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return rows
+    except Exception as error:  # noqa: BLE001 - each package declines with its own
         print(f"{peer}: declined these inputs ({error})")
         return []
 
@@ -324,7 +335,8 @@ def print_row(row: dict[str, Any]) -> None:
         cells.append(f"{'-' if value is None else format(value, style):>{width}}")
     floor = row.get("floor_ms")
     cells.append(f"{row['median_ms'] / floor:9.1f}" if floor else f"{'-':>9}")
-    print("  ".join(cells), flush=True)
+    cells.append(row.get("error", ""))
+    print("  ".join(cells).rstrip(), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""What an installation gives: light imports, and a core that needs nothing but its dependencies."""
+
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, executable=sys.executable, **options):
+    result = subprocess.run(
+        [executable, "-c", code], capture_output=True, text=True, check=False, **options
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_takes_less_than_two_seconds_beyond_that_of_jax():
+    # Processor time, so that whatever else runs on the machine does not count.
+    code = """
+import time, jax, jax.numpy
+start = time.process_time()
+import gdn2_jax
+print(time.process_time() - start)
+"""
+    assert float(python(code)) < 2
+
+
+def test_import_loads_no_training_or_plotting_package():
+    loaded = python("import sys, gdn2_jax, gdn2_jax.testing; print(*sys.modules)").split()
+    heavy = {"optax", "orbax", "grain", "chex", "matplotlib", "tyro", "tensorboardX", "pyarrow"}
+    assert "jax" in loaded and not heavy & set(loaded)
+
+
+def test_import_starts_no_backend():
+    """Else jax.distributed.initialize and flags set after the import would come too late."""
+    code = """
+import gdn2_jax
+from jax._src import xla_bridge
+print(xla_bridge.backends_are_initialized())
+"""
+    assert python(code).strip() == "False"
+
+
+def test_core_install_requires_only_jax_flax_and_jaxtyping():
+    core = [line for line in requires("gdn2-jax") if "extra ==" not in line]
+    assert {re.match(r"[\w-]+", line)[0] for line in core} == {"jax", "flax", "jaxtyping"}
+
+
+@pytest.mark.slow
+def test_installs_and_runs_in_an_empty_environment_with_the_core_dependencies(tmp_path):
+    source, executable = tmp_path / "source", tmp_path / "venv" / "bin" / "python"
+    # A copy, because building leaves files behind.
+    source.mkdir()
+    for package in ("gdn2_jax", "pallas"):
+        shutil.copytree(ROOT / package, source / package)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
+        shutil.copy(ROOT / file, source)
+    venv.create(tmp_path / "venv", with_pip=True)
+    install = [executable, "-m", "pip", "install", "--quiet", ".", "-c", "constraints.txt"]
+    subprocess.run(install, check=True, cwd=source)
+    code = """
+import importlib.util
+import gdn2_jax, gdn2_jax.layers, gdn2_jax.models, gdn2_jax.testing, pallas
+for package in ("tyro", "grain", "matplotlib"):
+    assert importlib.util.find_spec(package) is None, package
+rows = gdn2_jax.testing.compare_with_recurrence(
+    gdn2_jax.gated_delta_rule_2, gdn2_jax.testing.operator_inputs(1, 3, 1, 4)
+)
+assert all(row.passed for row in rows)
+print(gdn2_jax.__file__, pallas.__file__)
+"""
+    printed = python(code, executable, cwd=tmp_path)
+    assert all(str(tmp_path) in path for path in printed.split())
