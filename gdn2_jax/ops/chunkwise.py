@@ -112,15 +112,15 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
 
         def next_chunk(state, chunk):
             y, u, k_tail, decay = chunk
-            start_state = state.astype(operand)
-            residual = (u - dot("ck,kv->cv", y, start_state)).astype(operand)
-            return decay * state + dot("ck,cv->kv", k_tail, residual), (start_state, residual)
+            residual = u - dot("ck,kv->cv", y.astype(g.dtype), state)
+            stored = state.astype(operand), residual.astype(operand)
+            return decay * state + dot("ck,cv->kv", k_tail.astype(g.dtype), residual), stored
 
         state, (states, residual) = jax.lax.scan(
             next_chunk, state, (c.y, c.u, c.k_tail, c.decay), unroll=_UNROLL
         )
         outputs = dot("ck,kv->cv", c.q_gamma, states) + dot("cs,sv->cv", c.read, residual)
-        return (state, _store(all_outputs, outputs, start)), states
+        return (state, _store(all_outputs, layout.scale * outputs, start)), states
 
     starts = jnp.arange(0, q.shape[1], layout.span)
     carry = (initial_state, jnp.zeros_like(v))
@@ -139,16 +139,17 @@ def _backward(layout, residuals, cotangents):
         d_state, all_d_inputs = carry
         start, states = xs
         (q_, k_, v_, g_, b_, w_), masks = _load(layout, inputs, segments, start)
-        d_out = _load_one(layout, d_outputs, start).astype(operand)
+        d_out = (layout.scale * _load_one(layout, d_outputs, start).astype(g.dtype)).astype(operand)
         c = _prepare(q_, k_, v_, g_, b_, w_, masks, arithmetic)
         residual = (c.u - dot("ck,kv->cv", c.y, states)).astype(operand)
 
         def previous_chunk(d_state, chunk):
             y, q_gamma, k_tail, decay, d_residual, d_out = chunk
             d_end_state = d_state.astype(operand)
-            d_residual = (d_residual + dot("ck,kv->cv", k_tail, d_end_state)).astype(operand)
+            d_residual += dot("ck,kv->cv", k_tail.astype(g.dtype), d_state)
             d_state = decay * d_state + dot("ck,cv->kv", q_gamma, d_out)
-            return d_state - dot("ck,cv->kv", y, d_residual), (d_end_state, d_residual)
+            d_state -= dot("ck,cv->kv", y.astype(g.dtype), d_residual)
+            return d_state, (d_end_state, d_residual)
 
         d_residual = dot("rs,rv->sv", c.read, d_out)
         d_state, (d_end_states, d_residual) = jax.lax.scan(
@@ -162,8 +163,10 @@ def _backward(layout, residuals, cotangents):
         d_read = dot("cv,sv->cs", d_out, residual)
         d_q_gamma = dot("cv,kv->ck", d_out, states, operand)
         d_k_tail = dot("cv,kv->ck", residual, d_end_states, operand)
-        d_y = -dot("cv,kv->ck", d_residual, states)
-        d_z = dot("rc,rv->cv", c.inverse, d_residual.astype(g.dtype)).astype(operand)
+        # Where keys repeat, the inverse takes differences of rows that are close to each other, and
+        # k^T dS vanishes by cancellation: neither dR nor dS may be rounded to `operand` before.
+        d_y = -dot("cv,kv->ck", d_residual, states.astype(g.dtype))
+        d_z = dot("rc,rv->cv", c.inverse, d_residual).astype(operand)
         d_e_gamma = dot("rc,rk->ck", c.inverse, d_y).astype(operand)
         # -A^T dA A^T with dA = dU Z^T + dY Ebar^T, without forming dA.
         d_erase = -dot("cv,sv->cs", d_z, c.u.astype(operand)) - dot("ck,sk->cs", d_e_gamma, c.y)
@@ -177,10 +180,12 @@ def _backward(layout, residuals, cotangents):
         de, dq, dk, dg = pair_products_transpose(
             c.operands, d_erase, d_read, d_e_gamma, d_q_gamma, d_k_tail, d_decay, arithmetic
         )
+        # Apart from the re-laying store, which would compute dg in strides.
+        dg = jax.lax.optimization_barrier(dg)
         # Pairs r = s do not decay: their share stays out of the gradient of g.
         diagonal = jnp.sum(d_out.astype(g.dtype) * residual.astype(g.dtype), axis=-1, keepdims=True)
         dq, dk = dq + diagonal * k_, dk + diagonal * q_
-        d_inputs = (layout.scale * dq, dk + b_ * de, w_ * d_z, dg, k_ * de, v_ * d_z)
+        d_inputs = (dq, dk + b_ * de, w_ * d_z, dg, k_ * de, v_ * d_z)
         stored = tuple(_store(x, dx, start) for x, dx in zip(all_d_inputs, d_inputs))
         return (d_state, stored), None
 
@@ -214,7 +219,7 @@ def _load(layout: _Layout, inputs: tuple[Array, ...], segments: Array | None, st
     # The barrier keeps the re-laid copies in the inputs' own dtype, read many times below.
     loaded = jax.lax.optimization_barrier([_load_one(layout, x, start) for x in inputs])
     q, k, v, g, b, w = (x.astype(inputs[3].dtype) for x in loaded)
-    return (layout.scale * q, k, v, g, b, w), _segment_masks(layout, segments, start)
+    return (q, k, v, g, b, w), _segment_masks(layout, segments, start)
 
 
 def _segment_masks(
