@@ -15,14 +15,15 @@ class PackedSequences:
 
     In each epoch the documents stand back to back in a new order and are cut into blocks of T + 1
     tokens that do not overlap: inputs are tokens 0..T-1 of a block and targets tokens 1..T, as in
-    the paper's recipe. Tokens after the last whole block sit the epoch out. Sequence i is block
+    the paper's recipe. Tokens after the last whole block sit the epoch out. The blocks are then
+    shuffled too, so that a batch does not consist of a few long documents. Sequence i is number
     `i % len(self)` of epoch `i // len(self)`, found with one binary search over the documents'
     cumulative lengths.
 
     Attributes:
       store: the tokenized documents.
       sequence_length: T.
-      seed: shuffles the documents; None leaves them in the order of the store.
+      seed: shuffles documents and blocks; None leaves them in the order of the store.
       reset_at_documents: whether `segment_ids` number the documents along the row (from 1), so
         that state and attention restart at each; otherwise they are all ones.
 
@@ -55,7 +56,8 @@ class PackedSequences:
         """
         if index < 0:
             raise IndexError(f"sequences are counted from 0, got {index}")
-        epoch, block = divmod(int(index), len(self))
+        epoch, position = divmod(int(index), len(self))
+        block = block_order(len(self), self.seed, epoch)[position]
         start = block * (self.sequence_length + 1)
         stop = start + self.sequence_length + 1
         order, ends = _packed_order(self.store, self.seed, epoch)
@@ -82,16 +84,27 @@ class PackedSequences:
 
 
 @functools.lru_cache(maxsize=4)
+def block_order(count: int, seed: int | None, epoch: int) -> Int64[np.ndarray, " count"]:
+    """Returns the order in which an epoch's blocks are read."""
+    return _permutation(count, seed, epoch, stream=1)
+
+
+@functools.lru_cache(maxsize=4)
 def _packed_order(
     store: TokenStore, seed: int | None, epoch: int
 ) -> tuple[Int64[np.ndarray, " documents"], Int64[np.ndarray, " documents"]]:
     """Returns an epoch's order of the documents and where each then ends, in tokens."""
     lengths = np.diff(store.offsets)
-    if seed is None:
-        order = np.arange(len(lengths))
-    else:
-        # Sorting raw Philox words: NumPy keeps them the same in all its versions, unlike
-        # Generator.permutation, so a run can be resumed years later.
-        words = np.random.Philox(key=(epoch << 64) + seed).random_raw(len(lengths))
-        order = np.argsort(words, kind="stable")
+    order = _permutation(len(lengths), seed, epoch, stream=0)
     return order, np.cumsum(lengths[order])
+
+
+def _permutation(
+    count: int, seed: int | None, epoch: int, stream: int
+) -> Int64[np.ndarray, " count"]:
+    if seed is None:
+        return np.arange(count)
+    # Sorting raw Philox words: NumPy keeps them the same in all its versions, unlike
+    # Generator.permutation, so a run can be resumed years later.
+    philox = np.random.Philox(key=(epoch << 64) + seed, counter=[0, 0, 0, stream])
+    return np.argsort(philox.random_raw(count), kind="stable")

@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gdn2_jax.data import PackedSequences
+from gdn2_jax.data.packing import block_order
 
 END = 999
 T = 7
@@ -25,6 +26,14 @@ def block(sequence):
 def epoch_tokens(sequences, epoch):
     n = len(sequences)
     return [token for i in range(epoch * n, (epoch + 1) * n) for token in block(sequences[i])]
+
+
+def packed_tokens(sequences, epoch):
+    """An epoch's tokens as they were packed, before the blocks were shuffled."""
+    n = len(sequences)
+    blocks = [block(sequences[i]) for i in range(epoch * n, (epoch + 1) * n)]
+    order = block_order(n, sequences.seed, epoch)
+    return [token for i in np.argsort(order) for token in blocks[i]]
 
 
 def split_at_ends(tokens):
@@ -55,7 +64,7 @@ def test_an_epoch_holds_every_document_once_whole_and_in_order(
     documents = [[i, *document] for i, document in enumerate(documents)]
     total = sum(len(document) + 1 for document in documents)
     assume(total > t)
-    tokens = epoch_tokens(PackedSequences(make_store(documents), t, seed=seed), epoch)
+    tokens = packed_tokens(PackedSequences(make_store(documents), t, seed=seed), epoch)
     assert len(tokens) == total // (t + 1) * (t + 1)
 
     *whole, last = split_at_ends(tokens)
@@ -114,6 +123,21 @@ def test_epochs_and_seeds_differ_in_the_order_of_documents(make_store):
     orders = [epoch_tokens(first, epoch) for epoch in range(3)] + [epoch_tokens(other, 0)]
     assert len({tuple(order) for order in orders}) == 4
     assert sorted(orders[0]) != orders[0]
+
+
+def test_blocks_of_a_long_document_are_spread_over_the_epoch(make_store):
+    sequences = PackedSequences(make_store([range(500), range(500, 900)]), T, seed=0)
+    halves = [sequences[i]["inputs"][0] < 500 for i in range(len(sequences))]
+    changes = np.count_nonzero(np.diff(halves))
+    assert changes > len(sequences) / 4, halves
+    orders = {tuple(block_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
+    assert len(orders) == 4
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_the_order_of_blocks_never_changes_between_versions():
+    assert block_order(8, 42, 0).tolist() == [0, 2, 6, 3, 5, 4, 7, 1]
+    assert block_order(8, 42, 7).tolist() == [1, 7, 6, 5, 4, 2, 3, 0]
 
 
 def test_the_order_of_documents_never_changes_between_versions(make_store):
