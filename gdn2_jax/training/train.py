@@ -219,6 +219,7 @@ def _finish(run: Run, state: TrainState) -> None:
         run.corpus.tokenizer,
         config.sample_prompt,
         max_new_tokens=config.sample_tokens,
+        temperature=0.8,
         seed=config.seed,
         stream=sys.stdout if _is_primary() else None,
     )

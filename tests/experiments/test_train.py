@@ -1,5 +1,6 @@
 """experiments/train.py and generate.py as commands: killed, stopped, continued, sampled from."""
 
+import dataclasses
 import importlib.util
 import os
 import random
@@ -14,16 +15,16 @@ import jax
 import numpy as np
 import pytest
 
-from gdn2_jax.training import load_trained, run_files
+from gdn2_jax.training import PRESETS, OptimizerConfig, load_trained, run_files
 from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
 from gdn2_jax.training.metrics import read_metrics
 from gdn2_jax.training.step import abstract_state
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
-# 120 steps of some 10 ms, and a checkpoint after every 40.
+# Steps of some 10 ms, and a checkpoint after every 40.
 OPTIONS = {
-    "steps": 120,
+    "steps": 200,
     "checkpoint-every": 40,
     "validate-every": 60,
     "validation-batches": 2,
@@ -76,11 +77,15 @@ def saved_steps(files):
 
 
 def is_saving(files, process):
-    """Whether a checkpoint is half written; if so, the process is left standing still."""
-    if not any(files.checkpoints.glob("80.orbax-checkpoint-tmp*")):
+    """Whether the second checkpoint or a later one is half written; if so, time stands still."""
+
+    def unfinished():
+        return saved_steps(files) and any(files.checkpoints.glob("*.orbax-checkpoint-tmp*"))
+
+    if not unfinished():
         return False
     process.send_signal(signal.SIGSTOP)
-    if any(files.checkpoints.glob("80.orbax-checkpoint-tmp*")):
+    if unfinished():
         return True
     process.send_signal(signal.SIGCONT)
     return False
@@ -143,10 +148,13 @@ def interrupted(options, tmp_path_factory):
     end(process, lambda: logged_step(files) >= 10, signal.SIGKILL)
     process = start()
     end(process, lambda: is_saving(files, process), signal.SIGKILL)
+    # Its rows are dropped first: it had got 40 steps further than its last checkpoint.
+    last = saved[-1][-1]
     process = start()
-    end(process, lambda: 55 <= logged_step(files) < 80, signal.SIGKILL)
+    end(process, lambda: last + 15 <= logged_step(files) < last + 40, signal.SIGKILL)
+    furthest = logged[-1]
     process = start()
-    stopped_output = end(process, lambda: logged_step(files) >= 85, signal.SIGTERM)
+    stopped_output = end(process, lambda: logged_step(files) > furthest + 5, signal.SIGTERM)
     stopped_status = process.returncode
 
     process = start()
@@ -159,9 +167,9 @@ def interrupted(options, tmp_path_factory):
 def test_kills_came_when_they_were_meant_to(interrupted):
     before_first, during_save, between, stopped = interrupted.saved
     assert before_first == [] and interrupted.logged[0] >= 10
-    assert during_save == [40] and interrupted.logged[1] >= 80
-    assert between == [40] and interrupted.logged[2] < 80
-    assert stopped[0] == 80 and 85 <= stopped[1] < 120
+    assert during_save and interrupted.logged[1] >= during_save[-1] + 40
+    assert between == during_save and interrupted.logged[2] > between[-1]
+    assert between[-1] < stopped[-1] < 200
 
 
 @pytest.mark.slow
@@ -181,10 +189,10 @@ def test_killed_run_ends_with_the_bits_of_the_uninterrupted_one(interrupted, uni
     results = []
     for files in (interrupted.files, uninterrupted):
         manager = read_checkpoints(files.checkpoints)
-        state, progress = restore_checkpoint(manager, 120, abstract)
+        state, progress = restore_checkpoint(manager, 200, abstract)
         manager.close()
         results.append((state._replace(rng=jax.random.key_data(state.rng)), progress["position"]))
-    assert results[0][1] == 120 * 4
+    assert results[0][1] == 200 * 4
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
@@ -196,7 +204,7 @@ def test_killed_run_leaves_the_metrics_of_the_uninterrupted_one(interrupted, uni
             for row in read_metrics(files.metrics)
         ]
 
-    assert len(rows(uninterrupted)) == 120 + 2
+    assert len(rows(uninterrupted)) == 200 + 4
     assert rows(interrupted.files) == rows(uninterrupted)
 
 
@@ -211,6 +219,34 @@ def test_trained_model_is_sampled_from(uninterrupted):
     assert first.strip() != second.strip()
 
 
+@pytest.fixture(scope="module")
+def script():
+    specification = importlib.util.spec_from_file_location("train_script", EXPERIMENTS / "train.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_options_change_the_preset_that_is_named_first(script):
+    config, directory = script.parse(["--data", "a.txt", "b.txt", "--optimizer.beta2", "0.99"])
+    assert directory == Path("runs/tiny") and config.model == PRESETS["tiny"].model
+    assert config.data.paths == ("a.txt", "b.txt") and config.optimizer.beta2 == 0.99
+
+    config, directory = script.parse(["gdn2_1.3B", "--model.num-layers", "2"])
+    assert directory == Path("runs/gdn2_1.3B")
+    assert config.model == dataclasses.replace(PRESETS["gdn2_1.3B"].model, num_layers=2)
+    assert config.tokens_per_step == 524_288 and config.optimizer == OptimizerConfig()
+
+
+def test_help_shows_presets_and_options(script, capsys):
+    with pytest.raises(SystemExit) as exit:
+        script.parse(["--help"])
+    text = capsys.readouterr().out
+    assert exit.value.code == 0
+    for words in (", ".join(PRESETS), "--steps INT", "--optimizer.decay-mask", "--data.paths"):
+        assert words in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -221,11 +257,8 @@ def test_trained_model_is_sampled_from(uninterrupted):
     ],
 )
 def test_mistake_on_the_command_line_ends_with_one_clear_message(
-    arguments, message, tmp_path, capsys
+    script, arguments, message, tmp_path, capsys
 ):
-    specification = importlib.util.spec_from_file_location("train_script", EXPERIMENTS / "train.py")
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
     try:
         status = script.main([*arguments, "--run-dir", str(tmp_path / "run")])
     except SystemExit as exit:
