@@ -347,7 +347,8 @@ def test_layer_maps_over_an_outer_axis(make):
     layer, params = make(x[0])
     mapped = jax.jit(jax.vmap(lambda x: layer.apply({"params": params}, x)))(x)
     flat = apply(layer, params, x.reshape(6, 5, WIDTH))
-    np.testing.assert_allclose(mapped.reshape(flat.shape), flat, atol=1e-6)
+    # Two compiled programs round apart; outputs reach 3, so the bound is the contract's, relative.
+    np.testing.assert_allclose(mapped.reshape(flat.shape), flat, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
