@@ -26,19 +26,24 @@ def test_a_right_implementation_passes_in_every_regime_chosen(script, capsys):
         regimes=("mixture", "repeated_keys"),
         value_heads=2,
         segments=3,
+        finite_differences=False,
     )
     assert script.main(options) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[1:]] == [
-        ["mixture", "recurrent", "float32"],
-        ["repeated_keys", "recurrent", "float32"],
-        ["finite", "differences", "recurrent"],
-        ["mixture", "xla", "float32"],
-        ["repeated_keys", "xla", "float32"],
-        ["finite", "differences", "xla"],
+        [regime, implementation, "float32"]
+        for implementation in ("recurrent", "xla")
+        for regime in ("mixture", "repeated_keys")
     ]
     assert all(line.endswith("yes") for line in lines[1:])
     assert "dinitial_state" in lines[0]
+
+
+def test_finite_differences_of_right_gradients_pass(script, capsys):
+    options = script.Options(**SMALL, implementations=("recurrent",), regimes=("gentle",))
+    assert script.main(options) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("finite differences") and last.endswith("yes")
 
 
 def test_a_wrong_gradient_fails_the_table_and_the_finite_differences(script, capsys, monkeypatch):

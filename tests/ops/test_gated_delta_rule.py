@@ -63,9 +63,12 @@ def test_states_have_the_dtype_of_the_log_decay(dtype):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_scale_multiplies_the_output_and_defaults_to_the_key_dimension(implementation):
     six = draw()[:6]
-    fn = functools.partial(gated_delta_rule_2, *six, implementation=implementation)
-    default, state = fn()
-    scaled, scaled_state = fn(scale=3.0)
+    fn = jax.jit(
+        functools.partial(gated_delta_rule_2, implementation=implementation),
+        static_argnames="scale",
+    )
+    default, state = fn(*six)
+    scaled, scaled_state = fn(*six, scale=3.0)
     np.testing.assert_allclose(scaled, default * 6.0, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(state, scaled_state)
 
@@ -87,9 +90,10 @@ def test_gradients_carry_the_scale(implementation):
 
 def test_a_value_head_reads_its_groups_key_head():
     inputs = draw(initial_state=False)
-    grouped, grouped_state = gated_delta_rule_2(*inputs[:6])
+    fn = jax.jit(gated_delta_rule_2)
+    grouped, grouped_state = fn(*inputs[:6])
     key_side = {n: jnp.repeat(getattr(inputs, n), 2, axis=2) for n in "qkgb"}
-    repeated, repeated_state = gated_delta_rule_2(*inputs._replace(**key_side)[:6])
+    repeated, repeated_state = fn(*inputs._replace(**key_side)[:6])
     np.testing.assert_allclose(grouped, repeated, atol=1e-6)
     np.testing.assert_allclose(grouped_state, repeated_state, atol=1e-6)
 

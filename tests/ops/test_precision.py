@@ -32,18 +32,17 @@ SHAPES = [
     Shape(5, 24, 40, heads=2, value_heads=2),
     Shape(16, 8, 256, segments=2),
     Shape(63, 40, 24, value_heads=2),
-    Shape(64, 16, 16, heads=2, value_heads=2, segments=4),
+    Shape(64, 64, 48, segments=4),
     Shape(65, 33, 8, value_heads=3),
     Shape(70, 256, 16),
     Shape(130, 16, 24, heads=2, value_heads=4, segments=5),
-    Shape(200, 64, 48, value_heads=2, segments=9),
     Shape(600, 8, 8, segments=7),
 ]
 CASES = [
     *(("xla", "float64", shape) for shape in SHAPES),
-    *(("xla", "float32", SHAPES[i]) for i in (5, 7, 9)),
-    *(("xla", "bfloat16", SHAPES[i]) for i in (7, 8)),
-    *(("xla", "float16", SHAPES[i]) for i in (1, 7)),
+    *(("xla", "float32", SHAPES[i]) for i in (7, 8)),
+    *(("xla", "bfloat16", SHAPES[i]) for i in (4, 7)),
+    ("xla", "float16", SHAPES[2]),
     ("recurrent", "float32", SHAPES[7]),
     ("recurrent", "bfloat16", SHAPES[7]),
     (None, "float32", SHAPES[1]),
@@ -83,7 +82,7 @@ def test_outputs_and_gradients_meet_the_precision_contract(implementation, dtype
 
 
 def test_mixed_dtypes_meet_the_contract_of_the_coarsest():
-    inputs = operator_inputs(1, 40, 2, 8)
+    inputs = operator_inputs(1, 16, 2, 8)
     inputs = inputs._replace(
         q=inputs.q.astype(jnp.bfloat16),
         b=inputs.b.astype(jnp.float16),
@@ -93,7 +92,7 @@ def test_mixed_dtypes_meet_the_contract_of_the_coarsest():
 
 
 def test_inputs_without_an_initial_state_meet_the_contract():
-    inputs = operator_inputs(2, 20, 1, 16, 8, initial_state=False, dtype="float64")
+    inputs = operator_inputs(2, 16, 1, 16, 8, initial_state=False, dtype="float64")
     assert_matches_recurrence(FUNCTIONS["xla"], inputs)
 
 

@@ -14,7 +14,7 @@ xla = functools.partial(gated_delta_rule_2, implementation="xla")
 
 
 def draw(**options):
-    return operator_inputs(2, 20, 1, 8, 6, value_heads=2, dtype="float64", **options)
+    return operator_inputs(2, 12, 1, 8, 6, value_heads=2, dtype="float64", **options)
 
 
 def loss(op, *arrays):
@@ -40,7 +40,7 @@ def expected():
 
 
 def test_numerical_derivatives_agree_with_the_hand_derived_backward():
-    inputs = operator_inputs(1, 19, 1, 5, 4, value_heads=2, dtype="float64", segments=3)
+    inputs = operator_inputs(1, 15, 1, 5, 4, value_heads=2, dtype="float64", segments=3)
 
     def fn(q, k, v, g, b, w, initial_state, segment_ids):
         return xla(q, k, v, g, b, w, initial_state=initial_state, segment_ids=segment_ids)
@@ -97,7 +97,7 @@ def test_scan_over_layers_equals_a_loop():
 
 
 def test_vmapped_segment_ids_reset_each_sequence_at_its_own_borders():
-    inputs = operator_inputs(2, 20, 1, 8, 6, dtype="float64", segments=4)
+    inputs = operator_inputs(2, 12, 1, 8, 6, dtype="float64", segments=4)
     *six, initial_state, segment_ids = inputs
 
     def one_sequence(arrays, initial_state, segment_ids):
@@ -110,7 +110,7 @@ def test_vmapped_segment_ids_reset_each_sequence_at_its_own_borders():
     np.testing.assert_allclose(alone, together, atol=1e-13)
 
 
-def test_a_chunkwise_pass_continued_from_its_state_equals_one_pass():
+def test_a_chunkwise_pass_continued_from_its_state_equals_one_pass(expected):
     inputs = draw()
 
     def in_two(*arrays, initial_state):
@@ -119,8 +119,7 @@ def test_a_chunkwise_pass_continued_from_its_state_equals_one_pass():
         return jnp.concatenate([outputs, rest], axis=1), state
 
     with jax.enable_x64(True):
-        one, other = gradients(in_two, inputs), gradients(xla, inputs)
-    assert_trees_close(one, other)
+        assert_trees_close(gradients(in_two, inputs), expected[1])
 
 
 def test_forward_mode_through_the_chunkwise_form_is_an_error_that_says_so():
