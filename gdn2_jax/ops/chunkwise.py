@@ -166,10 +166,10 @@ def _backward(layout, residuals, cotangents):
         # Where keys repeat, the inverse takes differences of rows that are close to each other, and
         # k^T dS vanishes by cancellation: neither dR nor dS may be rounded to `operand` before.
         d_y = -dot("cv,kv->ck", d_residual, states.astype(g.dtype))
-        d_z = dot("rc,rv->cv", c.inverse, d_residual).astype(operand)
+        d_z = dot("rc,rv->cv", c.inverse, d_residual)
         d_e_gamma = dot("rc,rk->ck", c.inverse, d_y).astype(operand)
         # -A^T dA A^T with dA = dU Z^T + dY Ebar^T, without forming dA.
-        d_erase = -dot("cv,sv->cs", d_z, c.u.astype(operand)) - dot("ck,sk->cs", d_e_gamma, c.y)
+        d_erase = -dot("cv,sv->cs", d_z, c.u) - dot("ck,sk->cs", d_e_gamma, c.y)
         d_decay = jnp.sum(d_end_states.astype(g.dtype) * states.astype(g.dtype), axis=-1)
         if masks is not None:
             d_erase = jnp.where(masks.same, d_erase, 0)

@@ -137,9 +137,10 @@ def pair_products_transpose(
     ]
     for level, half in enumerate(_levels(d)):
         left_e, left_q, right = _level_operands(d, level, half)
-        block_e = _pick(d_erase, half).astype(operand)
-        block_q = _pick(d_read, half).astype(operand)
-        d_left_e = arithmetic.product("rs,sk->rk", block_e, right, operand)
+        wide_block_e = _pick(d_erase, half)
+        block_e, block_q = wide_block_e.astype(operand), _pick(d_read, half).astype(operand)
+        # Along a row of repeated keys d_erase telescopes, so its entries must not be rounded.
+        d_left_e = arithmetic.product("rs,sk->rk", wide_block_e, wide(right)).astype(operand)
         d_left_q = arithmetic.product("rs,sk->rk", block_q, right, operand)
         blocks = jnp.concatenate([block_e, block_q], axis=-2)
         left = jnp.concatenate([left_e, left_q], axis=-2)
