@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def _restore(manager, step, abstract_trees):
             if name not in checksums or checksums[name] != value
         ]
     except Exception as error:  # orbax and tensorstore raise many kinds
-        raise CheckpointError(f"{_advice(manager, step)}: {error}") from error
+        reason = textwrap.shorten(str(error), 300)
+        raise CheckpointError(f"{_advice(manager, step)}: {reason}") from error
     if damaged:
         raise CheckpointError(f"{_advice(manager, step)}: altered since it was saved: {damaged}")
     return restored, content["progress"]

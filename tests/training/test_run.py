@@ -120,6 +120,15 @@ def test_flipped_byte_anywhere_in_a_checkpoint_is_reported_or_harmless(config, c
     assert any("altered since it was saved: ['" in message for message in messages.values())
 
 
+def test_altered_progress_is_reported(config, copy):
+    content = run_files(copy).checkpoints / "8" / "content" / "metadata"
+    text = content.read_text()
+    assert '"position": 64' in text
+    content.write_text(text.replace('"position": 64', '"position": 65'))
+    with pytest.raises(CheckpointError, match=r"altered since it was saved: \['content'\]"):
+        open_run(config, copy)
+
+
 def test_parameters_alone_can_be_read(config, finished):
     trained = load_trained(finished)
     run = open_run(config, finished)
