@@ -142,7 +142,7 @@ PRESETS: dict[str, TrainingConfig] = {
         model=MODELS["tiny"],
         data=DataConfig(sequence_length=256),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup=0.05),
-        steps=300,
+        steps=240,
         global_batch_size=8,
         validate_every=100,
         validation_batches=16,
