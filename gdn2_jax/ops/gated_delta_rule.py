@@ -1,5 +1,6 @@
 """The public operator: input checks, grouped value heads, choice of implementation."""
 
+import functools
 import math
 import numbers
 from typing import Literal, get_args
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.chunkwise import chunkwise
+from gdn2_jax.ops.dispatch import on_hopper
+from gdn2_jax.ops.hopper import hopper, why_not_hopper
 from gdn2_jax.ops.recurrent import recurrent, step
 
 Implementation = Literal["pallas", "xla", "recurrent"]
@@ -73,8 +76,9 @@ def gated_delta_rule_2(
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
     scale = _resolve_scale(scale, key_dim)
-    if implementation == "pallas":
-        raise NotImplementedError('implementation="pallas": no GPU kernel exists yet; use "xla"')
+    obstacle = why_not_hopper(q, k, v, g, b, w)
+    if implementation == "pallas" and obstacle:
+        raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
 
     # The value channels of a group share everything on the key side, so a group of value heads is
     # one head with more value channels: grouping is a reshape, never a repeat.
@@ -90,7 +94,14 @@ def gated_delta_rule_2(
         q, *rest = (x.astype(g.dtype) for x in arrays)
         outputs, final_state = recurrent(q * scale, *rest, starts)
     else:
-        outputs, final_state = chunkwise(*arrays, starts, scale)
+        kernels, xla = (functools.partial(form, scale=scale) for form in (hopper, chunkwise))
+        if implementation == "pallas":
+            form = kernels
+        elif implementation == "xla" or obstacle:
+            form = xla
+        else:
+            form = functools.partial(on_hopper, kernels, xla)
+        outputs, final_state = form(*arrays, starts)
     return outputs.reshape(v.shape).astype(v.dtype), _unfold(final_state, value_heads)
 
 

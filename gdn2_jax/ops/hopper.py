@@ -1,0 +1,117 @@
+"""The operator on a Hopper GPU: the Pallas kernels, and the custom_vjp around them.
+
+Forward and backward each run a kernel over all chunks at once for what needs no state, and one
+over the sequence for the states. The forward keeps the kernels' own intermediates for the
+backward, about 1.2 times the inputs; `jax.checkpoint` around a layer trades them for a second run.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pallas.chunk_backward import chunk_backward
+from pallas.intra_chunk_backward import intra_chunk_backward
+from pallas.intra_chunk_forward import intra_chunk_forward
+from pallas.mosaic import CHUNK
+from pallas.segments import segment_masks
+from pallas.state_pass import state_pass_backward, state_pass_forward
+
+_CHANNELS = (64, 128)
+
+
+def why_not_hopper(q, k, v, g, b, w) -> str | None:
+    """What keeps the kernels from serving these inputs ([..., heads, channels]), or None."""
+    for name, array in {"q": q, "k": k, "v": v, "b": b, "w": w}.items():
+        if array.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"the kernels take {name} in bfloat16 or float16, got {array.dtype}"
+    if g.dtype != jnp.float32:
+        return f"the kernels take g in float32, got {g.dtype}"
+    for name, array in {"q": q, "v": v}.items():
+        if array.shape[-1] not in _CHANNELS:
+            return f"the kernels take {_CHANNELS} channels in {name}, got {array.shape[-1]}"
+    return None
+
+
+def hopper(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    g: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    w: Float[Array, "B T H V"],
+    initial_state: Float[Array, "B H K V"],
+    starts: Bool[Array, "B T"] | None,
+    scale: float,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Outputs (bf16) and final state (fp32); arguments as in `chunkwise`, dtypes as above.
+
+    V may be any multiple of 64; fp16 inputs are rounded to bf16.
+    """
+    length = q.shape[1]
+    padding = -length % CHUNK
+    if padding:
+        # Padded rows are exact no-ops: they write nothing and do not decay the state.
+        widths = ((0, 0), (0, padding), (0, 0), (0, 0))
+        q, k, v, g, b, w = (jnp.pad(x, widths) for x in (q, k, v, g, b, w))
+    masks = None
+    if starts is not None:
+        masks = segment_masks(jnp.pad(starts, ((0, 0), (0, padding))))
+    q, k, v, b, w = (x.astype(jnp.bfloat16) for x in (q, k, v, b, w))
+    outputs, final_state = _hopper(scale, q, k, v, g, b, w, _transpose(initial_state), masks)
+    return outputs[:, :length], _transpose(final_state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hopper(scale, *arguments):
+    return _run_forward(scale, *arguments, save=False)[0]
+
+
+def _forward(scale, *arguments):
+    return _run_forward(scale, *arguments, save=True)
+
+
+def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
+    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, clamped, x = intra_chunk_forward(
+        q, k, v, g, b, w, masks, scale=scale, save=save
+    )
+    decay = _carried(decay, masks)
+    operands = y_t, u_t, k_tail, q_gamma, a_qk_t, decay
+    outputs, final_state, states, r_t = state_pass_forward(*operands, state, save=save)
+    inputs = q, k, v, g, b, w, masks
+    return (outputs, final_state), (inputs, operands, clamped, x, states, r_t)
+
+
+def _backward(scale, residuals, cotangents):
+    (q, k, v, g, b, w, masks), operands, clamped, x, states, r_t = residuals
+    y_t, u_t, k_tail, q_gamma, a_qk_t, decay = operands
+    d_o, d_state = cotangents
+    d_r, d_states, d_initial_state = state_pass_backward(
+        y_t, d_o, k_tail, q_gamma, a_qk_t, decay, d_state
+    )
+    dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay, dv, dw = chunk_backward(
+        d_o, r_t, d_r, states, d_states, u_t, y_t, x, v, w, masks
+    )
+    d_decay = _carried(d_decay, masks)
+    gradients = dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay
+    dq, dk, dg, db = intra_chunk_backward(
+        q, k, g, b, *gradients, clamped, masks, scale=scale
+    )
+    return dq, dk, dv, dg, db, dw, d_initial_state, None
+
+
+_hopper.defvjp(_forward, _backward)
+
+
+def _carried(decay: Float[Array, "BH N K"], masks) -> Float[Array, "BH N K"]:
+    """Zeroes a chunk's decay where no segment spans it."""
+    if masks is None:
+        return decay
+    batch, chunks = masks.carries.shape
+    carries = masks.carries[:, None, :, None]
+    return (decay.reshape(batch, -1, chunks, decay.shape[-1]) * carries).reshape(decay.shape)
+
+
+def _transpose(state: Array) -> Array:
+    return jnp.swapaxes(state, -1, -2)

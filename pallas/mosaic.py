@@ -1,0 +1,125 @@
+"""What the kernels share: operand tiles, accumulators, and interpret mode.
+
+JAX's GPU interpreter runs neither wgmma with an operand in registers nor stores to an accumulator.
+`Accumulator` stands in for both, so that a kernel is one text that runs on a Hopper GPU and, under
+`interpret_mode`, on a CPU.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+CHUNK = 64
+"""Tokens in a chunk: the rows of a wgmma."""
+
+WGMMA = plgpu.Layout.WGMMA
+ROWS = WGMMA.reduce(1)
+COLUMNS = WGMMA.reduce(0)
+
+# Barriers between writes of shared memory and their readers are placed by hand with commit_smem.
+COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+_interpreting = contextvars.ContextVar("interpreting", default=False)
+
+
+@contextlib.contextmanager
+def interpret_mode(*, detect_races: bool = False) -> Iterator[None]:
+    """Runs every kernel traced inside it in GPU interpret mode, on any backend."""
+    token = _interpreting.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+            yield
+    finally:
+        _interpreting.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether `interpret_mode` is on."""
+    return _interpreting.get()
+
+
+def tile(shape: tuple[int, ...], dtype, swizzle: int = 128) -> plgpu.SMEM:
+    """Shared memory that TMA fills and wgmma reads: 8-row tiles, swizzled."""
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+class Accumulator:
+    """An fp32 wgmma accumulator: `add` issues a product, `get` waits for it."""
+
+    def __init__(self, ref, shape: tuple[int, int]):
+        """Wraps an ACC ref; in interpret mode there is none."""
+        self._ref = ref
+        self._value = jnp.zeros(shape, jnp.float32) if ref is None else None
+
+    def add(self, a, b) -> None:
+        """Adds a @ b; `a` is an array or a ref, `b` a ref. Not waited for."""
+        if self._ref is None:
+            a = a if isinstance(a, jax.Array) else a[...]
+            self._value += jnp.dot(
+                a.astype(jnp.float32), b[...].astype(jnp.float32), precision="highest"
+            )
+        else:
+            plgpu.wgmma(self._ref, a, b)
+
+    def set(self, value: jax.Array) -> None:
+        """Overwrites the accumulator."""
+        if self._ref is None:
+            self._value = value
+        else:
+            self._ref[...] = value
+
+    def get(self, pending: int = 0) -> jax.Array:
+        """The value, once at most `pending` of the products issued later than it are unfinished."""
+        if self._ref is None:
+            return self._value
+        return plgpu.wgmma_accumulator_load(self._ref, wait_n=pending)
+
+
+def with_accumulators(body: Callable, *shapes: tuple[int, int]):
+    """Calls `body` with zeroed accumulators of these shapes and returns its result."""
+    if interpreting():
+        return body(*(Accumulator(None, shape) for shape in shapes))
+    return pl.run_scoped(
+        lambda *refs: body(*map(Accumulator, refs, shapes)),
+        *(plgpu.ACC(shape, jnp.float32) for shape in shapes),
+    )
+
+
+def matmul(shape: tuple[int, int], *products: tuple) -> jax.Array:
+    """The sum of products a @ b, waited for."""
+
+    def body(accumulator):
+        for a, b in products:
+            accumulator.add(a, b)
+        return accumulator.get()
+
+    return with_accumulators(body, shape)
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two bf16 arrays whose sum keeps 16 bits of an fp32 one."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def over_rows(column_vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Repeats one value a column along the rows."""
+    return lax.broadcast_in_dim(column_vector, shape, [1])
+
+
+def over_columns(row_vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Repeats one value a row along the columns."""
+    return lax.broadcast_in_dim(row_vector, shape, [0])
+
+
+def indices(shape: tuple[int, int], axis: int) -> jax.Array:
+    """The row (axis 0) or column (axis 1) of each element."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
