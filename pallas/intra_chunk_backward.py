@@ -52,16 +52,20 @@ def intra_chunk_backward(
     batch, length, heads, key_dim = q.shape
     chunks = length // CHUNK
     shape = (CHUNK, _CHANNELS)
-    bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
+    bf16, f32 = jnp.bfloat16, jnp.float32
 
     def kernel(*refs):
         q, k, g, b, dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay, clamped, *refs = refs
+        lower_triangle, *refs = refs
         if masks is not None:
             reads, writes, *refs = refs
         dq_out, dk_out, dg_out, db_out, *refs = refs
-        qs, ks, bs, g_area, dqs, dks, des, q_parts, sums, das, dts, d_decays, *refs = refs
-        with_g, with_keys, with_gradients, with_pairs, reloaded = refs
-        gs, g_parts, parts = g_area
+        qs, ks, bs, g_area, dqs, dks, des, q_parts, sums, das, dts, *refs = refs
+        triangle, d_decays, with_g, with_keys, with_gradients, with_pairs, with_triangle, *refs = (
+            refs
+        )
+        (reloaded,) = refs
+        gs, parts = g_area
         row, head, chunk = (lax.axis_index(name) for name in ("b", "h", "c"))
         wg = lax.axis_index("wg")
         rows, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(wg * _CHANNELS, _CHANNELS)
@@ -76,6 +80,7 @@ def intra_chunk_backward(
 
         @pl.when(wg == 0)
         def _():
+            plgpu.copy_gmem_to_smem(lower_triangle, triangle, with_triangle)
             plgpu.copy_gmem_to_smem(dt.at[index, chunk], dts, with_pairs)
             plgpu.copy_gmem_to_smem(da_qk.at[index, chunk], das, with_pairs)
             plgpu.copy_gmem_to_smem(d_decay.at[index, chunk], d_decays, with_pairs)
@@ -85,21 +90,20 @@ def intra_chunk_backward(
                 source.at[index, rows, channels], target.at[wg], with_gradients.at[wg]
             )
 
-        def triangle(keep, dtype):
-            ri, ci = mosaic.indices((CHUNK, CHUNK), 0), mosaic.indices((CHUNK, CHUNK), 1)
-            return jnp.where(keep(ri, ci), 1.0, 0.0).astype(dtype)
+        def load(ref):
+            return plgpu.load(ref.at[wg], layout=WGMMA).astype(f32)
+
+        def store_parts(ref, value):
+            for i, part in enumerate(split(value)):
+                ref.at[wg, i][...] = part
 
         def cumulate(limit):
             """Running sums of g over rows, in log2 units: kept in `sums`, and returned."""
             value = jnp.maximum(plgpu.load(gs.at[wg], layout=WGMMA), limit) * LOG2_E
-            high = value.astype(f16)
-            rest = (value - high.astype(f32)).astype(f16)
             plgpu.commit_smem()
-            g_parts.at[wg, 0][...] = high
-            g_parts.at[wg, 1][...] = rest
+            store_parts(parts, value)
             plgpu.commit_smem()
-            lower = triangle(lambda r, c: r >= c, f16)
-            total = matmul(shape, *((lower, g_parts.at[wg, i]) for i in range(2)))
+            total = matmul(shape, *((triangle, parts.at[wg, i]) for i in range(2)))
             for start, piece in zip(range(0, _CHANNELS, 8), pieces):
                 sums.at[piece][...] = total[:, start : start + 8]
             plgpu.commit_smem()
@@ -112,14 +116,8 @@ def intra_chunk_backward(
         def reference(i):
             return sums_at(_BLOCK * i + _BLOCK // 2 - 1)
 
-        def load(ref):
-            return plgpu.load(ref.at[wg], layout=WGMMA).astype(f32)
-
-        def store_parts(ref, value):
-            for i, part in enumerate(split(value)):
-                ref.at[wg, i][...] = part
-
         plgpu.barrier_wait(with_g.at[wg])
+        plgpu.barrier_wait(with_triangle)
         total = cumulate(CLAMP)
         ri = mosaic.indices(shape, 0)
         references = [reference(i) for i in range(4)]
@@ -187,7 +185,9 @@ def intra_chunk_backward(
         )
         gamma, tail = jnp.exp2(total), jnp.exp2(sums_at(CHUNK - 1) - total)
         if masks is not None:
-            mask = [plgpu.load(x.at[row, rows], layout=ROWS, optimized=False) for x in (reads, writes)]
+            mask = [
+                plgpu.load(x.at[row, rows], layout=ROWS, optimized=False) for x in (reads, writes)
+            ]
             gamma *= mosaic.over_columns(mask[0], shape)
             tail *= mosaic.over_columns(mask[1], shape)
         de += gamma * load(des)
@@ -206,13 +206,12 @@ def intra_chunk_backward(
         plgpu.commit_smem()
         for source, target in ((dqs, dq_out), (dks, dk_out), (des, db_out)):
             plgpu.copy_smem_to_gmem(source.at[wg], target.at[place])
-        upper = triangle(lambda r, c: r <= c, bf16)
-        lower = triangle(lambda r, c: r > c, bf16)
+        # The sum over the rows above, the row itself left out.
         dg = matmul(
             shape,
-            *((upper, q_parts.at[wg, i]) for i in range(2)),
-            *((lower, parts.at[wg, i]) for i in range(2)),
-        )
+            *((triangle.transpose((1, 0)), q_parts.at[wg, i]) for i in range(2)),
+            *((triangle, parts.at[wg, i]) for i in range(2)),
+        ) - sum(part.astype(f32) for part in split(keys * d_tail))
         d_end = plgpu.load(d_decays.at[channels], layout=COLUMNS, optimized=False)
         dg += jnp.exp2(sums_at(CHUNK - 1)) * mosaic.over_rows(d_end, shape)
         plgpu.commit_smem()
@@ -239,7 +238,6 @@ def intra_chunk_backward(
             channels_tile,
             plgpu.RefUnion(
                 tile((warpgroups, *shape), f32),
-                tile((warpgroups, 2, *shape), f16, 2 * _CHANNELS),
                 parts_tile,
             ),
             channels_tile,
@@ -249,15 +247,18 @@ def intra_chunk_backward(
             plgpu.SMEM((warpgroups, CHUNK, _PADDED), f32),
             pairs_tile,
             pairs_tile,
+            pairs_tile,
             plgpu.SMEM((key_dim,), f32),
             plgpu.Barrier(num_arrivals=1, **per_warpgroup),
             plgpu.Barrier(num_arrivals=3, **per_warpgroup),
             plgpu.Barrier(num_arrivals=3, **per_warpgroup),
             plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=1, **per_warpgroup),
         ],
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
         *(q, k, g, b, dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay, clamped),
+        jnp.tril(jnp.ones((CHUNK, CHUNK), bf16)),
         *(() if masks is None else (masks.reads, masks.writes)),
     )

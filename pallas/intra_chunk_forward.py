@@ -107,7 +107,8 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
 
         _, total, lowest = scan(CLAMP)
         decay.at[index, chunk][...] = jnp.exp2(total)
-        below = jnp.max(-lowest) > -CLAMP
+        # A reduction over the layout that 64 channels need hangs: those always scan again.
+        below = jnp.max(-lowest) > -CLAMP if key_dim == 128 else head >= 0
         clamped[index, chunk] = jnp.where(below, 1, 0)
         plgpu.commit_smem()
 
@@ -121,9 +122,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             def load_block(ref, block=block):
                 return plgpu.load(ref.at[block], layout=_BLOCK_LAYOUT, optimized=False)
 
-            reference = plgpu.load(
-                gs.at[middle], layout=_BLOCK_LAYOUT.reduce(0), optimized=False
-            )
+            reference = plgpu.load(gs.at[middle], layout=_BLOCK_LAYOUT.reduce(0), optimized=False)
             factor = jnp.exp2(load_block(gs) - mosaic.over_rows(reference, (_BLOCK, key_dim)))
             e = load_block(ks).astype(jnp.float32) * load_block(bs).astype(jnp.float32) * factor
             scaled_q = load_block(qs).astype(jnp.float32) * factor * scale

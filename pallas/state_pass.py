@@ -86,9 +86,7 @@ def state_pass_forward(y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, *, save:
 
     def store(outputs, staging, index, row, head, values, chunk):
         o, *saved = outputs
-        plgpu.copy_smem_to_gmem(
-            staging[0], o.at[row, pl.ds(chunk * CHUNK, CHUNK), head, values]
-        )
+        plgpu.copy_smem_to_gmem(staging[0], o.at[row, pl.ds(chunk * CHUNK, CHUNK), head, values])
         for source, target in zip(staging[1:], saved):
             plgpu.copy_smem_to_gmem(source, target.at[index, chunk, values])
 

@@ -95,9 +95,7 @@ def _backward(scale, residuals, cotangents):
     )
     d_decay = _carried(d_decay, masks)
     gradients = dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay
-    dq, dk, dg, db = intra_chunk_backward(
-        q, k, g, b, *gradients, clamped, masks, scale=scale
-    )
+    dq, dk, dg, db = intra_chunk_backward(q, k, g, b, *gradients, clamped, masks, scale=scale)
     return dq, dk, dv, dg, db, dw, d_initial_state, None
 
 
