@@ -160,7 +160,8 @@ def intra_chunk_backward(
         de = dq = None
         for i in range(4):
 
-            def by_row(for_e, for_q, block=pl.ds(_BLOCK * i, _BLOCK)):
+            def by_row(for_e, for_q, i=i):
+                block = pl.ds(_BLOCK * i, _BLOCK)
                 for part in range(2):
                     for_e.add(dts.at[:, block], parts.at[wg, part, block])
                     for_q.add(das.at[:, block], parts.at[wg, part, block])

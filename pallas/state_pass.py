@@ -222,7 +222,7 @@ def _run(
     Returns the state after the last chunk, and the outputs of `out_type`.
     """
     prefetch, advance, store = roles
-    batch, heads, value_dim, key_dim = state.shape
+    batch, heads, value_dim, _ = state.shape
 
     def kernel(*refs):
         inputs, refs = refs[: len(operands)], refs[len(operands) :]

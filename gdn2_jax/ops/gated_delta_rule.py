@@ -144,7 +144,9 @@ def gated_delta_rule_2_step(
     _check_state("state", state, (batch, value_heads, key_dim, value_dim), g.dtype)
     scale = _resolve_scale(scale, key_dim)
     if implementation == "pallas":
-        raise NotImplementedError('implementation="pallas": no GPU kernel exists yet; use "xla"')
+        raise NotImplementedError(
+            'implementation="pallas": no kernel of the step exists yet; use "xla"'
+        )
 
     folded = (batch, key_heads, -1)
     arrays = (q, k, v.reshape(folded), g, b, w.reshape(folded))

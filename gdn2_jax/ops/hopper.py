@@ -18,7 +18,7 @@ from pallas.mosaic import CHUNK
 from pallas.segments import segment_masks
 from pallas.state_pass import state_pass_backward, state_pass_forward
 
-_CHANNELS = (64, 128)
+_CHANNELS = 128
 
 
 def why_not_hopper(q, k, v, g, b, w) -> str | None:
@@ -28,9 +28,11 @@ def why_not_hopper(q, k, v, g, b, w) -> str | None:
             return f"the kernels take {name} in bfloat16 or float16, got {array.dtype}"
     if g.dtype != jnp.float32:
         return f"the kernels take g in float32, got {g.dtype}"
-    for name, array in {"q": q, "v": v}.items():
-        if array.shape[-1] not in _CHANNELS:
-            return f"the kernels take {_CHANNELS} channels in {name}, got {array.shape[-1]}"
+    if q.shape[-1] != _CHANNELS:
+        return f"the kernels take {_CHANNELS} channels in q, got {q.shape[-1]}"
+    values = v.shape[-2] // q.shape[-2] * v.shape[-1]
+    if values % _CHANNELS:
+        return f"the kernels take multiples of {_CHANNELS} value channels a key head, got {values}"
     return None
 
 
@@ -47,7 +49,7 @@ def hopper(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Outputs (bf16) and final state (fp32); arguments as in `chunkwise`, dtypes as above.
 
-    V may be any multiple of 64; fp16 inputs are rounded to bf16.
+    K is 128 and V a multiple of 128; fp16 inputs are rounded to bf16.
     """
     length = q.shape[1]
     padding = -length % CHUNK

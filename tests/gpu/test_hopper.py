@@ -1,0 +1,59 @@
+"""The precision contract of the Hopper kernels, on a Hopper GPU, as the default dispatch runs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdn2_jax import gated_delta_rule_2
+from gdn2_jax.ops.dispatch import hopper_attached
+from gdn2_jax.testing import REGIMES, assert_matches_recurrence, operator_inputs
+
+pytestmark = pytest.mark.skipif(not hopper_attached(), reason="needs a Hopper GPU")
+
+kernels = functools.partial(gated_delta_rule_2, implementation="pallas")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    "layout", [{"segments": 5, "value_heads": 4}, {}], ids=["segments, grouped", "plain"]
+)
+def test_kernels_match_the_recurrence(regime, layout, seed):
+    inputs = operator_inputs(2, 300, 2, 128, regime=regime, dtype="bfloat16", seed=seed, **layout)
+    assert_matches_recurrence(kernels, inputs, seed=seed)
+
+
+def test_float16_matches_the_recurrence():
+    assert_matches_recurrence(kernels, operator_inputs(2, 300, 2, 128, dtype="float16"))
+
+
+@jax.jit
+def gradients(arrays, state):
+    def loss(arrays, state):
+        outputs, final_state = gated_delta_rule_2(*arrays, initial_state=state)
+        return jnp.sum(outputs.astype(jnp.float32) ** 2) + jnp.sum(final_state**2)
+
+    return jax.grad(loss, argnums=(0, 1))(arrays, state)
+
+
+def test_default_dispatch_takes_the_kernels():
+    *arrays, state, _ = operator_inputs(2, 256, 4, 128, dtype="bfloat16")
+    assert "mosaic_gpu" in gradients.lower(arrays, state).as_text()
+
+
+def test_gradients_are_bitwise_repeatable():
+    *arrays, state, _ = operator_inputs(4, 2048, 16, 128, dtype="bfloat16")
+    first, second = (jax.tree.leaves(gradients(arrays, state)) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_kernels_work_under_vmap_and_remat():
+    *arrays, state, _ = operator_inputs(2, 128, 2, 128, dtype="bfloat16")
+    run = jax.checkpoint(lambda *x: gated_delta_rule_2(*x[:6], initial_state=x[6])[0])
+    together = jax.jit(run)(*arrays, state)
+    one_by_one = jax.jit(jax.vmap(lambda *x: run(*(y[None] for y in x))[0]))(*arrays, state)
+    np.testing.assert_array_equal(together, one_by_one)
