@@ -1,1 +1,1 @@
-"""GPU kernels of gdn2-jax: arrays in, arrays out. No kernel exists yet."""
+"""Kernels for Hopper GPUs in Pallas Mosaic GPU: arrays in, arrays out."""

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.chunkwise import chunkwise
+from gdn2_jax.ops.decoding import decode_kernel, decode_xla, why_not_decode_kernel
 from gdn2_jax.ops.dispatch import on_hopper
 from gdn2_jax.ops.hopper import hopper, why_not_hopper
-from gdn2_jax.ops.recurrent import recurrent, step
+from gdn2_jax.ops.recurrent import recurrent
 
 Implementation = Literal["pallas", "xla", "recurrent"]
 
@@ -54,8 +55,10 @@ def gated_delta_rule_2(
       initial_state: state before the first token, dtype as `g`; zeros if None.
       segment_ids: document of each token; the state restarts from zero at every change.
         `initial_state` feeds the first segment of a row.
-      implementation: "pallas" (GPU kernels), "xla" (chunkwise, any backend), "recurrent" (the
-        definition, token by token), or None for the fastest that serves these inputs.
+      implementation: "pallas" (Hopper GPU kernels; K = 128, a multiple of 128 value channels a key
+        head, bf16 or fp16 beside a fp32 g), "xla" (chunkwise, any backend), "recurrent" (the
+        definition, token by token), or None for the fastest that keeps the precision contract on
+        every input: "xla" today.
 
     Returns:
       Outputs of `v`'s shape and dtype, and the state after the last token in float32 (float64
@@ -76,8 +79,7 @@ def gated_delta_rule_2(
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
     scale = _resolve_scale(scale, key_dim)
-    obstacle = why_not_hopper(q, k, v, g, b, w)
-    if implementation == "pallas" and obstacle:
+    if implementation == "pallas" and (obstacle := why_not_hopper(q, k, v, g, b, w)):
         raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
 
     # The value channels of a group share everything on the key side, so a group of value heads is
@@ -94,14 +96,9 @@ def gated_delta_rule_2(
         q, *rest = (x.astype(g.dtype) for x in arrays)
         outputs, final_state = recurrent(q * scale, *rest, starts)
     else:
-        kernels, xla = (functools.partial(form, scale=scale) for form in (hopper, chunkwise))
-        if implementation == "pallas":
-            form = kernels
-        elif implementation == "xla" or obstacle:
-            form = xla
-        else:
-            form = functools.partial(on_hopper, kernels, xla)
-        outputs, final_state = form(*arrays, starts)
+        # The kernels are not the default: with repeated keys db can miss the precision contract.
+        form = hopper if implementation == "pallas" else chunkwise
+        outputs, final_state = form(*arrays, starts, scale)
     return outputs.reshape(v.shape).astype(v.dtype), _unfold(final_state, value_heads)
 
 
@@ -128,7 +125,8 @@ def gated_delta_rule_2_step(
       b: erase gate.
       w: write gate.
       scale: factor on the output; 1 / sqrt(K) if None.
-      implementation: as in `gated_delta_rule_2`; "xla" and "recurrent" are the same here.
+      implementation: as in `gated_delta_rule_2`; "xla" and "recurrent" are the same here. The
+        kernel updates the state in place where the caller donates it to the compiled function.
 
     Returns:
       The state after the token and the output, of `v`'s shape and dtype.
@@ -139,20 +137,22 @@ def gated_delta_rule_2_step(
     """
     _check_implementation(implementation)
     _check_inputs(q, k, v, g, b, w, leading=("B",))
-    batch, key_heads, key_dim = q.shape
+    batch, _, key_dim = q.shape
     value_heads, value_dim = v.shape[1:]
     _check_state("state", state, (batch, value_heads, key_dim, value_dim), g.dtype)
     scale = _resolve_scale(scale, key_dim)
-    if implementation == "pallas":
-        raise NotImplementedError(
-            'implementation="pallas": no kernel of the step exists yet; use "xla"'
-        )
+    obstacle = why_not_decode_kernel(q, k, v, g, b, w)
+    if implementation == "pallas" and obstacle:
+        raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
 
-    folded = (batch, key_heads, -1)
-    arrays = (q, k, v.reshape(folded), g, b, w.reshape(folded))
-    q, *rest = (x.astype(g.dtype) for x in arrays)
-    state, output = step(_fold(state, key_heads), q * scale, *rest)
-    return _unfold(state, value_heads), output.reshape(v.shape).astype(v.dtype)
+    kernel, xla = (functools.partial(form, scale=scale) for form in (decode_kernel, decode_xla))
+    if implementation == "pallas":
+        form = kernel
+    elif implementation is not None or obstacle:
+        form = xla
+    else:
+        form = functools.partial(on_hopper, kernel, xla)
+    return form(*_match_varying_axes((state, q, k, v, g, b, w), None))
 
 
 def _fold(state: Array, key_heads: int) -> Array:

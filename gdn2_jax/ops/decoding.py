@@ -1,0 +1,89 @@
+"""The two forms of a decoding step: jnp on any backend, and the Hopper kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gdn2_jax.ops.recurrent import step
+from pallas.decode_step import decode_step
+
+_CHANNELS = (64, 128)
+
+
+def why_not_decode_kernel(q, k, v, g, b, w) -> str | None:
+    """What keeps the kernel from serving these inputs ([B, heads, channels]), or None."""
+    for name, array in {"q": q, "k": k, "v": v, "b": b, "w": w}.items():
+        if array.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"the kernel takes {name} in bfloat16 or float16, got {array.dtype}"
+    if g.dtype != jnp.float32:
+        return f"the kernel takes g in float32, got {g.dtype}"
+    for name, array in {"q": q, "v": v}.items():
+        if array.shape[-1] not in _CHANNELS:
+            return f"the kernel takes {_CHANNELS} channels in {name}, got {array.shape[-1]}"
+    return None
+
+
+def decode_xla(
+    state: Float[Array, "B Hv K V"],
+    q: Float[Array, "B Hk K"],
+    k: Float[Array, "B Hk K"],
+    v: Float[Array, "B Hv V"],
+    g: Float[Array, "B Hk K"],
+    b: Float[Array, "B Hk K"],
+    w: Float[Array, "B Hv V"],
+    scale: float,
+) -> tuple[Float[Array, "B Hv K V"], Float[Array, "B Hv V"]]:
+    """Advances the state by one token, in the dtype of `g`, and reads it; the output is as `v`."""
+    key_heads = q.shape[1]
+
+    def grouped(x):
+        return x.reshape(x.shape[0], key_heads, -1, *x.shape[2:])
+
+    arrays = (q, k, grouped(v), g, b, grouped(w))
+    q, *rest = (x.astype(g.dtype) for x in arrays)
+    # The heads of a group share everything on the key side: mapped over, it is not repeated.
+    over_group = jax.vmap(step, in_axes=(2, None, None, 2, None, None, 2), out_axes=2)
+    new_state, output = over_group(grouped(state), q * scale, *rest)
+    return new_state.reshape(state.shape), output.reshape(v.shape).astype(v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def decode_kernel(state, q, k, v, g, b, w, scale: float):
+    """`decode_xla` by the Hopper kernel, for inputs that `why_not_decode_kernel` lets pass.
+
+    It updates the state's buffer in place where the caller donates it.
+    """
+    return _mapped(scale)(state, q, k, v, g, b, w)
+
+
+def _forward(*arguments):
+    return decode_kernel(*arguments), arguments[:-1]
+
+
+def _backward(scale, arrays, cotangents):
+    return jax.vjp(functools.partial(decode_xla, scale=scale), *arrays)[1](cotangents)
+
+
+decode_kernel.defvjp(_forward, _backward)
+
+
+def _mapped(scale: float):
+    """The kernel with a batching rule: a mapped axis joins the batch."""
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays):
+        return decode_step(*arrays, scale)
+
+    @call.def_vmap
+    def _(axis_size, mapped, *arrays):
+        def join(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = call(*map(join, arrays, mapped))
+        split = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
+        return split, (True, True)
+
+    return call

@@ -1,0 +1,150 @@
+"""One token of the recurrence on a Hopper GPU: reads the state once and writes it in place.
+
+A block owns some value columns of one head's state [K, V], all its rows: it needs no other block.
+
+    s = exp(g) S    r = z - s^T e    S' = s + k r^T    o = S'^T q    with e = b k, z = w v
+
+Memory bound with many heads, latency bound with few.
+"""
+
+import dataclasses
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas import mosaic
+
+_FEW_BLOCKS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the state is cut.
+
+    Attributes:
+      columns: value columns a block owns, 32 or 64; fewer make more blocks, which shortens a step
+        that does not fill the GPU.
+    """
+
+    columns: int
+
+    def __post_init__(self):
+        """Raises a ValueError where no register layout exists."""
+        if self.columns not in (32, 64):
+            raise ValueError(f"columns: expected 32 or 64, got {self.columns}")
+
+
+def default_tuning(states: int, value_dim: int) -> Tuning:
+    """The cut for this number of states (B * Hv)."""
+    return Tuning(columns=32 if states * value_dim // 64 < _FEW_BLOCKS else 64)
+
+
+def decode_step(
+    state: Float[Array, "B Hv K V"],
+    q: Float[Array, "B Hk K"],
+    k: Float[Array, "B Hk K"],
+    v: Float[Array, "B Hv V"],
+    g: Float[Array, "B Hk K"],
+    b: Float[Array, "B Hk K"],
+    w: Float[Array, "B Hv V"],
+    scale: float,
+    tuning: Tuning | None = None,
+) -> tuple[Float[Array, "B Hv K V"], Float[Array, "B Hv V"]]:
+    """Advances the state by one token and reads it.
+
+    The state's buffer is updated in place where the caller donates it, and copied first where not.
+
+    Args:
+      state: fp32.
+      q: bf16 or fp16, as k, v, b and w.
+      k: keys.
+      v: values; K and V are 64 or 128.
+      g: log-decay, fp32.
+      b: erase gate.
+      w: write gate.
+      scale: factor on the output.
+      tuning: chosen by the number of states if None.
+
+    Returns:
+      The new state and the output, of `v`'s shape and dtype. All arithmetic is fp32.
+    """
+    batch, value_heads, key_dim, value_dim = state.shape
+    group = value_heads // q.shape[1]
+    columns = (tuning or default_tuning(batch * value_heads, value_dim)).columns
+    layout = _layout(columns)
+    shape = (key_dim, columns)
+
+    def divide(x, divisor):
+        return lax.div(x, jnp.int32(divisor)), lax.rem(x, jnp.int32(divisor))
+
+    def kernel(q, k, v, g, b, w, state, o, slab, arrived):
+        # One flat axis: a GPU grid's other axes end at 65535.
+        index, cut = divide(lax.axis_index("block"), value_dim // columns)
+        row, head = divide(index, value_heads)
+        key_head, _ = divide(head, group)
+        values = pl.ds(cut * columns, columns)
+        plgpu.copy_gmem_to_smem(state.at[row, head, :, values], slab, arrived)
+
+        def load(ref, vector_layout):
+            return plgpu.load(ref, layout=vector_layout, optimized=False).astype(jnp.float32)
+
+        # The vectors arrive while the slab is on its way.
+        key_side = layout.reduce(1)
+        decay = jnp.exp(load(g.at[row, key_head], key_side))
+        key = load(k.at[row, key_head], key_side)
+        erase = load(b.at[row, key_head], key_side) * key
+        query = load(q.at[row, key_head], key_side) * scale
+        value_side = layout.reduce(0)
+        write = load(w.at[row, head, values], value_side) * load(
+            v.at[row, head, values], value_side
+        )
+
+        plgpu.barrier_wait(arrived)
+        s = plgpu.load(slab, layout=layout, optimized=False)
+        s = s * mosaic.over_columns(decay, shape)
+        residual = write - jnp.sum(s * mosaic.over_columns(erase, shape), axis=0)
+        s = s + mosaic.over_columns(key, shape) * mosaic.over_rows(residual, shape)
+        # Every thread overwrites what it read itself.
+        slab[...] = s
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(slab, state.at[row, head, :, values])
+        output = jnp.sum(s * mosaic.over_columns(query, shape), axis=0)
+        o.at[row, head, values][...] = output.astype(o.dtype)
+        plgpu.wait_smem_to_gmem(0)
+
+    state_ref = jax.new_ref(state)
+    o = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
+        grid=(batch * value_heads * value_dim // columns,),
+        grid_names=("block",),
+        scratch_types=[plgpu.SMEM(shape, jnp.float32), plgpu.Barrier()],
+        compiler_params=mosaic.COMPILER_PARAMS,
+    )(q, k, v, g, b, w, state_ref)
+    return jax.freeze(state_ref), o
+
+
+def _layout(columns: int):
+    """Registers of a [K, columns] slab: 4 adjacent columns a thread, rows over lanes and registers.
+
+    Of 64 columns a warp owns 16, so that sums over rows stay inside it. Of 32 it would own 8,
+    and reading 32-byte pieces of rows from shared memory would take longer than adding up the four
+    warps' sums: there the warps share the rows.
+    """
+    if columns == 64:
+        return plgpu.Layout.TILED(
+            plgpu.Tiling(((8, 64), (16,), (4,))),
+            warp_dims=(-3,),
+            lane_dims=(-4, -2),
+            vector_dim=-1,
+        )
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(((16, 32), (4, 32), (4,))),
+        warp_dims=(-5,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    )
