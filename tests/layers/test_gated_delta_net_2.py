@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gdn2_jax.layers.gated_delta_net_2 as module
+import gdn2_jax.layers.delta_rule_layer as module
 from gdn2_jax import GatedDeltaNet2
 
 WIDTH = 24

@@ -1,0 +1,197 @@
+"""What the mixers that run on the Gated Delta Rule-2 have in common."""
+
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float
+
+from gdn2_jax.layers.initializers import small_xavier_uniform
+from gdn2_jax.layers.short_convolution import ShortConvolution
+from gdn2_jax.ops import Implementation, gated_delta_rule_2, gated_delta_rule_2_step
+
+
+class DeltaRuleLayer(nn.Module):
+    """The parts and attributes of GDN-2, KDA, GDN and DeltaNet layers; see `GatedDeltaNet2`.
+
+    Matrix products run in `dtype`; the convolutions, the norms, the decay and the state are
+    float32 (float64 when `dtype` is), and so are A_log and dt_bias.
+    """
+
+    num_heads: int
+    head_dim: int = 128
+    num_value_heads: int | None = None
+    expand_v: float = 1.0
+    use_short_conv: bool = True
+    conv_size: int = 4
+    allow_negative_eigenvalues: bool = False
+    norm_epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = small_xavier_uniform()
+    decode: bool = False
+    implementation: Implementation | None = None
+
+    @property
+    def _value_heads(self) -> int:
+        return self.num_value_heads or self.num_heads
+
+    @property
+    def _value_dim(self) -> int:
+        return round(self.head_dim * self.expand_v)
+
+    def _dense(self, name: str, features: int, use_bias: bool = False) -> nn.Dense:
+        return nn.Dense(
+            features,
+            use_bias=use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            name=name,
+        )
+
+    def _queries_keys_values(self, x: Float[Array, "B T D"], segment_ids: Array | None) -> tuple:
+        """Queries and keys [B, T, H, K] of unit length, values [B, T, Hv, V]."""
+        q = self._convolved("q", x, self.num_heads * self.head_dim, segment_ids)
+        k = self._convolved("k", x, self.num_heads * self.head_dim, segment_ids)
+        v = self._convolved("v", x, self._value_heads * self._value_dim, segment_ids)
+        q, k = (_l2_normalize(split_heads(u, self.num_heads)) for u in (q, k))
+        return q, k, split_heads(v, self._value_heads)
+
+    def _convolved(self, name: str, x: Array, features: int, segment_ids: Array | None) -> Array:
+        y = self._dense(f"{name}_proj", features)(x)
+        if not self.use_short_conv:
+            return jax.nn.silu(y)
+        convolution = ShortConvolution(
+            self.conv_size,
+            param_dtype=self.param_dtype,
+            decode=self.decode,
+            name=f"{name}_conv1d",
+        )
+        return convolution(y, segment_ids)
+
+    def _mix_tied(self, q, k, v, g, beta, segment_ids) -> Float[Array, "B T Hv V"]:
+        """The operator with one gate `beta` [B, T, Hv, 1] a value head, for erasing and writing.
+
+        `g` [B, T, Hv, K or 1] is the log-decay of each value head, so q and k are repeated to the
+        value heads. The gradient of what is broadcast here is the sum over channels.
+        """
+        q, k = (jnp.repeat(u, self._value_heads // self.num_heads, axis=2) for u in (q, k))
+        g, b = jnp.broadcast_to(g, k.shape), jnp.broadcast_to(beta, k.shape)
+        return self._mix(q, k, v, g, b, jnp.broadcast_to(beta, v.shape), segment_ids)
+
+    def _mix(self, q, k, v, g, b, w, segment_ids) -> Float[Array, "B T Hv V"]:
+        """Runs the operator, from and to the cached state when decoding."""
+        if not self.decode:
+            return gated_delta_rule_2(
+                q, k, v, g, b, w, segment_ids=segment_ids, implementation=self.implementation
+            )[0]
+        batch, length, value_heads, value_dim = v.shape
+        shape = (batch, value_heads, self.head_dim, value_dim)
+        state = self.variable("cache", "state", jnp.zeros, shape, g.dtype)
+        document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
+        initial_state = state.value
+        if segment_ids is not None:
+            restarts = segment_ids[:, 0] != document.value
+            initial_state = jnp.where(restarts[:, None, None, None], 0, initial_state)
+        if length == 1:
+            final_state, o = gated_delta_rule_2_step(
+                initial_state,
+                *(array[:, 0] for array in (q, k, v, g, b, w)),
+                implementation=self.implementation,
+            )
+            o = o[:, None]
+        else:
+            o, final_state = gated_delta_rule_2(
+                *(q, k, v, g, b, w),
+                initial_state=initial_state,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+            )
+        if not self.is_initializing():
+            state.value = final_state
+            if segment_ids is not None:
+                document.value = segment_ids[:, -1].astype(jnp.int32)
+        return o
+
+    def _output(
+        self,
+        o: Float[Array, "B T Hv V"],
+        z: Float[Array, "B T D"],
+        activation: Literal["silu", "sigmoid"],
+        width: int,
+    ) -> Float[Array, "B T {width}"]:
+        """o_proj(RMSNorm(o) * activation(z))."""
+        wide = jnp.promote_types(o.dtype, jnp.float32)
+        norm = nn.RMSNorm(
+            self.norm_epsilon, dtype=wide, param_dtype=self.param_dtype, name="o_norm"
+        )
+        gate = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
+        y = norm(o) * gate(split_heads(z, self._value_heads).astype(wide))
+        return self._dense("o_proj", width)(y.astype(o.dtype).reshape(*o.shape[:2], -1))
+
+    def _check_attributes(self) -> None:
+        for name in ("num_heads", "head_dim", "conv_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        value_heads = self.num_value_heads
+        if value_heads is not None and (value_heads < 1 or value_heads % self.num_heads):
+            raise ValueError(
+                f"num_value_heads: expected a multiple of num_heads {self.num_heads}, "
+                f"got {value_heads}"
+            )
+        value_dim = self.head_dim * self.expand_v
+        if value_dim < 1 or value_dim != round(value_dim):
+            raise ValueError(
+                f"expand_v: expected head_dim * expand_v to be a positive whole number, "
+                f"got {self.head_dim} * {self.expand_v}"
+            )
+
+
+def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H C"]:
+    """Splits the last axis, whose channels are head-major."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+# The backward recomputes the float32 intermediates of the next two from their narrow inputs.
+@functools.partial(jax.checkpoint, static_argnums=(3,))
+def log_decay(
+    f: Float[Array, "B T H *K"],
+    a_log: Float[Array, "H"],
+    dt_bias: Float[Array, "H *K"],
+    lower_bound: float | None = None,
+) -> Float[Array, "B T H *K"]:
+    """-exp(A_log) softplus(f + dt_bias), or lower_bound sigmoid(exp(A_log) (f + dt_bias)).
+
+    Per channel as in GDN-2 (paper eqs. 12 and 86) and KDA, or per head as in GDN; in float32 or
+    wider.
+    """
+    wide = jnp.promote_types(f.dtype, jnp.float32)
+    rate = jnp.exp(a_log.astype(wide)).reshape(-1, *[1] * (dt_bias.ndim - 1))
+    f = f.astype(wide) + dt_bias
+    if lower_bound is None:
+        return -rate * jax.nn.softplus(f)
+    return lower_bound * jax.nn.sigmoid(rate * f)
+
+
+@jax.checkpoint
+def _l2_normalize(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+    """Divides by sqrt(sum x^2 + 1e-6) over channels, computed in float32 or wider."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square_sum = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(square_sum + 1e-6)).astype(x.dtype)
+
+
+def check_decay_lower_bound(bound: float | None) -> None:
+    """Raises ValueError unless `bound` is None or in [-5, 0)."""
+    if bound is not None and not -5 <= bound < 0:
+        raise ValueError(f"decay_lower_bound: expected None or a number in [-5, 0), got {bound}")
+
+
+def check_output_gate(activation: str) -> None:
+    """Raises ValueError unless `activation` is one of the two."""
+    if activation not in ("silu", "sigmoid"):
+        raise ValueError(f'output_gate: expected "silu" or "sigmoid", got {activation!r}')
