@@ -1,0 +1,95 @@
+"""Checks and small preparations of an operator's arguments."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+"""What an operator takes for arrays that need no full precision."""
+
+
+def check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
+    """Raises ValueError unless `array` has the shape expected."""
+    if tuple(array.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(array.shape)}")
+
+
+def check_layout(name: str, array: Array, layout: str) -> None:
+    """Raises ValueError unless `array` is not empty and has one dimension for each of `layout`."""
+    if array.ndim != len(layout.split()) or 0 in array.shape:
+        raise ValueError(
+            f"{name}: expected a non-empty array [{layout}], got shape {tuple(array.shape)}"
+        )
+
+
+def check_dtypes(low: dict[str, Array], full: dict[str, Array]) -> jnp.dtype:
+    """Returns the dtype of the arithmetic, which all of `full` must have.
+
+    Args:
+      low: arrays of any dtype in `DTYPES`, by name.
+      full: arrays in float32, or float64 (if any of `low` is float64, they must be), by name.
+
+    Raises:
+      ValueError: an array has another dtype.
+    """
+    for name, array in low.items():
+        if array.dtype not in DTYPES:
+            raise ValueError(
+                f"{name}: expected bfloat16, float16, float32 or float64, got {array.dtype}"
+            )
+    dtype = next(iter(full.values())).dtype
+    double = any(array.dtype == jnp.float64 for array in low.values()) or dtype == jnp.float64
+    expected = jnp.dtype(jnp.float64 if double else jnp.float32)
+    for name, array in full.items():
+        if array.dtype != expected:
+            raise ValueError(f"{name}: expected {expected} beside these inputs, got {array.dtype}")
+    return expected
+
+
+def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless `segment_ids` is None or integers [B, T]."""
+    if segment_ids is None:
+        return
+    check_shape("segment_ids", segment_ids, shape)
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises unless `implementation` is one that operators without a GPU kernel have.
+
+    Raises:
+      ValueError: the name is unknown.
+      NotImplementedError: it is "pallas".
+    """
+    if implementation == "pallas":
+        raise NotImplementedError(
+            'implementation="pallas": this operator has no GPU kernel; use "xla"'
+        )
+    known = (None, "xla", "recurrent")
+    if implementation not in known:
+        raise ValueError(f"implementation: expected one of {known}, got {implementation!r}")
+
+
+def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True where a token's segment differs from the one before; false for the first token."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)))
+
+
+def match_varying_axes[Tree](arrays: Tree) -> Tree:
+    """Inside shard_map, marks every array as varying over all mesh axes that any of them varies on.
+
+    The transpose of the mark sums a replicated input's cotangent over the mesh.
+    """
+
+    def varying(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
+
+    def mark(x):
+        missing = axes - varying(x)
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(mark, arrays)

@@ -1,0 +1,191 @@
+"""The Mamba-2 operator (state-space duality, arXiv 2405.21060)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gdn2_jax.ops.arguments import (
+    check_dtypes,
+    check_implementation,
+    check_layout,
+    check_segment_ids,
+    check_shape,
+    match_varying_axes,
+    segment_starts,
+)
+from gdn2_jax.ops.arithmetic import arithmetic_for
+from gdn2_jax.ops.scalar_decay import (
+    join,
+    layout_for,
+    mix_chunks,
+    over_spans,
+    split,
+    split_segments,
+)
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def mamba2(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    g: Float[Array, "B T H"],
+    dt: Float[Array, "B T H"],
+    *,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: Literal["xla", "recurrent"] | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The selective state-space recurrence of Mamba-2 over a sequence.
+
+    For every head, with the state S of shape [K, V]:
+
+        S_t = exp(g_t) S_{t-1} + dt_t k_t v_t^T        o_t = S_t^T q_t
+
+    Mamba's names are C for q, B for k, x for v and dt A for g; its skip D x is the caller's. Head h
+    reads group h // (H / G). Both results are differentiable in every floating-point input; each
+    cotangent has its input's dtype. Reverse mode only, except through "recurrent".
+
+    Args:
+      q: queries of each group; bf16, fp16, fp32 or fp64, as `k` and `v` (mixtures allowed).
+      k: keys of each group.
+      v: values.
+      g: log-decay, <= 0, any finite size; fp32 (fp64 when any other input is fp64).
+      dt: time step, the weight of the token's write, >= 0; dtype as `g`.
+      initial_state: state before the first token, dtype as `g`; zeros if None.
+      segment_ids: document of each token; the state restarts from zero at every change.
+        `initial_state` feeds the first segment of a row.
+      implementation: "xla" (chunkwise), "recurrent" (the definition, token by token), or None for
+        "xla".
+
+    Returns:
+      Outputs of `v`'s shape and dtype, and the state after the last token in `g`'s dtype.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
+      NotImplementedError: `implementation` is "pallas": there is no kernel.
+    """
+    check_implementation(implementation)
+    _check_inputs(q, k, v, g, dt, "B T")
+    batch, length, _, key_dim = q.shape
+    heads, value_dim = v.shape[2:]
+    state_shape = (batch, heads, key_dim, value_dim)
+    dtype = _check_dtypes(q, k, v, g, dt, "initial_state", initial_state, state_shape)
+    check_segment_ids(segment_ids, (batch, length))
+    if initial_state is None:
+        initial_state = jnp.zeros(state_shape, dtype)
+    starts = None if segment_ids is None else segment_starts(jnp.asarray(segment_ids))
+    form = _recurrent if implementation == "recurrent" else _chunkwise
+    arrays = jax.tree.map(jnp.asarray, (q, k, v, g, dt, initial_state, starts))
+    outputs, final_state = form(*match_varying_axes(arrays))
+    return outputs.astype(v.dtype), final_state
+
+
+def mamba2_step(
+    state: Float[Array, "B H K V"],
+    q: Float[Array, "B G K"],
+    k: Float[Array, "B G K"],
+    v: Float[Array, "B H V"],
+    g: Float[Array, "B H"],
+    dt: Float[Array, "B H"],
+) -> tuple[Float[Array, "B H K V"], Float[Array, "B H V"]]:
+    """One token of `mamba2`, for decoding with constant memory.
+
+    Args:
+      state: state before the token, dtype as `g`.
+      q: query; dtypes of all inputs as in `mamba2`.
+      k: key.
+      v: value.
+      g: log-decay, <= 0.
+      dt: time step.
+
+    Returns:
+      The state after the token and the output, of `v`'s shape and dtype.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype.
+    """
+    _check_inputs(q, k, v, g, dt, "B")
+    state_shape = (*v.shape[:2], q.shape[-1], v.shape[-1])
+    dtype = _check_dtypes(q, k, v, g, dt, "state", state, state_shape)
+    state, o = _step(state, *(x.astype(dtype) for x in (q, k, v, g, dt)))
+    return state, o.astype(v.dtype)
+
+
+def _step(state, q, k, v, g, dt):
+    """`mamba2_step` in one dtype."""
+    q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
+    written = k[..., :, None] * (dt[..., None] * v)[..., None, :]
+    state = jnp.exp(g)[..., None, None] * state + written
+    return state, jnp.einsum("bhkv,bhk->bhv", state, q, precision=_HIGHEST)
+
+
+def _recurrent(q, k, v, g, dt, initial_state, starts: Bool[Array, "B T"] | None):
+    """The definition; any form of differentiation works through it."""
+
+    def body(state, token):
+        *inputs, start = token
+        if start is not None:
+            state = jnp.where(start[:, None, None, None], 0, state)
+        return _step(state, *inputs)
+
+    inputs = (*(x.astype(g.dtype) for x in (q, k, v, g, dt)), starts)
+    time_major = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), inputs)
+    final_state, outputs = jax.lax.scan(body, initial_state, time_major)
+    return jnp.moveaxis(outputs, 0, 1), final_state
+
+
+def _chunkwise(q, k, v, g, dt, initial_state, starts: Bool[Array, "B T"] | None):
+    """The matrix form (arXiv 2405.21060, section 6)."""
+    batch, length, groups, _ = q.shape
+    heads = v.shape[2]
+    arithmetic = arithmetic_for((q, k, v), g.dtype)
+    layout = layout_for(length)
+
+    def span(state, tokens):
+        (q, k, v, g, dt), segments = tokens
+        q, k = jnp.moveaxis(q, 2, 3), jnp.moveaxis(k, 2, 3)
+        own = jnp.sum(q.astype(g.dtype) * k.astype(g.dtype), axis=-1)
+        v, g, dt = (
+            x.reshape(*x.shape[:2], groups, heads // groups, *x.shape[3:])
+            for x in (jnp.moveaxis(x, 2, 3) for x in (v, g, dt))
+        )
+        own = (own[:, :, :, None] * dt)[..., None, None]
+        q, k, v = (x.astype(arithmetic.operand) for x in (q, k, v))
+        outputs, state = mix_chunks(q, k, v, g, dt, own, state, segments, arithmetic)
+        outputs = outputs.reshape(*outputs.shape[:2], heads, *outputs.shape[4:])
+        return state, jnp.moveaxis(outputs, 2, 3).astype(out_dtype)
+
+    out_dtype = v.dtype
+    tokens = tuple(split(x, layout) for x in (q, k, v, g, dt))
+    state = initial_state.reshape(batch, groups, -1, *initial_state.shape[2:])
+    state, outputs = over_spans(span, state, (tokens, split_segments(starts, layout)))
+    return join(outputs, layout), state.reshape(initial_state.shape)
+
+
+def _check_inputs(q, k, v, g, dt, leading: str) -> None:
+    check_layout("q", q, f"{leading} G K")
+    check_shape("k", k, q.shape)
+    check_layout("v", v, f"{leading} H V")
+    if v.shape[:-2] != q.shape[:-2]:
+        raise ValueError(
+            f"v: expected leading dimensions {tuple(q.shape[:-2])} as q's, got {v.shape[:-2]}"
+        )
+    if v.shape[-2] % q.shape[-2]:
+        raise ValueError(
+            f"v: expected a number of heads that is a multiple of q's {q.shape[-2]} groups, "
+            f"got {v.shape[-2]}"
+        )
+    check_shape("g", g, v.shape[:-1])
+    check_shape("dt", dt, v.shape[:-1])
+
+
+def _check_dtypes(q, k, v, g, dt, name: str, state, state_shape: tuple[int, ...]) -> jnp.dtype:
+    full = {"g": g, "dt": dt}
+    if state is not None:
+        check_shape(name, state, state_shape)
+        full[name] = state
+    return check_dtypes({"q": q, "k": k, "v": v}, full)

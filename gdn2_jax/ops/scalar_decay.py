@@ -1,0 +1,184 @@
+"""The chunkwise form of linear attention with one decay a head, for Mamba-2 and Mamba-3.
+
+For every head, with a state P of shape [K, V] that tokens add to by weights of their own,
+
+    P_t = exp(g_t) P_{t-1} + weight_t k_t v_t^T
+    o_t = exp(g_t) P_{t-1}^T q_t + d_t v_t
+
+where d_t is the token's own share, given by the caller. In a chunk of C tokens the past of the
+chunk is a masked [C, C] product and the rest is read from the state at the chunk's start; states
+pass from chunk to chunk. Heads of a group share q and k, whose product is then formed once. A
+token may hold R rows of q, k and v (the ranks of Mamba-3 MIMO), which decay alike.
+
+Time is cut into a few spans of chunks. A span is rematerialised in the backward from its inputs
+and the state at its start, so that intermediates live for one span and nothing of size T x T or
+T x K x V is kept.
+
+Every exponent is a sum of log-decays g <= 0, never a difference of cumulative sums: it is not
+positive and keeps its precision beside neighbours of any size, and so does the gradient of g. The
+sums over all pairs of a chunk are one product with a constant matrix of zeros and ones.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from gdn2_jax.ops.arithmetic import Arithmetic
+
+_ROWS = 64
+_MIN_CHUNK_SIZE = 16
+_SPANS = 4
+_UNROLL = 4
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Layout(NamedTuple):
+    """How a sequence is cut.
+
+    Attributes:
+      length: T, without padding.
+      chunk_size: C.
+      spans: number of spans; each holds the same number of chunks.
+      padded: T with padding.
+    """
+
+    length: int
+    chunk_size: int
+    spans: int
+    padded: int
+
+
+class Segments(NamedTuple):
+    """Segment of each token, and of the token before each chunk, counted from 0 in a row."""
+
+    here: Int[Array, "*n B C"]
+    before: Int[Array, "*n B"]
+
+
+def layout_for(length: int, ranks: int = 1) -> Layout:
+    """Chunks of 64 rows where a token holds `ranks` rows, fewer for short sequences."""
+    chunk_size = min(_ROWS // min(ranks, _ROWS), 1 << (length - 1).bit_length())
+    chunk_size = max(_MIN_CHUNK_SIZE, chunk_size)
+    chunks = -(-length // chunk_size)
+    span = -(-chunks // _SPANS) * chunk_size
+    spans = -(-length // span)
+    return Layout(length, chunk_size, spans, spans * span)
+
+
+def split(x: Float[Array, "B T *d"], layout: Layout) -> Float[Array, "S N B C *d"]:
+    """Cuts time into spans and chunks; the padding is zero, which writes and decays nothing."""
+    padding = [(0, 0), (0, layout.padded - layout.length)] + [(0, 0)] * (x.ndim - 2)
+    return _cut(jnp.pad(x, padding), layout)
+
+
+def join(x: Float[Array, "S N B C *d"], layout: Layout) -> Float[Array, "B T *d"]:
+    """The inverse of `split`."""
+    x = jnp.moveaxis(x, 2, 0)
+    return x.reshape(x.shape[0], layout.padded, *x.shape[4:])[:, : layout.length]
+
+
+def split_segments(starts: Bool[Array, "B T"] | None, layout: Layout) -> Segments | None:
+    """The segments of all chunks, from where they start; the first token continues segment 0."""
+    if starts is None:
+        return None
+    segments = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    segments = jnp.pad(segments, ((0, 0), (0, layout.padded - layout.length)), mode="edge")
+    before = jnp.pad(segments, ((0, 0), (1, 0)))[:, : layout.padded : layout.chunk_size]
+    before = jnp.moveaxis(before.reshape(before.shape[0], layout.spans, -1), 0, 2)
+    return Segments(_cut(segments, layout), before)
+
+
+def over_spans[Carry, Tokens](
+    span: Callable[[Carry, Tokens], tuple[Carry, Array]], carry: Carry, tokens: Tokens
+) -> tuple[Carry, Array]:
+    """Runs `span` over the leading axis of `tokens`, keeping only its inputs for the backward."""
+    return jax.lax.scan(jax.checkpoint(span, prevent_cse=False), carry, tokens)
+
+
+def mix_chunks(
+    q: Float[Array, "N B G C*R K"],
+    k: Float[Array, "N B G C*R K"],
+    v: Float[Array, "N B G E C*R V"],
+    g: Float[Array, "N B G E C"],
+    weight: Float[Array, "N B G E C"],
+    own: Float[Array, "N B G #E C R R"],
+    state: Float[Array, "B G E K V"],
+    segments: Segments | None,
+    arithmetic: Arithmetic,
+) -> tuple[Float[Array, "N B G E C*R V"], Float[Array, "B G E K V"]]:
+    """Outputs of the N chunks of a span and the state after them.
+
+    Args:
+      q: queries of each group; q, k and v in the dtype of the products' operands.
+      k: keys of each group.
+      v: values of each of the group's E heads.
+      g: log-decay, in full precision as `weight`, `own` and `state`.
+      weight: of the token's write into the state.
+      own: o_t's dependence on the token's own rows: entry [i, j] multiplies row j of v in row i.
+      state: before the first chunk.
+      segments: of the span's tokens; None if the state never restarts.
+      arithmetic: of the products.
+
+    Returns:
+      Outputs and state, in full precision.
+    """
+    dot, operand, full = arithmetic.product, arithmetic.operand, g.dtype
+    chunk_size, ranks = own.shape[-3:-1]
+    rows = chunk_size * ranks
+    from_start, to_end, between, total = _decays(g)
+    if segments is not None:
+        here, before = segments.here[:, :, None, None], segments.before[:, :, None, None]
+        last = here[..., -1]
+        same = here[..., :, None] == here[..., None, :]
+        between = jnp.where(same, between, -jnp.inf)
+        from_start = jnp.where(here == before[..., None], from_start, -jnp.inf)
+        to_end = jnp.where(here == last[..., None], to_end, -jnp.inf)
+        total = jnp.where(before == last, total, -jnp.inf)
+    between = jnp.where(np.tri(chunk_size, k=-1, dtype=bool), between, -jnp.inf)
+    past = (jnp.exp(between) * weight[..., None, :])[..., :, None, :, None]
+    pairs = dot("rk,sk->rs", q, k, operand).astype(full)
+    pairs = pairs.reshape(*pairs.shape[:3], 1, chunk_size, ranks, chunk_size, ranks)
+    diagonal = np.eye(chunk_size, dtype=bool)[:, None, :, None]
+    reads = jnp.where(diagonal, own[..., None, :], past * pairs).astype(operand)
+    reads = reads.reshape(*reads.shape[:4], rows, rows)
+
+    def to_rows(x):
+        return jnp.repeat(x, ranks, axis=-1)[..., None]
+
+    tail = (v.astype(full) * to_rows(jnp.exp(to_end) * weight)).astype(operand)
+    written = dot("rk,rv->kv", k[:, :, :, None], tail, operand)
+
+    def next_chunk(state, chunk):
+        decay, written = chunk
+        return decay[..., None, None] * state + written.astype(full), state.astype(operand)
+
+    state, states = jax.lax.scan(next_chunk, state, (jnp.exp(total), written), unroll=_UNROLL)
+    carried = dot("rk,kv->rv", q[:, :, :, None], states, operand).astype(full)
+    within = dot("rs,sv->rv", reads, v, operand).astype(full)
+    return within + to_rows(jnp.exp(from_start)) * carried, state
+
+
+def _cut(x: Array, layout: Layout) -> Array:
+    x = x.reshape(x.shape[0], layout.spans, -1, layout.chunk_size, *x.shape[2:])
+    return jnp.moveaxis(x, 0, 2)
+
+
+def _decays(g: Float[Array, "*n C"]) -> tuple[Array, Array, Array, Array]:
+    """Log-decays of a chunk: start to row, row to end, column to row (row > column), all of it."""
+    size = g.shape[-1]
+    sums = functools.partial(jnp.matmul, precision=_HIGHEST)
+    until = np.tri(size, dtype=bool).T
+    after = np.tri(size, k=-1, dtype=bool)
+    # Token i lies between r and s if s < i <= r.
+    between = (until[:, :, None] & after[:, None, :]).reshape(size, size * size)
+    return (
+        sums(g, until.astype(g.dtype)),
+        sums(g, after.astype(g.dtype)),
+        sums(g, between.astype(g.dtype)).reshape(*g.shape, size),
+        jnp.sum(g, axis=-1),
+    )
