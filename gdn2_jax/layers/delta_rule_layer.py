@@ -162,7 +162,7 @@ def log_decay(
     f: Float[Array, "B T H *K"],
     a_log: Float[Array, "H"],
     dt_bias: Float[Array, "H *K"],
-    lower_bound: float | None = None,
+    lower_bound: float | None,
 ) -> Float[Array, "B T H *K"]:
     """-exp(A_log) softplus(f + dt_bias), or lower_bound sigmoid(exp(A_log) (f + dt_bias)).
 

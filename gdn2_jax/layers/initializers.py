@@ -22,6 +22,12 @@ def log_uniform_rate(key, shape, dtype=jnp.float32) -> jax.Array:
     return jnp.log(jax.random.uniform(key, shape, dtype, minval=1.0, maxval=16.0))
 
 
+def log_uniform_rate_from_zero(key, shape, dtype=jnp.float32) -> jax.Array:
+    """The logarithm of U(0, 16), at least log 1e-4: `A_log` of Gated DeltaNet."""
+    rate = jax.random.uniform(key, shape, dtype, maxval=16.0)
+    return jnp.log(jnp.maximum(rate, 1e-4))
+
+
 def inverse_softplus_time_step(key, shape, dtype=jnp.float32) -> jax.Array:
     """`dt_bias` such that softplus(dt_bias) is log-uniform in [1e-3, 1e-1]."""
     log_low, log_high = math.log(1e-3), math.log(1e-1)

@@ -1,6 +1,8 @@
 """Causal softmax attention over a window, in memory linear in T."""
 
 import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -34,8 +36,24 @@ def local_attention(
     On NVIDIA GPUs, 16-bit inputs without segments or past run cuDNN's kernel. Everything else
     runs on blocks of `window_size` queries against their block and the one before.
     """
-    # Recomputed in the backward, so that no probabilities are kept.
-    blocks = jax.checkpoint(functools.partial(_block_attention, window_size=window_size))
+    blocks = functools.partial(_block_attention, window_size=window_size)
+    return cudnn_or(blocks, window_size, q, k, v, segment_ids, past)
+
+
+def cudnn_or(
+    blocks: Callable[..., Array],
+    window_size: int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    segment_ids: Int[Array, "B T"] | None,
+    past: Past | None,
+) -> Float[Array, "B T N H"]:
+    """Runs cuDNN's kernel where it serves, else blocks(q, k, v, segment_ids, past).
+
+    `blocks` is recomputed in the backward, so that no probabilities are kept.
+    """
+    blocks = jax.checkpoint(blocks)
     if segment_ids is not None or past is not None or q.dtype.itemsize != 2:
         return blocks(q, k, v, segment_ids, past)
 
@@ -74,6 +92,9 @@ def attend(
     if dtype == jnp.float16:  # dot_product_attention asks for a float16 product no CPU has.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     mask = mask[:, None]
+    if dtype == jnp.float64:  # dot_product_attention's softmax is float32 at any dtype.
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores, where=mask), v)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla").astype(dtype)
 
 

@@ -81,8 +81,11 @@ class SlidingWindowAttention(nn.Module):
         else:
             positions = jnp.arange(length)
             q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
-            o = local_attention(q, k, v, self.window_size, segment_ids)
+            o = self._attend(q, k, v, segment_ids)
         return dense(self.out_kernel_init, "o_proj")(o.reshape(batch, length, width))
+
+    def _attend(self, q, k, v, segment_ids, past=None) -> Float[Array, "B T N H"]:
+        return local_attention(q, k, v, self.window_size, segment_ids, past)
 
     def _attend_and_cache(self, q, k, v, segment_ids) -> Float[Array, "B T N H"]:
         batch, length = k.shape[:2]
@@ -113,7 +116,7 @@ class SlidingWindowAttention(nn.Module):
             keys.value, values.value, documents.value = new[:3]
             index.value = start + length
         if length > 1:
-            return local_attention(q, k, v, window, segment_ids, past)
+            return self._attend(q, k, v, segment_ids, past)
         # One token attends to the ring as it is after its own entry, where it has position -1.
         same_segment = segment_ids[:, :, None] == new.segment_ids[:, None]
         return attend(q, new.k, new.v, -1 - new.positions[None], same_segment, window)

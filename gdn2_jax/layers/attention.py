@@ -1,0 +1,78 @@
+"""The full-attention mixer of the Transformer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.layers.local_attention import Past, attend, cudnn_or
+from gdn2_jax.layers.sliding_window_attention import SlidingWindowAttention
+
+_QUERIES_AT_ONCE = 512
+
+
+class Attention(SlidingWindowAttention):
+    """Causal multi-head softmax attention to all tokens of the document so far, with rotary.
+
+    Parameters, calls and the decoding cache are those of `SlidingWindowAttention`.
+
+    Attributes:
+      num_heads: number of heads, each of width D / num_heads.
+      window_size: number of tokens that the decoding cache holds, which is the number of keys that
+        a query sees with `decode=True`. Without it there is no such bound.
+      rope_theta: base of the rotary frequencies.
+      dtype: dtype of the matrix products; promoted from input and parameters if None.
+      param_dtype: dtype of the kernels.
+      kernel_init: initialiser of the query, key and value kernels.
+      out_kernel_init: initialiser of the output kernel (depth-scaled in the language model).
+      decode: keep keys and values between calls.
+    """
+
+    def _attend(self, q, k, v, segment_ids, past=None) -> Float[Array, "B T N H"]:
+        window_size = q.shape[1] if past is None else self.window_size
+        blocks = functools.partial(_attention, window_size=window_size)
+        return cudnn_or(blocks, window_size, q, k, v, segment_ids, past)
+
+
+def _attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    past: Past | None = None,
+    *,
+    window_size: int,
+) -> Float[Array, "B T N H"]:
+    """Attention of a few hundred queries at a time to all keys, in memory linear in T."""
+    length = q.shape[1]
+    positions, key_positions, key_segments = jnp.arange(length), jnp.arange(length), segment_ids
+    if past is not None:
+        k, v = jnp.concatenate([past.k, k], axis=1), jnp.concatenate([past.v, v], axis=1)
+        key_positions = jnp.concatenate([past.positions, positions])
+        if segment_ids is not None:
+            key_segments = jnp.concatenate([past.segment_ids, segment_ids], axis=1)
+
+    @jax.checkpoint
+    def rows(q, positions, segment_ids):
+        same_segment = None
+        if segment_ids is not None:
+            same_segment = segment_ids[:, :, None] == key_segments[:, None]
+        distances = positions[:, None] - key_positions
+        return attend(q, k, v, distances, same_segment, window_size)
+
+    if length <= _QUERIES_AT_ONCE:
+        return rows(q, positions, segment_ids)
+    count = -(-length // _QUERIES_AT_ONCE)
+
+    def split(x, axis):
+        """Blocks of queries along a new first axis; the padding repeats the last query."""
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, count * _QUERIES_AT_ONCE - length)
+        x = jnp.pad(x, padding, mode="edge")
+        shape = (*x.shape[:axis], count, _QUERIES_AT_ONCE, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    segments = None if segment_ids is None else split(segment_ids, 1)
+    outputs = jax.lax.map(lambda args: rows(*args), (split(q, 1), split(positions, 0), segments))
+    return jnp.moveaxis(outputs, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]

@@ -1,0 +1,101 @@
+"""The Kimi Delta Attention token mixer."""
+
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.layers.delta_rule_layer import (
+    DeltaRuleLayer,
+    check_decay_lower_bound,
+    check_output_gate,
+    log_decay,
+    split_heads,
+)
+from gdn2_jax.layers.initializers import inverse_softplus_time_step, log_uniform_rate
+from gdn2_jax.layers.inputs import check_inputs
+
+
+class KimiDeltaAttention(DeltaRuleLayer):
+    """Kimi Delta Attention (KDA, arXiv 2510.26692): channel-wise decay, one gate a value head.
+
+    With q, k and v as in `GatedDeltaNet2`, the layer runs the Gated Delta Rule-2 with both of its
+    gates tied to beta:
+
+        beta = sigmoid(b_proj(x))
+        g = -exp(A_log) softplus(f_proj_1(f_proj_0(x)) + dt_bias)
+        o = gated_delta_rule_2(q, k, v, g, beta, beta)
+        y = o_proj(RMSNorm(o) * sigmoid(g_proj_1(g_proj_0(x))))
+
+    beta, g, A_log and dt_bias belong to value heads: with several value heads a key head, q and k
+    are repeated. Dtypes, decoding and `segment_ids` are those of `GatedDeltaNet2`.
+
+    Attributes:
+      num_heads: number of query and key heads.
+      head_dim: key channels per head.
+      num_value_heads: number of value heads, a multiple of `num_heads`; `num_heads` if None.
+        Value head i reads key head i // (num_value_heads / num_heads).
+      expand_v: value channels per head, as a multiple of `head_dim`.
+      use_short_conv: convolve q, k and v along time; otherwise SiLU alone is applied.
+      conv_size: tokens seen by each convolution.
+      allow_negative_eigenvalues: beta in [0, 2] instead of [0, 1].
+      decay_lower_bound: None, or a bound in [-5, 0) on the log-decay, which then is
+        bound * sigmoid(exp(A_log) (f + dt_bias)), A_log starting from 0.
+      output_gate: "sigmoid", or "silu" as in GDN-2.
+      norm_epsilon: epsilon of the output RMSNorm.
+      dtype: dtype of the matrix products; promoted from input and parameters if None.
+      param_dtype: dtype of all parameters but A_log and dt_bias.
+      kernel_init: initialiser of every projection.
+      decode: keep state between calls.
+      implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`.
+    """
+
+    decay_lower_bound: float | None = None
+    output_gate: Literal["silu", "sigmoid"] = "sigmoid"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Mixes tokens within each document.
+
+        Args:
+          x: inputs.
+          segment_ids: document of each token, non-decreasing along T; neither the convolutions
+            nor the state cross a change.
+
+        Returns:
+          Outputs of `x`'s shape, in the compute dtype.
+
+        Raises:
+          ValueError: an input or an attribute is malformed.
+        """
+        check_inputs(x, segment_ids)
+        self._check_attributes()
+        q, k, v = self._queries_keys_values(x, segment_ids)
+        heads, value_dim = self._value_heads, self._value_dim
+
+        f = self._dense("f_proj_0", value_dim)(x)
+        f = split_heads(self._dense("f_proj_1", heads * self.head_dim)(f), heads)
+        bounded = self.decay_lower_bound is not None
+        rate_init = nn.initializers.zeros if bounded else log_uniform_rate
+        a_log = self.param("A_log", rate_init, (heads,), jnp.float32)
+        shape = (heads, self.head_dim)
+        dt_bias = self.param("dt_bias", inverse_softplus_time_step, shape, jnp.float32)
+        g = log_decay(f, a_log, dt_bias, self.decay_lower_bound)
+
+        beta = jax.nn.sigmoid(self._dense("b_proj", heads)(x))[..., None]
+        if self.allow_negative_eigenvalues:
+            beta = 2 * beta
+        o = self._mix_tied(q, k, v, g, beta, segment_ids)
+
+        z = self._dense("g_proj_0", value_dim)(x)
+        z = self._dense("g_proj_1", heads * value_dim, use_bias=True)(z)
+        return self._output(o, z, self.output_gate, x.shape[-1])
+
+    def _check_attributes(self) -> None:
+        super()._check_attributes()
+        check_decay_lower_bound(self.decay_lower_bound)
+        check_output_gate(self.output_gate)

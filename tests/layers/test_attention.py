@@ -1,0 +1,186 @@
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdn2_jax.layers.attention as module
+from gdn2_jax.layers import Attention, SlidingWindowAttention
+
+HEADS, WIDTH = 2, 16
+
+
+@pytest.fixture
+def make(random_params):
+    def build(x, **options):
+        layer = Attention(**{"num_heads": HEADS, "window_size": 16} | options)
+        return layer, random_params(layer, x)
+
+    return build
+
+
+@pytest.fixture(params=[4, 512])
+def queries_at_once(request, monkeypatch):
+    monkeypatch.setattr(module, "_QUERIES_AT_ONCE", request.param)
+
+
+def inputs(*shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(1), shape, dtype)
+
+
+def reference(params, x, segment_ids, theta=10000.0):
+    """One row [T, D], a query and a head at a time."""
+    steps, width = x.shape
+    half = width // HEADS // 2
+    q, k, v = ((x @ params[f"{name}_proj"]["kernel"]).reshape(steps, HEADS, -1) for name in "qkv")
+
+    def rotated(u, t):
+        angles = t * theta ** (-np.arange(half) / half)
+        first, second = u[:half], u[half:]
+        return jnp.concatenate(
+            [
+                first * np.cos(angles) - second * np.sin(angles),
+                second * np.cos(angles) + first * np.sin(angles),
+            ]
+        )
+
+    def token(t, h):
+        seen = [s for s in range(t + 1) if segment_ids[s] == segment_ids[t]]
+        query = rotated(q[t, h], t)
+        scores = jnp.stack([query @ rotated(k[s, h], s) for s in seen]) / math.sqrt(2 * half)
+        return jax.nn.softmax(scores) @ v[jnp.array(seen), h]
+
+    o = jnp.stack([jnp.concatenate([token(t, h) for h in range(HEADS)]) for t in range(steps)])
+    return o @ params["o_proj"]["kernel"]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 2e-5)])
+def test_outputs_and_gradients_are_those_of_the_equations(
+    make, queries_at_once, documents, dtype, bound
+):
+    segment_ids = np.array([0, 0, 1, 1, 1, 2, 3]) * documents
+    with jax.enable_x64(True):
+        x = inputs(7, WIDTH, dtype=dtype)
+        layer, params = make(x[None], dtype=dtype, param_dtype=dtype)
+
+        def run(params, x):
+            ids = segment_ids[None] if documents else None
+            return layer.apply({"params": params}, x[None], ids)[0]
+
+        def value_and_gradients(function, *args):
+            y, pull = jax.vjp(function, *args)
+            return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+        actual = jax.jit(lambda *args: value_and_gradients(run, *args))(params, x)
+        wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), (params, x))
+        expected = value_and_gradients(lambda p, x: reference(p, x, segment_ids), *wide)
+
+        def compare(a, e):
+            assert np.linalg.norm(a - e) <= bound * np.linalg.norm(e)
+
+        jax.tree.map(compare, actual, expected)
+
+
+def test_outputs_are_those_of_a_window_as_long_as_the_sequence(make, queries_at_once):
+    x = inputs(2, 11, WIDTH)
+    layer, params = make(x)
+    window = SlidingWindowAttention(num_heads=HEADS, window_size=11)
+    np.testing.assert_allclose(
+        jax.jit(layer.apply)({"params": params}, x),
+        jax.jit(window.apply)({"params": params}, x),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_decoding_equals_the_full_forward_while_the_cache_has_room(
+    make, queries_at_once, documents
+):
+    x = inputs(2, 15, WIDTH)
+    layer, params = make(x)
+    segment_ids = None
+    if documents:
+        segment_ids = jnp.array([[1] * 5 + [2] * 10, [1] * 6 + [2] + [3] * 8])
+    full = jax.jit(layer.apply)({"params": params}, x, segment_ids)
+    decoder = layer.clone(decode=True)
+    run = jax.jit(lambda *args: decoder.apply(*args, mutable=["cache"]))
+    variables = {"params": params}
+    for start, stop in [(0, 6), (6, 7), (7, 13), (13, 14), (14, 15)]:
+        ids = None if segment_ids is None else segment_ids[:, start:stop]
+        y, cache = run(variables, x[:, start:stop], ids)
+        np.testing.assert_allclose(y, full[:, start:stop], atol=1e-5)
+        variables = {"params": params, **cache}
+    assert variables["cache"]["key"].shape == (2, 16, HEADS, WIDTH // HEADS)
+
+
+def test_a_full_cache_forgets_the_oldest_token(make):
+    x = inputs(1, 9, WIDTH)
+    layer, params = make(x, window_size=4)
+    window = SlidingWindowAttention(num_heads=HEADS, window_size=4)
+    expected = window.apply({"params": params}, x)
+    variables = {"params": params}
+    for t in range(9):
+        y, cache = layer.clone(decode=True).apply(variables, x[:, t : t + 1], mutable=["cache"])
+        np.testing.assert_allclose(y, expected[:, t : t + 1], atol=1e-5)
+        variables = {"params": params, **cache}
+
+
+def test_outputs_depend_on_no_later_token_and_on_no_other_row(make, queries_at_once):
+    x = inputs(2, 9, WIDTH)
+    layer, params = make(x)
+    run = jax.jit(lambda x: layer.apply({"params": params}, x))
+    before, after = run(x), run(x.at[:, 5].add(1.0))
+    np.testing.assert_array_equal(after[:, :5], before[:, :5])
+    assert jnp.all(jnp.any(after[:, 5:] != before[:, 5:], axis=-1))
+    np.testing.assert_array_equal(run(x.at[1].multiply(-3.0))[0], before[0])
+
+
+def test_no_gradient_crosses_a_document(make):
+    x = inputs(1, 9, WIDTH)
+    layer, params = make(x)
+    segment_ids = jnp.array([[0] * 3 + [1] * 6])
+
+    def last_document(x):
+        return jnp.sum(jnp.square(layer.apply({"params": params}, x, segment_ids)[:, 3:]))
+
+    gradient = jax.jit(jax.grad(last_document))(x)
+    assert jnp.all(gradient[:, :3] == 0) and jnp.any(gradient[:, 3:] != 0)
+
+
+def test_memory_grows_linearly_with_the_length():
+    layer = Attention(num_heads=1)
+    params = layer.init(jax.random.key(0), jnp.zeros((1, 1, 8)))
+
+    def temporary_bytes(length):
+        x = jax.ShapeDtypeStruct((1, length, 8), jnp.float32)
+        gradient = jax.grad(lambda x: layer.apply(params, x).sum())
+        return jax.jit(gradient).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) < 2.5 * temporary_bytes(2048)
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(jnp.bfloat16, 2), (jnp.float32, 0)])
+def test_gpu_lowering_calls_cudnn_where_it_can(monkeypatch, dtype, calls):
+    # This host has no GPU, so that cuDNN's version has to be made up.
+    name = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(name, lambda: 91000)
+    layer = Attention(num_heads=2, dtype=dtype)
+    x = jax.ShapeDtypeStruct((1, 1024, 128), dtype)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    gradient = jax.jit(jax.grad(lambda p, x: layer.apply(p, x).astype(jnp.float32).sum()))
+    text = gradient.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"__cudnn\$fmha\w+", text)) == calls  # forward and backward
+
+
+def test_the_paper_layer_has_four_square_matrices():
+    layer = Attention(num_heads=18)
+    params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 2, 2304)))["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 21_233_664
+
+
+def test_malformed_heads_are_named():
+    with pytest.raises(ValueError, match="^num_heads: expected .*got"):
+        jax.eval_shape(Attention(num_heads=3).init, jax.random.key(0), inputs(1, 4, WIDTH))

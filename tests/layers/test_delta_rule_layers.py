@@ -1,0 +1,473 @@
+"""KDA, GDN and DeltaNet: the Gated Delta Rule-2 with tied gates."""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdn2_jax.layers.delta_rule_layer as module
+from gdn2_jax import GatedDeltaNet2, gated_delta_rule_2
+from gdn2_jax.layers import GatedDeltaNet, KimiDeltaAttention
+
+WIDTH = 12
+EXPECTED = Path(__file__).with_name("expected_delta_rule_layers.json")
+
+LAYERS = {
+    "kda": KimiDeltaAttention,
+    "gdn": GatedDeltaNet,
+    "deltanet": functools.partial(GatedDeltaNet, use_decay=False),
+}
+VARIANTS = {
+    "kda": ("kda", {}),
+    "kda-grouped-bounded": (
+        "kda",
+        {"num_value_heads": 4, "expand_v": 0.5, "decay_lower_bound": -5.0, "output_gate": "silu"},
+    ),
+    "gdn": ("gdn", {}),
+    "gdn-grouped-negative": ("gdn", {"num_value_heads": 4, "allow_negative_eigenvalues": True}),
+    "deltanet": ("deltanet", {}),
+    "deltanet-grouped-sigmoid": ("deltanet", {"num_value_heads": 6, "output_gate": "sigmoid"}),
+}
+
+
+def build(name, **options):
+    return LAYERS[name](**{"num_heads": 2, "head_dim": 4, "implementation": "recurrent"} | options)
+
+
+@pytest.fixture
+def make(random_params):
+    """A small layer and parameters for it, whose gates and norms leave their linear range."""
+
+    def make_layer(name, x, **options):
+        layer = build(name, **options)
+        return layer, random_params(layer, x)
+
+    return make_layer
+
+
+def apply(layer, params, x, segment_ids=None):
+    return jax.jit(layer.apply)({"params": params}, x, segment_ids)
+
+
+def inputs(*shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(1), shape, dtype)
+
+
+def reference(layer, params, x, segment_ids=None):
+    """The equations of each layer, a token at a time, for one row of inputs [T, D]."""
+    params = jax.tree.map(lambda leaf: leaf.astype(x.dtype), params)
+    length, heads, key_dim = x.shape[0], layer.num_heads, layer.head_dim
+    value_heads = layer.num_value_heads or heads
+    value_dim = round(key_dim * layer.expand_v)
+    segment_ids = np.zeros(length, int) if segment_ids is None else segment_ids
+
+    def project(*names):
+        y = x
+        for name in names:
+            y = y @ params[name]["kernel"] + params[name].get("bias", 0)
+        return y
+
+    def convolved(name, heads):
+        u, taps = project(f"{name}_proj"), params[f"{name}_conv1d"]["kernel"]
+        rows = []
+        for t in range(length):
+            terms = [
+                taps[3 - age] * u[t - age]
+                for age in range(4)
+                if t >= age and segment_ids[t] == segment_ids[t - age]
+            ]
+            rows.append(sum(terms))
+        return jax.nn.silu(jnp.stack(rows)).reshape(length, heads, -1)
+
+    def unit(u):
+        return u / jnp.sqrt(jnp.sum(u**2, -1, keepdims=True) + 1e-6)
+
+    group = value_heads // heads
+    q, k = (unit(convolved(name, heads)) for name in "qk")
+    q, k = (jnp.stack([u[:, i // group] for i in range(value_heads)], 1) for u in (q, k))
+    v = convolved("v", value_heads)
+    beta = jax.nn.sigmoid(project("b_proj")) * (2 if layer.allow_negative_eigenvalues else 1)
+
+    if isinstance(layer, KimiDeltaAttention):
+        f = project("f_proj_0", "f_proj_1").reshape(length, value_heads, key_dim)
+        f, rate = f + params["dt_bias"], jnp.exp(params["A_log"])[:, None]
+        bound = layer.decay_lower_bound
+        alpha = -rate * jax.nn.softplus(f) if bound is None else bound * jax.nn.sigmoid(rate * f)
+        z = project("g_proj_0", "g_proj_1")
+    else:
+        alpha = jnp.zeros((length, value_heads))
+        if layer.use_decay:
+            f = project("a_proj") + params["dt_bias"]
+            alpha = -jnp.exp(params["A_log"]) * jax.nn.softplus(f)
+        alpha = alpha[..., None] * jnp.ones(key_dim)
+        z = project("g_proj")
+    alpha = jnp.exp(alpha)
+
+    def token(state, now):
+        q, k, v, alpha, beta, starts = now
+        state = alpha[:, :, None] * jnp.where(starts, 0, state)
+        read = jnp.einsum("hkv,hk->hv", state, k)
+        state += beta[:, None, None] * jnp.einsum("hk,hv->hkv", k, v - read)
+        return state, jnp.einsum("hkv,hk->hv", state, q) / math.sqrt(key_dim)
+
+    starts = np.concatenate([[True], segment_ids[1:] != segment_ids[:-1]])
+    state = jnp.zeros((value_heads, key_dim, value_dim), x.dtype)
+    _, o = jax.lax.scan(token, state, (q, k, v, alpha, beta, starts))
+    o = o / jnp.sqrt(jnp.mean(o**2, -1, keepdims=True) + 1e-5) * params["o_norm"]["scale"]
+    activation = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[layer.output_gate]
+    return (o.reshape(length, -1) * activation(z)) @ params["o_proj"]["kernel"]
+
+
+def value_and_gradients(function, params, x):
+    """Outputs, and the gradients of a sum of them with fixed weights in params and x."""
+
+    @jax.jit
+    def run(params, x):
+        y, pull = jax.vjp(function, params, x)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    y, gradients = run(params, x)
+    return {"y": y, "params": gradients[0], "x": gradients[1]}
+
+
+def assert_close(actual, expected, bound):
+    def compare(path, a, e):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        error = np.linalg.norm(a - e) / np.linalg.norm(e)
+        assert error <= bound, f"{jax.tree_util.keystr(path)}: {error:.1e}"
+
+    jax.tree.map_with_path(compare, actual, expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_and_gradients_are_those_of_the_equations(make, variant):
+    name, options = VARIANTS[variant]
+    segment_ids = np.array([0] * 3 + [1] * 1 + [2] * 7)
+    with jax.enable_x64(True):
+        x = inputs(11, WIDTH, dtype=jnp.float64)
+        layer, params = make(name, x[None], dtype=jnp.float64, param_dtype=jnp.float64, **options)
+
+        def run(params, x):
+            return layer.apply({"params": params}, x[None], segment_ids[None])[0]
+
+        expected = value_and_gradients(
+            lambda params, x: reference(layer, params, x, segment_ids), params, x
+        )
+        actual = value_and_gradients(run, params, x)
+        # A_log and dt_bias are float32 in every layer, and so are their gradients.
+        assert_close(actual["params"].pop("A_log", 1), expected["params"].pop("A_log", 1), 1e-6)
+        assert_close(actual["params"].pop("dt_bias", 1), expected["params"].pop("dt_bias", 1), 1e-6)
+        assert_close(actual, expected, 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 2e-5)])
+def test_chunkwise_form_equals_the_recurrence_over_several_chunks(make, name, dtype, bound):
+    segment_ids = jnp.array([[0] * 30 + [1] * 100])
+    with jax.enable_x64(True):
+        x = inputs(1, 130, WIDTH, dtype=dtype)
+        layer, params = make(name, x, dtype=dtype, param_dtype=dtype, num_value_heads=4)
+
+        def run(implementation, dtype):
+            cast = layer.clone(dtype=dtype, param_dtype=dtype, implementation=implementation)
+            return value_and_gradients(
+                lambda params, x: cast.apply({"params": params}, x, segment_ids),
+                jax.tree.map(lambda leaf: leaf.astype(dtype), params),
+                x.astype(dtype),
+            )
+
+        assert_close(run("xla", dtype), run("recurrent", jnp.float64), bound)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_committed_numbers_are_those_of_the_layer_and_of_the_reference(name):
+    expected = json.loads(EXPECTED.read_text())[name]
+    with jax.enable_x64(True):
+        layer, params, x = case(name)
+        actual = layer.apply({"params": params}, x[None])[0]
+        np.testing.assert_allclose(actual, expected, rtol=1e-10)
+        np.testing.assert_allclose(reference(layer, params, x), expected, rtol=1e-10)
+
+
+def case(name):
+    """A layer with parameters and inputs that need no random numbers."""
+    layer = build(name, dtype=jnp.float64, param_dtype=jnp.float64)
+    x = jnp.sin(jnp.arange(5 * WIDTH, dtype=jnp.float64)).reshape(5, WIDTH)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x[None])["params"]
+
+    def wave(path, leaf):
+        # Sizes that float32 holds exactly, for A_log and dt_bias.
+        index = jnp.arange(math.prod(leaf.shape)) + sum(map(ord, jax.tree_util.keystr(path)))
+        return ((index * 37 % 64 - 32) / 64).reshape(leaf.shape).astype(leaf.dtype)
+
+    return layer, jax.tree.map_with_path(wave, shapes), x
+
+
+def operator_inputs(layer, params, x, monkeypatch):
+    """What the layer hands to the operator."""
+    seen = []
+
+    def spy(*arrays, **keywords):
+        seen.extend(arrays)
+        return gated_delta_rule_2(*arrays, **keywords)
+
+    monkeypatch.setattr(module, "gated_delta_rule_2", spy)
+    y = layer.apply({"params": params}, x)
+    return dict(zip("qkvgbw", seen, strict=True)) | {"y": y}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_erase_and_write_gates_are_tied_exactly(make, monkeypatch, name):
+    x = inputs(1, 5, WIDTH)
+    layer, params = make(name, x, num_value_heads=4)
+    arrays = operator_inputs(layer, params, x, monkeypatch)
+    beta = jax.nn.sigmoid(x @ params["b_proj"]["kernel"])
+    np.testing.assert_array_equal(arrays["b"], np.broadcast_to(arrays["b"][..., :1], (1, 5, 4, 4)))
+    np.testing.assert_array_equal(arrays["b"], arrays["w"])
+    np.testing.assert_allclose(arrays["b"][..., 0], beta, rtol=1e-6)
+    if name == "gdn":
+        np.testing.assert_array_equal(
+            arrays["g"], np.broadcast_to(arrays["g"][..., :1], (1, 5, 4, 4))
+        )
+        assert jnp.all(arrays["g"] < 0)
+    if name == "deltanet":
+        assert jnp.all(arrays["g"] == 0)
+    for side in "qk":
+        np.testing.assert_array_equal(arrays[side][:, :, 0::2], arrays[side][:, :, 1::2])
+
+
+def test_tied_gdn2_layer_is_a_kda_layer(make):
+    # A GDN-2 layer whose gate projections repeat KDA's one column for every channel of its head.
+    x = inputs(2, 9, WIDTH)
+    kda, params = make("kda", x, output_gate="silu")
+    gdn2 = GatedDeltaNet2(num_heads=2, head_dim=4, implementation="recurrent")
+    repeated = jnp.repeat(params["b_proj"]["kernel"], 4, axis=1)
+    tied = params | {"b_proj": {"kernel": repeated}, "w_proj": {"kernel": repeated}}
+    np.testing.assert_allclose(apply(gdn2, tied, x), apply(kda, params, x), atol=1e-6)
+
+
+def test_kda_with_one_decay_a_head_is_gdn_and_without_decay_deltanet(make):
+    x = inputs(2, 9, WIDTH)
+    gdn, params = make("gdn", x, output_gate="sigmoid")
+    kda, kda_params = make("kda", x)
+    shared = {name: leaf for name, leaf in params.items() if name in kda_params}
+    f = {
+        "f_proj_0": {"kernel": jnp.zeros((WIDTH, 4)).at[:, :2].set(params["a_proj"]["kernel"])},
+        "f_proj_1": {"kernel": jnp.zeros((4, 8)).at[0, :4].set(1).at[1, 4:].set(1)},
+        "dt_bias": jnp.repeat(params["dt_bias"][:, None], 4, axis=1),
+    }
+    gate = {
+        "g_proj_0": {"kernel": jnp.zeros((WIDTH, 4))},
+        "g_proj_1": {"kernel": jnp.zeros((4, 8)), "bias": jnp.zeros(8)},
+    }
+    params["g_proj"]["kernel"] *= 0
+    np.testing.assert_allclose(
+        apply(kda, kda_params | shared | f | gate, x), apply(gdn, params, x), atol=1e-6
+    )
+    deltanet, without = make("deltanet", x, output_gate="sigmoid")
+    assert set(params) - set(without) == {"a_proj", "A_log", "dt_bias"}
+    still = params | {"dt_bias": jnp.full(2, -1e4)}
+    assert not np.allclose(apply(gdn, still, x), apply(gdn, params, x), atol=1e-3)
+    np.testing.assert_allclose(
+        apply(deltanet, {name: params[name] for name in without}, x),
+        apply(gdn, still, x),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "xla"])
+def test_gradient_of_a_tied_gate_is_the_sum_over_channels(implementation):
+    q, k, v = (x / 3 for x in inputs(3, 1, 6, 2, 4))
+    beta, g = jax.nn.sigmoid(inputs(1, 6, 2, 1)), -jnp.abs(inputs(1, 6, 2, 1))
+
+    def run(g, b, w):
+        return jnp.sum(
+            jnp.sin(gated_delta_rule_2(q, k, v, g, b, w, implementation=implementation)[0])
+        )
+
+    def tied(g, beta):
+        g, beta = jnp.broadcast_to(g, k.shape), jnp.broadcast_to(beta, k.shape)
+        return run(g, beta, beta)
+
+    wide = [jnp.broadcast_to(array, k.shape) for array in (g, beta, beta)]
+    dg, db, dw = jax.jit(jax.grad(run, argnums=(0, 1, 2)))(*wide)
+    actual = jax.jit(jax.grad(tied, argnums=(0, 1)))(g, beta)
+    np.testing.assert_allclose(actual[0], dg.sum(-1, keepdims=True), atol=1e-6)
+    np.testing.assert_allclose(actual[1], (db + dw).sum(-1, keepdims=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("decay", "beta", "expected"),
+    [
+        # Key (.6, .8), value 2 at beta 1/2; then key (.8, .6), value 1 at beta 1: by hand.
+        ((0.5, 1.0), 1.0, 0.524),
+        ((0.5, 0.5), 1.0, 0.716),
+    ],
+    ids=["kda", "gdn"],
+)
+def test_two_tokens_by_hand(decay, beta, expected):
+    q = jnp.array([[1.0, 0.0], [1.0, 0.0]])[None, :, None]
+    k = jnp.array([[0.6, 0.8], [0.8, 0.6]])[None, :, None]
+    v = jnp.array([2.0, 1.0])[None, :, None, None]
+    g = jnp.log(jnp.array([[1.0, 1.0], decay]))[None, :, None]
+    beta = jnp.array([0.5, beta])[None, :, None, None]
+    b = jnp.broadcast_to(beta, k.shape)
+    o, _ = gated_delta_rule_2(q, k, v, g, b, beta, scale=1.0, implementation="xla")
+    np.testing.assert_allclose(o[0, :, 0, 0], [0.6, expected], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("documents", [False, True])
+def test_prefill_steps_and_a_second_prefill_equal_the_full_forward(make, name, documents):
+    x = inputs(2, 12, WIDTH)
+    layer, params = make(name, x, num_value_heads=4)
+    segment_ids = None
+    if documents:
+        # Row 0 changes document between calls; row 1 inside one, at a step, and after it.
+        segment_ids = jnp.array([[1] * 4 + [2] * 8, [1] * 6 + [2] * 1 + [3] * 5])
+    full = apply(layer, params, x, segment_ids)
+    decoder = layer.clone(decode=True)
+    run = jax.jit(lambda *args: decoder.apply(*args, mutable=["cache"]))
+    variables = {"params": params}
+    for start, stop in [(0, 4), (4, 6), (6, 7), (7, 12)]:
+        ids = None if segment_ids is None else segment_ids[:, start:stop]
+        y, cache = run(variables, x[:, start:stop], ids)
+        np.testing.assert_allclose(y, full[:, start:stop], atol=2e-5 * jnp.abs(full).max())
+        variables = {"params": params, **cache}
+    assert variables["cache"]["state"].shape == (2, 4, 4, 4)
+    assert variables["cache"]["state"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_depend_on_no_later_token_and_on_no_other_row(make, name):
+    x = inputs(2, 9, WIDTH)
+    layer, params = make(name, x)
+    before = apply(layer, params, x)
+    after = apply(layer, params, x.at[:, 5].add(1.0))
+    np.testing.assert_array_equal(after[:, :5], before[:, :5])
+    assert jnp.all(jnp.any(after[:, 5:] != before[:, 5:], axis=-1))
+    other = apply(layer, params, x.at[1].multiply(-3.0))
+    np.testing.assert_array_equal(other[0], before[0])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_no_gradient_crosses_a_document(make, name):
+    x = inputs(1, 8, WIDTH)
+    layer, params = make(name, x)
+    segment_ids = jnp.array([[0] * 3 + [1] * 5])
+
+    def last_document(x):
+        return jnp.sum(jnp.square(layer.apply({"params": params}, x, segment_ids)[:, 3:]))
+
+    gradient = jax.jit(jax.grad(last_document))(x)
+    assert jnp.all(gradient[:, :3] == 0) and jnp.all(jnp.any(gradient[:, 3:] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bfloat16_layer_keeps_decay_and_parameters_in_float32(make, monkeypatch, name):
+    x = inputs(1, 6, WIDTH)
+    layer, params = make(name, x, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    arrays = operator_inputs(layer, params, x, monkeypatch)
+    assert arrays.pop("g").dtype == jnp.float32
+    assert {array.dtype for array in arrays.values()} == {jnp.dtype("bfloat16")}
+    wide = apply(layer.clone(dtype=jnp.float32), params, x)
+    np.testing.assert_allclose(
+        arrays["y"].astype(jnp.float32), wide, atol=0.05 * jnp.abs(wide).max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "count"),
+    [
+        ("kda", 2304, 20_054_160),
+        ("kda", 2048, 17_887_376),
+        ("gdn", 2304, 23_691_424),
+        ("gdn", 2048, 21_061_792),
+        ("deltanet", 2304, 23_691_424 - 2304 * 16 - 2 * 16),
+    ],
+)
+def test_parameter_counts_of_the_paper_layers(name, width, count):
+    layer = LAYERS[name](num_heads=16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 2, width)))["params"]
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == count
+
+
+def test_parameters_have_the_documented_names_and_shapes():
+    def shapes(name):
+        layer = LAYERS[name](num_heads=2, head_dim=8, num_value_heads=4, expand_v=2.0)
+        params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 2, 24)))["params"]
+        return jax.tree.map(lambda leaf: leaf.shape, params)
+
+    deltanet = {
+        **{f"{name}_proj": {"kernel": (24, 16)} for name in "qk"},
+        **{f"{name}_proj": {"kernel": (24, 64)} for name in "vg"},
+        **{f"{name}_conv1d": {"kernel": (4, 16)} for name in "qk"},
+        "v_conv1d": {"kernel": (4, 64)},
+        "b_proj": {"kernel": (24, 4)},
+        "o_norm": {"scale": (16,)},
+        "o_proj": {"kernel": (64, 24)},
+    }
+    assert shapes("deltanet") == deltanet
+    gdn = {"a_proj": {"kernel": (24, 4)}, "A_log": (4,), "dt_bias": (4,)}
+    assert shapes("gdn") == deltanet | gdn
+    del deltanet["g_proj"]
+    assert shapes("kda") == deltanet | {
+        "f_proj_0": {"kernel": (24, 16)},
+        "f_proj_1": {"kernel": (16, 32)},
+        "g_proj_0": {"kernel": (24, 16)},
+        "g_proj_1": {"kernel": (16, 64), "bias": (64,)},
+        "A_log": (4,),
+        "dt_bias": (4, 8),
+    }
+
+
+def test_initial_rates_fill_their_documented_ranges():
+    def initial(layer):
+        return jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, 8)))["params"]
+
+    sizes = {"num_heads": 256, "head_dim": 2}
+    gdn, kda = initial(GatedDeltaNet(**sizes)), initial(KimiDeltaAttention(**sizes))
+    for params, low in ((gdn, 0.0), (kda, 1.0)):
+        rates = jnp.exp(params["A_log"])
+        assert low < rates.min() < low + 0.5 and 15.5 < rates.max() <= 16
+        steps = jax.nn.softplus(params["dt_bias"])
+        assert 0.99e-3 < steps.min() < 1.2e-3 and 0.08 < steps.max() < 0.101
+    bounded = initial(KimiDeltaAttention(**sizes, decay_lower_bound=-5.0))
+    assert jnp.all(bounded["A_log"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("kda", {"num_value_heads": 3}, "num_value_heads"),
+        ("kda", {"decay_lower_bound": -6.0}, "decay_lower_bound"),
+        ("kda", {"output_gate": "swish"}, "output_gate"),
+        ("gdn", {"num_heads": 0}, "num_heads"),
+        ("gdn", {"output_gate": "swish"}, "output_gate"),
+    ],
+)
+def test_malformed_attributes_are_named(name, options, named):
+    layer = build(name, **options)
+    with pytest.raises(ValueError, match=f"^{named}: expected .*got"):
+        jax.eval_shape(layer.init, jax.random.key(0), inputs(1, 4, WIDTH))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_malformed_segments_are_named(name):
+    with pytest.raises(ValueError, match="^segment_ids: expected .*got"):
+        jax.eval_shape(
+            build(name).init, jax.random.key(0), inputs(1, 4, WIDTH), jnp.zeros((1, 5), int)
+        )
+
+
+if __name__ == "__main__":  # Writes the committed numbers, from the reference.
+    with jax.enable_x64(True):
+        numbers = {name: np.asarray(reference(*case(name))).tolist() for name in LAYERS}
+    EXPECTED.write_text(json.dumps(numbers, indent=1) + "\n")
