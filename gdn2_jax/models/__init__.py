@@ -3,6 +3,6 @@
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.generate import generate
 from gdn2_jax.models.language_model import LanguageModel
-from gdn2_jax.models.presets import PRESETS
+from gdn2_jax.models.presets import PRESETS, matched_preset
 
-__all__ = ["PRESETS", "LanguageModel", "ModelConfig", "generate"]
+__all__ = ["PRESETS", "LanguageModel", "ModelConfig", "generate", "matched_preset"]

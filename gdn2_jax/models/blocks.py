@@ -8,7 +8,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.layers import GatedDeltaNet2, SlidingWindowAttention, SwiGLU
+from gdn2_jax.layers import (
+    Attention,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    SlidingWindowAttention,
+    SwiGLU,
+)
 from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.models.config import ModelConfig
 
@@ -22,23 +29,65 @@ def _depth_scaled(config: ModelConfig):
     return fan_in_uniform(math.sqrt(2 * config.num_layers))
 
 
+def _delta_rule(config: ModelConfig, decode: bool, name: str) -> dict[str, Any]:
+    """The attributes that all delta-rule layers have."""
+    return {
+        "num_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "num_value_heads": config.num_value_heads,
+        "expand_v": config.expand_v,
+        "conv_size": config.conv_size,
+        "allow_negative_eigenvalues": config.allow_negative_eigenvalues,
+        "norm_epsilon": config.norm_epsilon,
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "decode": decode,
+        "implementation": config.implementation,
+        "name": name,
+    }
+
+
 def _gdn2(config: ModelConfig, decode: bool, name: str) -> nn.Module:
     return GatedDeltaNet2(
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-        num_value_heads=config.num_value_heads,
-        expand_v=config.expand_v,
-        conv_size=config.conv_size,
-        allow_negative_eigenvalues=config.allow_negative_eigenvalues,
+        **_delta_rule(config, decode, name),
         erase_gate=config.erase_gate,
         write_gate=config.write_gate,
         decay_lower_bound=config.decay_lower_bound,
-        output_gate=config.output_gate,
-        norm_epsilon=config.norm_epsilon,
+        output_gate=config.output_gate or "silu",
+    )
+
+
+def _kda(config: ModelConfig, decode: bool, name: str) -> nn.Module:
+    return KimiDeltaAttention(
+        **_delta_rule(config, decode, name),
+        decay_lower_bound=config.decay_lower_bound,
+        output_gate=config.output_gate or "sigmoid",
+    )
+
+
+def _gdn(config: ModelConfig, decode: bool, name: str) -> nn.Module:
+    return GatedDeltaNet(
+        **_delta_rule(config, decode, name), output_gate=config.output_gate or "silu"
+    )
+
+
+def _deltanet(config: ModelConfig, decode: bool, name: str) -> nn.Module:
+    return GatedDeltaNet(
+        **_delta_rule(config, decode, name),
+        use_decay=False,
+        output_gate=config.output_gate or "silu",
+    )
+
+
+def _attention(config: ModelConfig, decode: bool, name: str) -> nn.Module:
+    return Attention(
+        num_heads=config.attention_heads,
+        window_size=config.context_length,
+        rope_theta=config.rope_theta,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
+        out_kernel_init=_depth_scaled(config),
         decode=decode,
-        implementation=config.implementation,
         name=name,
     )
 
@@ -58,6 +107,10 @@ def _sliding_window_attention(config: ModelConfig, decode: bool, name: str) -> n
 
 MIXERS: dict[str, Callable[[ModelConfig, bool, str], nn.Module]] = {
     "gdn2": _gdn2,
+    "kda": _kda,
+    "gdn": _gdn,
+    "deltanet": _deltanet,
+    "attention": _attention,
     "sliding_window_attention": _sliding_window_attention,
 }
 
@@ -89,6 +142,8 @@ class Block(nn.Module):
                 config.norm_epsilon, dtype=x.dtype, param_dtype=config.param_dtype, name=name
             )
 
+        if self.mixer not in MIXERS:
+            raise NotImplementedError(f"mixer: there is no layer for {self.mixer!r} yet")
         mixer = MIXERS[self.mixer](config, self.decode, "mixer")
         x += mixer(norm("mixer_norm")(x), segment_ids).astype(x.dtype)
         mlp = SwiGLU(

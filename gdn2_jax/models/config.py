@@ -1,19 +1,26 @@
 """The one description of a language model."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from gdn2_jax.ops import Implementation
 
+Mixer = Literal[
+    "gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "attention", "sliding_window_attention"
+]
+
 _POSITIVE = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "expand_v", "conv_size"),
+    *("ssm_inner_dim", "ssm_head_dim", "ssm_state_dim", "mimo_rank", "context_length"),
     *("attention_heads", "window_size", "mlp_dim", "norm_epsilon", "rope_theta"),
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and options of a recurrent or hybrid language model.
+    """Sizes and options of a recurrent or hybrid language model, or of a Transformer.
+
+    A mixer ignores the fields of the others.
 
     Attributes:
       vocab_size: number of token ids.
@@ -21,18 +28,24 @@ class ModelConfig:
       num_layers: blocks of a mixer and an MLP.
       mixer: token mixer, a key of `gdn2_jax.models.blocks.MIXERS`.
       hybrid: `mixer` on even layers, sliding-window attention on odd ones.
-      num_heads: key heads of the recurrent mixer.
+      num_heads: key heads of the delta-rule mixers: gdn2, kda, gdn and deltanet.
       head_dim: key channels of each.
       num_value_heads: value heads, a multiple of `num_heads`; as many if None.
       expand_v: value channels per head, as a multiple of `head_dim`.
       conv_size: tokens seen by the short convolutions.
       allow_negative_eigenvalues: erase gate in [0, 2] instead of [0, 1].
-      decay_lower_bound: None or a lower bound in [-5, 0) on the log-decay.
-      erase_gate: a gate per channel, or its mean per head.
-      write_gate: a gate per channel, or its mean per head.
-      output_gate: "silu" as in the paper, "sigmoid" as in flash-linear-attention.
-      attention_heads: heads of sliding-window attention, which divide `d_model`.
-      window_size: keys an attention query sees, its own included.
+      decay_lower_bound: None or a lower bound in [-5, 0) on the log-decay of gdn2 and kda.
+      erase_gate: a gate per channel of gdn2, or its mean per head.
+      write_gate: a gate per channel of gdn2, or its mean per head.
+      output_gate: "silu" or "sigmoid"; None is the mixer's own, sigmoid in kda, SiLU in the others.
+      ssm_inner_dim: value channels of mamba2 and mamba3, over all heads.
+      ssm_head_dim: value channels of each of their heads.
+      ssm_state_dim: key channels of their state.
+      mamba3_form: one input and output a head ("siso") or `mimo_rank` of each ("mimo").
+      mimo_rank: rank of the state's update in the latter form.
+      attention_heads: heads of both attentions, which divide `d_model`.
+      window_size: keys a query of sliding-window attention sees, its own included.
+      context_length: tokens that full attention's cache holds in decoding; `generate` sets it.
       mlp_dim: hidden width of the SwiGLU MLP.
       norm_epsilon: epsilon of every RMSNorm.
       rope_theta: base of the rotary frequencies.
@@ -48,7 +61,7 @@ class ModelConfig:
     vocab_size: int = 32000
     d_model: int
     num_layers: int
-    mixer: str = "gdn2"
+    mixer: Mixer = "gdn2"
     hybrid: bool = False
     num_heads: int = 16
     head_dim: int = 128
@@ -59,9 +72,15 @@ class ModelConfig:
     decay_lower_bound: float | None = None
     erase_gate: Literal["channel", "scalar"] = "channel"
     write_gate: Literal["channel", "scalar"] = "channel"
-    output_gate: Literal["silu", "sigmoid"] = "silu"
+    output_gate: Literal["silu", "sigmoid"] | None = None
+    ssm_inner_dim: int = 4096
+    ssm_head_dim: int = 64
+    ssm_state_dim: int = 64
+    mamba3_form: Literal["siso", "mimo"] = "siso"
+    mimo_rank: int = 4
     attention_heads: int = 18
     window_size: int = 2048
+    context_length: int = 4096
     mlp_dim: int
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
@@ -74,10 +93,11 @@ class ModelConfig:
         for name in _POSITIVE:
             self._require(name, getattr(self, name) > 0, "a positive number")
         for name, choices in (
-            ("mixer", ("gdn2", "sliding_window_attention")),
+            ("mixer", get_args(Mixer)),
             ("erase_gate", ("channel", "scalar")),
             ("write_gate", ("channel", "scalar")),
-            ("output_gate", ("silu", "sigmoid")),
+            ("output_gate", ("silu", "sigmoid", None)),
+            ("mamba3_form", ("siso", "mimo")),
             ("dtype", ("bfloat16", "float16", "float32", "float64")),
             ("param_dtype", ("bfloat16", "float32", "float64")),
             ("remat", ("none", "full")),
@@ -100,7 +120,14 @@ class ModelConfig:
         self._require(
             "num_layers", not (self.hybrid and self.num_layers % 2), "an even number when hybrid"
         )
-        if self.hybrid or self.mixer == "sliding_window_attention":
+        if self.mixer in ("mamba2", "mamba3"):
+            self._require(
+                "ssm_inner_dim",
+                self.ssm_inner_dim % self.ssm_head_dim == 0,
+                f"a multiple of ssm_head_dim {self.ssm_head_dim}",
+            )
+            self._require("ssm_state_dim", self.ssm_state_dim % 4 == 0, "a multiple of 4")
+        if self.hybrid or self.mixer in ("attention", "sliding_window_attention"):
             self._require(
                 "attention_heads",
                 self.d_model % (2 * self.attention_heads) == 0,

@@ -1,5 +1,6 @@
-"""Sampling from a language model with constant memory per token."""
+"""Sampling from a language model; with constant memory per token if it has no full attention."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -50,6 +51,9 @@ def generate(
     """
     prompt = _checked_prompt(prompt, config.vocab_size)
     _check_arguments(config, max_new_tokens, temperature, top_k, top_p)
+    if config.mixer == "attention":  # The one mixer whose cache grows with the text.
+        length = prompt.shape[1] + max_new_tokens
+        config = dataclasses.replace(config, context_length=length)
     sampling = Sampling(float(temperature), top_k, top_p)
     keys = jax.random.split(jax.random.key(seed), max_new_tokens)
     token, cache = _prefill(config, sampling, params, prompt, keys[0])

@@ -11,7 +11,7 @@ from gdn2_jax.models.config import ModelConfig
 
 
 class LanguageModel(nn.Module):
-    """A causal language model of GDN-2 blocks, or of GDN-2 and attention blocks in turn.
+    """A causal language model of one mixer's blocks, or of those and windowed attention in turn.
 
     The parameters of all layers are stacked along a leading axis, under "layers". Their tree does
     not depend on `config.remat` or on `decode`.

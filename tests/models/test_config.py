@@ -23,6 +23,10 @@ SIZES = {"d_model": 64, "num_layers": 2, "mlp_dim": 96, "attention_heads": 2}
         ("erase_gate", "head"),
         ("write_gate", "head"),
         ("output_gate", "swish"),
+        ("ssm_head_dim", 0),
+        ("mamba3_form", "miso"),
+        ("mimo_rank", 0),
+        ("context_length", 0),
         ("window_size", 0),
         ("mlp_dim", 0),
         ("dtype", "int8"),
@@ -42,6 +46,14 @@ def test_hybrid_needs_pairs_of_layers_and_heads_that_divide_the_width():
     with pytest.raises(ValueError, match="^attention_heads: "):
         ModelConfig(**SIZES | {"attention_heads": 3}, hybrid=True)
     assert ModelConfig(**SIZES | {"attention_heads": 3, "num_layers": 3})
+
+
+def test_state_space_mixers_need_whole_heads_and_key_channels_in_pairs():
+    with pytest.raises(ValueError, match="^ssm_inner_dim: expected a multiple of ssm_head_dim 64"):
+        ModelConfig(**SIZES, mixer="mamba2", ssm_inner_dim=100)
+    with pytest.raises(ValueError, match="^ssm_state_dim: expected a multiple of 4"):
+        ModelConfig(**SIZES, mixer="mamba3", ssm_state_dim=6)
+    assert ModelConfig(**SIZES, mixer="kda", ssm_inner_dim=100, ssm_state_dim=6)
 
 
 def test_replace_validates_again():

@@ -1,19 +1,40 @@
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from gdn2_jax.models import PRESETS, LanguageModel
+from gdn2_jax.models import PRESETS, LanguageModel, matched_preset
+from gdn2_jax.models.blocks import MIXERS
+
+SCALES = [
+    f"{prefix}{{}}_{size}"
+    for size in ("tiny", "30M", "100M", "305M", "1.3B")
+    for prefix in ("", "swa_")
+]
+RECURRENT = [
+    mixer
+    for mixer in ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3_mimo")
+    if mixer.split("_")[0] in MIXERS
+]
 
 
-def parameters(name):
-    model = LanguageModel(PRESETS[name])
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+@functools.cache
+def shapes(name):
+    model = LanguageModel(PRESETS[name], decode=True)
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), int))
 
 
 def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def state_floats(name):
+    """Of each recurrent layer, for one sequence."""
+    layers, *shape = shapes(name)["cache"]["layers"]["block"]["mixer"]["state"].shape
+    assert layers == PRESETS[name].num_layers // (2 if PRESETS[name].hybrid else 1)
+    return math.prod(shape)
 
 
 @pytest.mark.parametrize(
@@ -27,15 +48,45 @@ def count(tree):
     ],
 )
 def test_parameter_counts_are_those_of_the_official_models(name, blocks, whole):
-    params = parameters(name)
+    params = shapes(name)["params"]
     assert (count(params["layers"]), count(params)) == (blocks, whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [
+        ("kda_1.3B", 1_300_647_456),
+        ("swa_kda_1.3B", 1_303_300_368),
+        ("gdn_1.3B", 1_302_417_216),
+        ("swa_gdn_1.3B", 1_304_185_248),
+        ("attention_1.3B", 1_305_953_280),
+    ],
+)
+def test_parameter_counts_of_the_matched_paper_models(name, blocks):
+    assert count(shapes(name)["params"]["layers"]) == blocks
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_all_mixers_of_a_scale_match_in_parameters_and_recurrent_ones_in_state(scale):
+    blocks = count(shapes(scale.format("gdn2"))["params"]["layers"])
+    state = state_floats(scale.format("gdn2"))
+    for mixer in RECURRENT:
+        assert state_floats(scale.format(mixer)) == state, mixer
+    attention = ["attention"] + ([] if "swa" in scale else ["sliding_window_attention"])
+    for mixer in RECURRENT + attention:
+        actual = count(shapes(scale.format(mixer))["params"]["layers"])
+        assert abs(actual / blocks - 1) < 0.02, mixer
+
+
+def test_paper_models_have_262144_state_floats_a_layer():
+    assert state_floats("gdn2_1.3B") == state_floats("swa_gdn2_1.3B") == 262_144
 
 
 @pytest.mark.parametrize(
     ("name", "entries"), [("gdn2_1.3B", 18 * 22 + 3), ("swa_gdn2_1.3B", 9 * 22 + 9 * 7 + 3)]
 )
 def test_each_layer_has_the_leaves_of_the_official_state_dict(name, entries):
-    params = parameters(name)
+    params = shapes(name)["params"]
     # Scanned leaves stand for one entry a layer; the official attention fuses q, k and v.
     stacked = sum(leaf.shape[0] for leaf in jax.tree.leaves(params["layers"]))
     fused = 2 * 9 if "swa" in name else 0
@@ -45,4 +96,22 @@ def test_each_layer_has_the_leaves_of_the_official_state_dict(name, entries):
 
 
 def test_tiny_preset_is_small_and_hybrid():
-    assert PRESETS["tiny"].hybrid and count(parameters("tiny")) < 2_000_000
+    assert PRESETS["tiny"].hybrid and count(shapes("tiny")["params"]) < 2_000_000
+
+
+def test_a_matched_preset_differs_in_mixer_and_mlp_alone():
+    assert matched_preset("tiny", "gdn2") == "swa_gdn2_tiny"
+    assert matched_preset("kda_1.3B", "mamba3_mimo") == "mamba3_mimo_1.3B"
+    names = ("mixer", "mamba3_form", "mlp_dim")
+    for name, config in PRESETS.items():
+        other = PRESETS[matched_preset(name, "kda")]
+        assert {field: value for field, value in vars(config).items() if field not in names} == {
+            field: value for field, value in vars(other).items() if field not in names
+        }
+
+
+def test_an_unknown_preset_or_mixer_is_named():
+    with pytest.raises(ValueError, match="^name: expected a preset.*got 'huge'"):
+        matched_preset("huge", "kda")
+    with pytest.raises(ValueError, match="^mixer: expected one of gdn2, kda.*got 'mamba9'"):
+        matched_preset("tiny", "mamba9")

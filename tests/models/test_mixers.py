@@ -1,0 +1,76 @@
+"""Every mixer in the language model, from its name to generation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gdn2_jax.models import PRESETS, LanguageModel, generate, matched_preset
+from gdn2_jax.models.blocks import MIXERS
+
+NAMES = [name for name in MIXERS if name != "sliding_window_attention"]
+if "mamba3" in MIXERS:
+    NAMES.append("mamba3_mimo")
+
+
+@functools.cache
+def build(mixer):
+    """The tiny hybrid with two layers, and parameters for it."""
+    name = matched_preset("swa_gdn2_tiny", mixer)
+    config = dataclasses.replace(
+        PRESETS[name], num_layers=2, d_model=64, window_size=8, implementation="recurrent"
+    )
+    params = jax.jit(LanguageModel(config).init)(jax.random.key(0), jnp.zeros((1, 1), int))
+    return config, params["params"]
+
+
+def tokens(*shape):
+    return jax.random.randint(jax.random.key(2), shape, 0, 257)
+
+
+@pytest.mark.parametrize("mixer", NAMES)
+def test_one_step_along_the_gradient_lowers_the_loss(mixer):
+    config, params = build(mixer)
+    ids = tokens(2, 17)
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            logits = LanguageModel(config).apply({"params": params}, ids[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+        before, gradient = jax.value_and_grad(loss)(params)
+        after = loss(jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient))
+        return before, after, gradient
+
+    before, after, gradient = step(params)
+    assert after < before - 0.01
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert jnp.all(jnp.isfinite(leaf)) and jnp.any(leaf != 0), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("mixer", NAMES)
+def test_greedy_tokens_are_the_most_likely_ones_of_the_full_forward(mixer):
+    config, params = build(mixer)
+    # Initial mixers are almost silent: let them speak, so that the test hears their mistakes.
+    params = jax.tree.map_with_path(
+        lambda path, leaf: 4 * leaf if path[-1].key == "kernel" else leaf, params
+    )
+    start = np.asarray(tokens(2, 5))
+    # Beyond the attention window of 8.
+    continued = generate(config, params, start, max_new_tokens=7, temperature=0)
+    logits = jax.jit(LanguageModel(config).apply)({"params": params}, continued)
+    np.testing.assert_array_equal(continued[:, 5:], jnp.argmax(logits, -1)[:, 4:-1])
+
+
+def test_generation_gives_full_attention_room_for_the_whole_text():
+    config, params = build("attention")
+    config = dataclasses.replace(config, context_length=2)
+    start = np.asarray(tokens(1, 4))
+    short = generate(config, params, start, max_new_tokens=6, temperature=0)
+    logits = jax.jit(LanguageModel(config).apply)({"params": params}, short)
+    np.testing.assert_array_equal(short[:, 4:], jnp.argmax(logits, -1)[:, 3:-1])
