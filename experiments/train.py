@@ -3,12 +3,17 @@
     python experiments/train.py                                  # "tiny", minutes on two CPU cores
     python experiments/train.py --steps 1000 --model.num-layers 6
     python experiments/train.py --data my-texts/ notes.jsonl --run-dir runs/mine
+    python experiments/train.py --mixer kda                      # the same size, another mixer
     python experiments/train.py swa_gdn2_1.3B --data fineweb/ --data.tokenizer tokenizer.json
 
-The first argument, if it is no option, is the preset: {presets}. --data is short for --data.paths.
+The first argument, if it is no option, is the preset: {presets}. --mixer takes the model of the same
+scale with another mixer: gdn2, kda, gdn, deltanet, mamba2, mamba3, mamba3_mimo, attention and, where
+no layer has it already, sliding_window_attention. --data is short for --data.paths.
 A run that was stopped or killed continues when started again. Everything lands in --run-dir.
 """
 
+import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +21,8 @@ from typing import Annotated
 import tyro
 from absl import flags
 
+from gdn2_jax.models import PRESETS as MODELS
+from gdn2_jax.models import matched_preset
 from gdn2_jax.training import (
     PRESETS,
     CheckpointError,
@@ -49,10 +56,18 @@ def parse(arguments: list[str]) -> tuple[TrainingConfig, Path]:
         preset, *options = arguments
     if preset not in PRESETS:
         raise ValueError(f"expected a preset, one of {', '.join(PRESETS)}, got {preset!r}")
+    config, name = PRESETS[preset], preset
+    # The mixer decides what the other options override, so it comes before them.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--mixer")
+    chosen, options = parser.parse_known_args(options)
+    if chosen.mixer:
+        config = dataclasses.replace(config, model=MODELS[matched_preset(preset, chosen.mixer)])
+        name = f"{preset}-{chosen.mixer}"
 
     def command(
-        config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = PRESETS[preset],
-        run_dir: Path = Path("runs") / preset,
+        config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = config,
+        run_dir: Path = Path("runs") / name,
     ):
         """Pairs what the command line gives.
 

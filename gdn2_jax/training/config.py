@@ -136,6 +136,21 @@ def _paper_recipe(model: ModelConfig) -> TrainingConfig:
     )
 
 
+def _byte_recipe(model: ModelConfig) -> TrainingConfig:
+    """100M bytes in batches of 64K, sequences of 1024."""
+    return TrainingConfig(
+        model=model,
+        data=DataConfig(sequence_length=1024),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=0.05),
+        steps=1600,
+        global_batch_size=64,
+        validate_every=200,
+        validation_batches=32,
+        checkpoint_every=400,
+        sample_prompt="def ",
+    )
+
+
 PRESETS: dict[str, TrainingConfig] = {
     # Minutes on two CPU cores.
     "tiny": TrainingConfig(
@@ -149,6 +164,9 @@ PRESETS: dict[str, TrainingConfig] = {
         checkpoint_every=100,
         sample_prompt="def ",
     ),
+    # Minutes on one data-centre GPU.
+    "gdn2_30M": _byte_recipe(MODELS["gdn2_30M"]),
+    "swa_gdn2_30M": _byte_recipe(MODELS["swa_gdn2_30M"]),
     "gdn2_1.3B": _paper_recipe(MODELS["gdn2_1.3B"]),
     "swa_gdn2_1.3B": _paper_recipe(MODELS["swa_gdn2_1.3B"]),
 }

@@ -24,10 +24,9 @@ _PEAK_FLOPS = {
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token; a multiply-add counts two.
 
-    Three forwards, where a forward is 2 for each weight of a matrix product, 6 d_k d_v for each
-    value head's recurrence (read at the erase address, write, read at the query), and
-    4 d_model for each key that an attention query sees. What an implementation spends beyond
-    this, on chunks or on recomputation, does not count.
+    Three forwards, where a forward is 2 for each weight of a matrix product, what the recurrence
+    takes (see `_recurrence`), and 4 d_model for each key that an attention query sees. What an
+    implementation spends beyond this, on chunks or on recomputation, does not count.
     """
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     variables = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)
@@ -36,20 +35,40 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
         if path[-1].key == "kernel"
     )
-    attention_layers = config.num_layers // 2 if config.hybrid else 0
-    if config.mixer == "sliding_window_attention":
-        attention_layers = config.num_layers
+    mixers = [config.mixer]
+    if config.hybrid:
+        mixers.append("sliding_window_attention")
+    each = config.num_layers // len(mixers)
+    forward = 2 * weights
+    for mixer in mixers:
+        if mixer == "attention":
+            forward += each * _attention(config, sequence_length, sequence_length)
+        elif mixer == "sliding_window_attention":
+            forward += each * _attention(config, config.window_size, sequence_length)
+        else:
+            forward += each * _recurrence(config)
+    return 3 * forward
+
+
+def _recurrence(config: ModelConfig) -> float:
+    """FLOPs of a layer's recurrence for one token; decays do not count.
+
+    Delta rules read at the erase address, write, and read at the query: 6 d_k d_v for each value
+    head. State-space models write and read, each of them `mimo_rank` times if MIMO: 4 d_k d_v.
+    """
+    if config.mixer in ("mamba2", "mamba3"):
+        mimo = config.mixer == "mamba3" and config.mamba3_form == "mimo"
+        rank = config.mimo_rank if mimo else 1
+        return 4 * rank * config.ssm_inner_dim * config.ssm_state_dim
     value_heads = config.num_value_heads or config.num_heads
-    recurrence = 6 * value_heads * config.head_dim**2 * config.expand_v
-    window = min(config.window_size, sequence_length)
+    return 6 * value_heads * config.head_dim**2 * config.expand_v
+
+
+def _attention(config: ModelConfig, window_size: int, sequence_length: int) -> float:
+    window = min(window_size, sequence_length)
     # The first `window` queries see 1, 2, ..., the others `window` keys.
     keys = window - window * (window - 1) / (2 * sequence_length)
-    forward = (
-        2 * weights
-        + (config.num_layers - attention_layers) * recurrence
-        + attention_layers * 4 * config.d_model * keys
-    )
-    return 3 * forward
+    return 4 * config.d_model * keys
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -15,6 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from gdn2_jax.models import PRESETS as MODELS
+from gdn2_jax.models.blocks import MIXERS
 from gdn2_jax.training import PRESETS, OptimizerConfig, load_trained, run_files
 from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
 from gdn2_jax.training.metrics import read_metrics
@@ -238,6 +241,37 @@ def test_options_change_the_preset_that_is_named_first(script):
     assert config.tokens_per_step == 524_288 and config.optimizer == OptimizerConfig()
 
 
+def test_mixer_takes_the_matched_model_and_options_override_it(script):
+    config, directory = script.parse(["--mixer", "kda", "--model.num-heads", "4"])
+    assert directory == Path("runs/tiny-kda")
+    assert config.model == dataclasses.replace(MODELS["swa_kda_tiny"], num_heads=4)
+    assert config.data == PRESETS["tiny"].data
+    config, _ = script.parse(["gdn2_1.3B", "--mixer=mamba3_mimo"])
+    assert config.model == MODELS["mamba3_mimo_1.3B"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m != "sliding_window_attention"])
+def test_every_mixer_trains_in_the_tiny_preset_and_generates(script, mixer, tmp_path, options):
+    few = {
+        "steps": 6,
+        "model.num-layers": 2,
+        "model.implementation": "recurrent",
+        "global-batch-size": 8,
+        "data.sequence-length": 64,
+        "log-every": 1,
+        "validation-batches": 1,
+        "sample-tokens": 8,
+    }
+    cache = next(option for option in options if option.startswith("--data.cache"))
+    arguments = [*(f"--{name}={value}" for name, value in few.items()), cache, *options[-2:]]
+    arguments = ["--mixer", mixer, *map(str, arguments), "--run-dir", str(tmp_path)]
+    assert script.main(arguments) == 0
+    summary = json.loads(run_files(tmp_path).summary.read_text())
+    assert summary["loss"] < summary["first_loss"] - 0.2
+    assert run_files(tmp_path).sample.read_text().startswith("def ")
+
+
 def test_help_shows_presets_and_options(script, capsys):
     with pytest.raises(SystemExit) as exit:
         script.parse(["--help"])
@@ -251,7 +285,8 @@ def test_help_shows_presets_and_options(script, capsys):
     ("arguments", "message"),
     [
         (["--stepz", "3"], "Unrecognized options: --stepz"),
-        (["tinny"], "expected a preset, one of tiny, gdn2_1.3B, swa_gdn2_1.3B, got 'tinny'"),
+        (["tinny"], f"expected a preset, one of {', '.join(PRESETS)}, got 'tinny'"),
+        (["--mixer", "mamba9"], "mixer: expected one of gdn2, kda"),
         (["--steps", "0"], "steps: expected at least 1, got 0"),
         (["--data", "/nonexistent"], "/nonexistent does not exist"),
     ],

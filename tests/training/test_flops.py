@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from gdn2_jax.models import PRESETS
@@ -17,6 +19,22 @@ def test_attention_counts_the_keys_inside_the_window_only():
     growth = training_flops_per_token(config, 4096) - training_flops_per_token(config, 2048)
     # The mean over queries: 1024.5 keys at length 2048; at 4096 the second half sees 2048 each.
     assert growth == pytest.approx(per_key * ((1024.5 + 2048) / 2 - 1024.5))
+
+
+def test_full_attention_counts_every_earlier_key():
+    config = PRESETS["attention_1.3B"]
+    growth = training_flops_per_token(config, 4096) - training_flops_per_token(config, 2048)
+    assert growth == pytest.approx(18 * 3 * 4 * 2304 * (4097 - 2049) / 2)
+
+
+def test_a_recurrence_counts_its_reads_and_writes():
+    def recurrence(config):
+        wide = dataclasses.replace(config, head_dim=256, num_heads=8)
+        same = training_flops_per_token(wide, 1) - training_flops_per_token(config, 1)
+        # Projections keep their size, but for the gates of 8 heads: the state doubles.
+        return same + 18 * 6 * 2 * 2304 * 8
+
+    assert recurrence(PRESETS["gdn_1.3B"]) == 18 * 3 * 6 * 262_144
 
 
 def test_peak_is_that_of_the_most_specific_name():
