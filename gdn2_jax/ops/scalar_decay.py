@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arithmetic import Arithmetic
+from gdn2_jax.ops.rotation import rotate_state
 
 _ROWS = 64
 _MIN_CHUNK_SIZE = 16
@@ -110,6 +111,7 @@ def mix_chunks(
     state: Float[Array, "B G E K V"],
     segments: Segments | None,
     arithmetic: Arithmetic,
+    turns: Float[Array, "N B G E A"] | None = None,
 ) -> tuple[Float[Array, "N B G E C*R V"], Float[Array, "B G E K V"]]:
     """Outputs of the N chunks of a span and the state after them.
 
@@ -123,6 +125,7 @@ def mix_chunks(
       state: before the first chunk.
       segments: of the span's tokens; None if the state never restarts.
       arithmetic: of the products.
+      turns: angles by which the state's channel pairs turn back at the end of each chunk.
 
     Returns:
       Outputs and state, in full precision.
@@ -154,10 +157,14 @@ def mix_chunks(
     written = dot("rk,rv->kv", k[:, :, :, None], tail, operand)
 
     def next_chunk(state, chunk):
-        decay, written = chunk
-        return decay[..., None, None] * state + written.astype(full), state.astype(operand)
+        decay, written, turn = chunk
+        next_state = decay[..., None, None] * state + written.astype(full)
+        if turn is not None:
+            next_state = rotate_state(next_state, -turn)
+        return next_state, state.astype(operand)
 
-    state, states = jax.lax.scan(next_chunk, state, (jnp.exp(total), written), unroll=_UNROLL)
+    chunks = (jnp.exp(total), written, turns)
+    state, states = jax.lax.scan(next_chunk, state, chunks, unroll=_UNROLL)
     carried = dot("rk,kv->rv", q[:, :, :, None], states, operand).astype(full)
     within = dot("rs,sv->rv", reads, v, operand).astype(full)
     return within + to_rows(jnp.exp(from_start)) * carried, state

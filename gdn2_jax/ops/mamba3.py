@@ -1,0 +1,372 @@
+"""The Mamba-3 operator: exponential-trapezoidal steps, rotating states, one or several inputs."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gdn2_jax.ops.arguments import (
+    check_dtypes,
+    check_implementation,
+    check_layout,
+    check_segment_ids,
+    check_shape,
+    match_varying_axes,
+    segment_starts,
+)
+from gdn2_jax.ops.arithmetic import arithmetic_for
+from gdn2_jax.ops.rotation import phases, rotate, rotate_state, wrap
+from gdn2_jax.ops.scalar_decay import (
+    join,
+    layout_for,
+    mix_chunks,
+    over_spans,
+    split,
+    split_segments,
+)
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Mamba3Inputs(NamedTuple):
+    """What the operator reads at each token; [B, T, ...] for a sequence, [B, ...] for a step.
+
+    q, k, v and z may be bf16, fp16, fp32 or fp64; the rest is float32, float64 beside float64.
+
+    Attributes:
+      q: queries of R ranks and G groups, Mamba's C, before bias and rotation.
+      k: keys, Mamba's B, likewise.
+      v: values, Mamba's x.
+      z: logits of the output gate.
+      g: log-decay dt A, <= 0, any finite size.
+      dt: time step, >= 0.
+      trapezoid: lambda in [0, 1], the share of a step that is weighted at its end.
+      rotation: angular velocity of each of the A rotated channel pairs, shared by the heads.
+    """
+
+    q: Float[Array, "B T R G K"]
+    k: Float[Array, "B T R G K"]
+    v: Float[Array, "B T H V"]
+    z: Float[Array, "B T H V"]
+    g: Float[Array, "B T H"]
+    dt: Float[Array, "B T H"]
+    trapezoid: Float[Array, "B T H"]
+    rotation: Float[Array, "B T A"]
+
+
+class Mamba3Weights(NamedTuple):
+    """What the operator reads at every token, in full precision.
+
+    Attributes:
+      q_bias: added to the queries of each head.
+      k_bias: added to the keys of each head.
+      skip: Mamba's D, weight of the values in the output.
+      v_rank: factor on v for each rank; None with one rank, as the next two.
+      z_rank: factor on z for each rank.
+      o_rank: weight of each rank in the output.
+    """
+
+    q_bias: Float[Array, "H R K"]
+    k_bias: Float[Array, "H R K"]
+    skip: Float[Array, "H"]
+    v_rank: Float[Array, "H R V"] | None = None
+    z_rank: Float[Array, "H R V"] | None = None
+    o_rank: Float[Array, "H R V"] | None = None
+
+
+class Mamba3State(NamedTuple):
+    """What the next token needs to know of all before it, in full precision.
+
+    Attributes:
+      phase: cumulative angle of each rotated pair, in [-pi, pi].
+      memory: the state S.
+      k: the last token's keys, with bias and rotation.
+      v: the last token's values.
+    """
+
+    phase: Float[Array, "B H A"]
+    memory: Float[Array, "B H K V"]
+    k: Float[Array, "B H R K"]
+    v: Float[Array, "B H V"]
+
+
+def mamba3(
+    inputs: Mamba3Inputs,
+    weights: Mamba3Weights,
+    *,
+    initial_state: Mamba3State | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: Literal["xla", "recurrent"] | None = None,
+) -> tuple[Float[Array, "B T H V"], Mamba3State]:
+    """The recurrence of Mamba-3 over a sequence, with its skip, gate and sum over ranks.
+
+    For every head, with the state S of shape [K, V] and all sums over the R ranks r,
+
+        phase_t = phase_{t-1} + dt_t rotation_t          q_t, k_t = Rot(phase_t) (q_t, k_t + biases)
+        S_t = exp(g_t) (S_{t-1} + (1 - lambda_t) dt_t sum_r k_{t-1}^r (v_{t-1}^r)^T)
+              + lambda_t dt_t sum_r k_t^r (v_t^r)^T                            v_t^r = v_rank^r v_t
+        o_t = sum_r o_rank^r (S_t^T q_t^r + skip v_t^r) SiLU(z_rank^r z_t)
+
+    With one rank (SISO) the rank weights are None and count as 1. Head h reads group
+    h // (H / G). Pairs (i, i + K / 2), i < A, rotate. At the start of a document S and k_{t-1} are
+    zero; the phase runs on, as only its differences matter. Everything is differentiable in every
+    floating-point input; each cotangent has its input's dtype. Reverse mode only, except through
+    "recurrent".
+
+    Args:
+      inputs: see `Mamba3Inputs`.
+      weights: see `Mamba3Weights`.
+      initial_state: state before the first token; zeros if None.
+      segment_ids: document of each token; the state restarts at every change. `initial_state` feeds
+        the first segment of a row.
+      implementation: "xla" (chunkwise), "recurrent" (the definition, token by token), or None for
+        "xla".
+
+    Returns:
+      Outputs of `v`'s shape and dtype, and the state after the last token.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
+      NotImplementedError: `implementation` is "pallas": there is no kernel.
+    """
+    check_implementation(implementation)
+    dtype = _check_inputs(inputs, weights, initial_state, "B T")
+    check_segment_ids(segment_ids, inputs.v.shape[:2])
+    if initial_state is None:
+        initial_state = mamba3_initial_state(inputs, "B T")
+    starts = None if segment_ids is None else segment_starts(jnp.asarray(segment_ids))
+    arguments = (inputs, _with_rank_weights(weights, inputs.v), initial_state, starts)
+    form = _recurrent if implementation == "recurrent" else _chunkwise
+    outputs, state = form(*match_varying_axes(jax.tree.map(jnp.asarray, arguments)), dtype)
+    return outputs.astype(inputs.v.dtype), state
+
+
+def mamba3_step(
+    state: Mamba3State, inputs: Mamba3Inputs, weights: Mamba3Weights
+) -> tuple[Mamba3State, Float[Array, "B H V"]]:
+    """One token of `mamba3`, for decoding with constant memory.
+
+    Args:
+      state: state before the token.
+      inputs: of the token, without T.
+      weights: as in `mamba3`.
+
+    Returns:
+      The state after the token and the output, of `v`'s shape and dtype.
+
+    Raises:
+      ValueError: an argument has a wrong shape or dtype.
+    """
+    dtype = _check_inputs(inputs, weights, state, "B")
+    inputs_ = Mamba3Inputs(*(x.astype(dtype) for x in inputs))
+    state, o = _step(state, inputs_, _with_rank_weights(weights, inputs.v))
+    return state, o.astype(inputs.v.dtype)
+
+
+def mamba3_initial_state(inputs: Mamba3Inputs, leading: Literal["B T", "B"] = "B T") -> Mamba3State:
+    """Zeros of the state that these inputs lead to."""
+    shapes = _state_shapes(inputs, leading)
+    return Mamba3State(*(jnp.zeros(shape, inputs.g.dtype) for shape in shapes))
+
+
+def _step(state: Mamba3State, inputs: Mamba3Inputs, weights: Mamba3Weights):
+    """`mamba3_step` in one dtype, with all weights."""
+    q, k, v, z, g, dt, trapezoid, rotation = inputs
+    phase = wrap(state.phase + dt[..., None] * rotation[:, None])
+    q = rotate(_to_heads(q, weights.q_bias), phase[:, :, None])
+    k = rotate(_to_heads(k, weights.k_bias), phase[:, :, None])
+
+    def outer(k, v):
+        return jnp.einsum("bhrk,bhv,hrv->bhkv", k, v, weights.v_rank, precision=_HIGHEST)
+
+    before = ((1 - trapezoid) * dt)[..., None, None] * outer(state.k, state.v)
+    now = (trapezoid * dt)[..., None, None] * outer(k, v)
+    memory = jnp.exp(g)[..., None, None] * (state.memory + before) + now
+    o = jnp.einsum("bhkv,bhrk->bhrv", memory, q, precision=_HIGHEST)
+    o = _output(o, v[:, :, None], z[:, :, None], weights)
+    return Mamba3State(phase, memory, k, v), o
+
+
+def _output(o, v, z, weights: Mamba3Weights):
+    """Skip, gate and sum over ranks: o [..., H, R, V] and v, z [..., H, 1, V] to [..., H, V]."""
+    o = o + weights.skip[:, None, None] * (v * weights.v_rank)
+    return jnp.sum(weights.o_rank * o * jax.nn.silu(z * weights.z_rank), axis=-2)
+
+
+def _to_heads(x: Float[Array, "*n R G K"], bias: Float[Array, "H R K"]):
+    """Groups to heads with their biases, [..., H, R, K]."""
+    x = jnp.moveaxis(x, -3, -2)
+    return jnp.repeat(x, bias.shape[0] // x.shape[-3], axis=-3) + bias
+
+
+def _with_rank_weights(weights: Mamba3Weights, v: Array) -> Mamba3Weights:
+    if weights.v_rank is not None:
+        return weights
+    ones = jnp.ones((v.shape[-2], 1, v.shape[-1]), weights.q_bias.dtype)
+    return weights._replace(v_rank=ones, z_rank=ones, o_rank=ones)
+
+
+def _recurrent(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None, dtype):
+    """The definition; any form of differentiation works through it."""
+
+    def body(state, token):
+        inputs, start = token
+        if start is not None:
+            restart = start[:, None, None, None]
+            state = state._replace(
+                memory=jnp.where(restart, 0, state.memory), k=jnp.where(restart, 0, state.k)
+            )
+        return _step(state, inputs, weights)
+
+    inputs = Mamba3Inputs(*(x.astype(dtype) for x in inputs))
+    time_major = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (inputs, starts))
+    initial_state = initial_state._replace(phase=wrap(initial_state.phase))
+    state, outputs = jax.lax.scan(body, initial_state, time_major)
+    return jnp.moveaxis(outputs, 0, 1), state
+
+
+def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None, dtype):
+    """The matrix form, on the look-ahead state P_t = S_t + (1 - lambda_{t+1}) dt_{t+1} k_t v_t^T.
+
+    P_t = exp(g_t) P_{t-1} + (lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}) k_t v_t^T decays and adds
+    like Mamba-2's state, and o_t reads P_{t-1} and, with weight lambda_t dt_t, its own token. The
+    own share is formed without rotation (the phases are equal) and apart from the past, so that the
+    next token's weight stays out of it to the last bit.
+
+    Phases count from the start of each chunk, at whose end the state turns back by as much. So
+    the gradient of a phase is a sum over one chunk; counted from the first token, it would be a sum
+    over all that follow, whose terms cancel.
+    """
+    k, v, dt, trapezoid = inputs.k, inputs.v, inputs.dt, inputs.trapezoid
+    ranks, value_dim = k.shape[2], v.shape[-1]
+    arithmetic = arithmetic_for(inputs[:4], dtype)
+    layout = layout_for(v.shape[1], ranks)
+
+    ahead = (1 - trapezoid) * dt
+    next_ahead = ahead[:, 1:] if starts is None else jnp.where(starts[:, 1:, None], 0, ahead[:, 1:])
+    weight = trapezoid * dt + jnp.pad(next_ahead, ((0, 0), (0, 1), (0, 0)))
+    before = jnp.einsum(
+        *("bh,bhrk,bhv,hrv->bhkv", ahead[:, 0], initial_state.k, initial_state.v, weights.v_rank),
+        precision=_HIGHEST,
+    )
+    memory = rotate_state(initial_state.memory + before, -initial_state.phase)[:, :, None]
+
+    def span(memory, xs):
+        inputs, weight, segments = xs
+        # [N, B, H, C, ...] from here on, and after them R where there are ranks.
+        v, z, g, dt, trapezoid, weight = (
+            jnp.moveaxis(x, 3, 2).astype(dtype) for x in (*inputs[2:7], weight)
+        )
+        phase = phases(dt, inputs.rotation[:, :, None])
+        q, k = (
+            rotate(jnp.moveaxis(_to_heads(x.astype(dtype), bias), 3, 2), phase[..., None, :])
+            for x, bias in ((inputs.q, weights.q_bias), (inputs.k, weights.k_bias))
+        )
+        own = (trapezoid * dt)[..., None, None] * _own_products(inputs, weights, arithmetic)
+
+        def rows(x):
+            return x.reshape(*x.shape[:3], -1, x.shape[-1]).astype(arithmetic.operand)
+
+        v_rows = rows(v[..., None, :] * weights.v_rank[:, None])[:, :, :, None]
+        outputs, memory = mix_chunks(
+            *(rows(q), rows(k), v_rows, g[:, :, :, None], weight[:, :, :, None]),
+            *(own[:, :, :, None], memory, segments, arithmetic),
+            turns=phase[:, :, :, None, -1],
+        )
+        outputs = outputs.reshape(*v.shape[:4], ranks, value_dim)
+        v, z, outputs = (jnp.moveaxis(x, 2, 3) for x in (v, z, outputs))
+        outputs = _output(outputs, v[..., None, :], z[..., None, :], weights)
+        return memory, (outputs.astype(out_dtype), jnp.sum(phase[..., -1, :], axis=0))
+
+    out_dtype = v.dtype
+    tokens = Mamba3Inputs(*(split(x, layout) for x in inputs))
+    xs = (tokens, split(weight, layout), split_segments(starts, layout))
+    memory, (outputs, turns) = over_spans(span, memory, xs)
+    phase = wrap(initial_state.phase + jnp.sum(turns, axis=0))
+    last_k = _to_heads(k[:, -1].astype(dtype), weights.k_bias)
+    state = Mamba3State(
+        phase,
+        rotate_state(memory[:, :, 0], phase),
+        rotate(last_k, phase[:, :, None]),
+        v[:, -1].astype(dtype),
+    )
+    return join(outputs, layout), state
+
+
+def _own_products(inputs: Mamba3Inputs, weights: Mamba3Weights, arithmetic):
+    """Products of a token's queries with its own keys, biases included, [N, B, H, C, R, R].
+
+    Written out over the biases, so that nothing of size H x R x K is formed for each token.
+    """
+    dtype = inputs.g.dtype
+    groups = inputs.q.shape[-2]
+    q, k = (x.astype(arithmetic.operand) for x in (inputs.q, inputs.k))
+    q_bias, k_bias = (x.reshape(groups, -1, *x.shape[1:]) for x in (weights.q_bias, weights.k_bias))
+
+    def product(axes, x, y):
+        return jnp.einsum(axes, x, y, precision=arithmetic.precision, preferred_element_type=dtype)
+
+    products = (
+        product("nbcigk,nbcjgk->nbgcij", q, k)[:, :, :, None]
+        + product("nbcigk,gejk->nbgecij", q, k_bias.astype(arithmetic.operand))
+        + product("geik,nbcjgk->nbgecij", q_bias.astype(arithmetic.operand), k)
+        + jnp.einsum("geik,gejk->geij", q_bias, k_bias, precision=_HIGHEST)[:, :, None]
+    )
+    return products.reshape(*products.shape[:2], -1, *products.shape[4:])
+
+
+def _state_shapes(inputs: Mamba3Inputs, leading: str) -> tuple[tuple[int, ...], ...]:
+    batch, (heads, value_dim) = inputs.v.shape[0], inputs.v.shape[-2:]
+    ranks, key_dim = inputs.q.shape[-3], inputs.q.shape[-1]
+    return (
+        (batch, heads, inputs.rotation.shape[-1]),
+        (batch, heads, key_dim, value_dim),
+        (batch, heads, ranks, key_dim),
+        (batch, heads, value_dim),
+    )
+
+
+def _check_inputs(inputs, weights, state: Mamba3State | None, leading: str) -> jnp.dtype:
+    q, v, rotation = inputs.q, inputs.v, inputs.rotation
+    check_layout("q", q, f"{leading} R G K")
+    check_shape("k", inputs.k, q.shape)
+    check_layout("v", v, f"{leading} H V")
+    check_shape("z", inputs.z, v.shape)
+    lead = len(leading.split())
+    if v.shape[:lead] != q.shape[:lead]:
+        raise ValueError(
+            f"v: expected leading dimensions {tuple(q.shape[:lead])} as q's, got {v.shape[:lead]}"
+        )
+    (ranks, groups, key_dim), (heads, value_dim) = q.shape[lead:], v.shape[lead:]
+    if heads % groups:
+        raise ValueError(
+            f"v: expected a number of heads that is a multiple of q's {groups} groups, got {heads}"
+        )
+    for name in ("g", "dt", "trapezoid"):
+        check_shape(name, getattr(inputs, name), v.shape[:-1])
+    check_layout("rotation", rotation, f"{leading} A")
+    check_shape("rotation", rotation, (*v.shape[:lead], rotation.shape[-1]))
+    if key_dim % 2 or rotation.shape[-1] > key_dim // 2:
+        raise ValueError(
+            f"rotation: expected at most K / 2 = {key_dim / 2} angles and an even K, "
+            f"got {rotation.shape[-1]}"
+        )
+    check_shape("q_bias", weights.q_bias, (heads, ranks, key_dim))
+    check_shape("k_bias", weights.k_bias, (heads, ranks, key_dim))
+    check_shape("skip", weights.skip, (heads,))
+    full = {name: getattr(inputs, name) for name in ("g", "dt", "trapezoid", "rotation")}
+    full |= {name: getattr(weights, name) for name in ("q_bias", "k_bias", "skip")}
+    for name in ("v_rank", "z_rank", "o_rank"):
+        factor = getattr(weights, name)
+        if factor is None and weights.v_rank is None and ranks == 1:
+            continue
+        if factor is None:
+            raise ValueError(f"{name}: expected an array with {ranks} ranks, got None")
+        check_shape(name, factor, (heads, ranks, value_dim))
+        full[name] = factor
+    if state is not None:
+        for name, array, shape in zip(state._fields, state, _state_shapes(inputs, leading)):
+            check_shape(f"state.{name}", array, shape)
+            full[f"state.{name}"] = array
+    return check_dtypes({name: getattr(inputs, name) for name in "qkvz"}, full)

@@ -1,0 +1,276 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdn2_jax.ops.mamba2 import mamba2
+from gdn2_jax.ops.mamba3 import (
+    Mamba3Inputs,
+    Mamba3State,
+    Mamba3Weights,
+    mamba3,
+    mamba3_initial_state,
+    mamba3_step,
+)
+
+
+@pytest.fixture
+def draw(log_decay):
+    """A function that draws inputs, weights and a state, B = 2, H = 4."""
+
+    def arguments(length, ranks=1, regime="gentle", dtype="float64", groups=2):
+        rng = np.random.default_rng(0)
+        normal = rng.standard_normal
+        heads, key_dim, value_dim, angles = 4, 6, 5, 2
+        low = (
+            *normal((2, 2, length, ranks, groups, key_dim)),
+            *normal((2, 2, length, heads, value_dim)),
+        )
+        dt = np.abs(normal((2, length, heads)))
+        g = log_decay(rng, dt.shape, regime)
+        trapezoid = rng.uniform(size=dt.shape)
+        rotation = np.pi * np.tanh(normal((2, length, angles)))
+        weights = [*normal((2, heads, ranks, key_dim)), normal(heads)]
+        weights += list(normal((3, heads, ranks, value_dim))) if ranks > 1 else []
+        state = (
+            rng.uniform(-3, 3, (2, heads, angles)),
+            normal((2, heads, key_dim, value_dim)),
+            normal((2, heads, ranks, key_dim)),
+            normal((2, heads, value_dim)),
+        )
+        wide = "float64" if dtype == "float64" else "float32"
+        with jax.enable_x64(True):
+            low, full, weights, state = (
+                [jnp.asarray(x, d) for x in arrays]
+                for arrays, d in (
+                    (low, dtype),
+                    ((g, dt, trapezoid, rotation), wide),
+                    (weights, wide),
+                    (state, wide),
+                )
+            )
+        return Mamba3Inputs(*low, *full), Mamba3Weights(*weights), Mamba3State(*state)
+
+    return arguments
+
+
+def segments(length):
+    """Borders inside chunks and at one, and a segment of a single token."""
+    ids = np.zeros((2, length), np.int32)
+    for row, starts in enumerate(([16, 40, 41], [3, 64])):
+        for start in starts:
+            ids[row, start:] += 1
+    return jnp.asarray(ids)
+
+
+def run(inputs, weights, state, **options):
+    return mamba3(inputs, weights, initial_state=state, **options)
+
+
+recurrence = functools.partial(run, implementation="recurrent")
+
+
+def at(inputs, t):
+    return jax.tree.map(lambda x: x[:, t], inputs)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float64", 1e-10), ("float32", 2e-5), ("bfloat16", 1e-2)]
+)
+@pytest.mark.parametrize("regime", ["gentle", "mixture"])
+def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, bound, ranks):
+    options = {"segment_ids": segments(81) if regime == "mixture" else None}
+    arguments = draw(81, ranks, regime, dtype, groups=2 if ranks == 1 else 1)
+    assert_same(
+        functools.partial(run, **options),
+        functools.partial(recurrence, **options),
+        arguments,
+        bound,
+    )
+
+
+@pytest.mark.parametrize("regime", ["0", "-20", "-1000"])
+def test_extreme_decays_keep_full_precision(draw, assert_same, regime):
+    assert_same(run, recurrence, draw(21, 2, regime, "float32"), 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "recurrent"])
+def test_worked_example(implementation):
+    """A state of one rotating pair that halves and turns by 90 degrees a token, by hand."""
+    key = jnp.zeros((1, 3, 1, 1, 2)).at[..., 0].set(1)
+    one, head = jnp.ones((1, 3, 1, 1)), jnp.ones((1, 3, 1))
+    inputs = Mamba3Inputs(
+        *(key, key, one, one), -np.log(2) * head, head, head / 2, np.pi / 2 * head
+    )
+    none = jnp.zeros((1, 1, 2))
+    o, state = mamba3(
+        inputs, Mamba3Weights(none, none, jnp.zeros(1)), implementation=implementation
+    )
+    gate = jax.nn.silu(1.0)
+    np.testing.assert_allclose(o.ravel() / gate, [0.5, 0.5, 0.25], atol=1e-6)
+    np.testing.assert_allclose(state.memory.ravel(), [-0.5, -0.25], atol=1e-6)
+
+
+def test_fully_implicit_steps_without_rotation_are_mamba2(draw):
+    inputs, weights, _ = draw(40, dtype="float32")
+    q, k, v, z, g, dt, trapezoid, rotation = inputs
+    inputs = inputs._replace(trapezoid=0 * trapezoid + 1, rotation=0 * rotation)
+    weights = Mamba3Weights(*(0 * x for x in weights[:3]))
+    o, state = mamba3(inputs, weights)
+    expected, memory = mamba2(q[:, :, 0], k[:, :, 0], v, g, dt)
+    np.testing.assert_allclose(o, expected * jax.nn.silu(z), atol=1e-5)
+    np.testing.assert_allclose(state.memory, memory, atol=1e-5)
+
+
+def test_ranks_without_values_leave_the_first_rank_alone(draw):
+    inputs, weights, _ = draw(20, ranks=3, dtype="float32")
+    first = jnp.arange(3)[:, None] == 0
+    ones = jnp.ones_like(weights.v_rank)
+    many = weights._replace(v_rank=ones * first, z_rank=ones, o_rank=ones * first)
+    single = Mamba3Weights(weights.q_bias[:, :1], weights.k_bias[:, :1], weights.skip)
+    expected, _ = mamba3(inputs._replace(q=inputs.q[:, :, :1], k=inputs.k[:, :, :1]), single)
+    tolerance = 1e-5 * jnp.abs(expected).max()
+    np.testing.assert_allclose(mamba3(inputs, many)[0], expected, atol=tolerance)
+
+
+def test_only_differences_of_phases_matter(draw):
+    inputs, weights, _ = draw(20, dtype="float32")
+    zeros = mamba3_initial_state(inputs)
+    turned = zeros._replace(phase=zeros.phase + 1.3)
+    for fn in (run, recurrence):
+        expected, actual = fn(inputs, weights, zeros)[0], fn(inputs, weights, turned)[0]
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_phases_stay_precise_over_many_turns(draw):
+    """The angle between keys and queries a token apart is as exact after 4,000 turns as at first."""
+    length = 4000
+    inputs, weights, _ = draw(1, dtype="float32")
+    inputs = jax.tree.map(lambda x: jnp.repeat(x, length, 1), inputs)
+    one = jnp.ones_like(inputs.dt)
+    inputs = inputs._replace(rotation=0 * inputs.rotation + 2.5, dt=one, g=-0.1 * one)
+    o, _ = jax.jit(mamba3)(inputs, weights)
+    np.testing.assert_allclose(o[:, -1], o[:, 500], rtol=2e-5, atol=2e-4)
+
+
+def test_segments_are_sequences_of_their_own(draw):
+    inputs, weights, state = draw(30, ranks=2, dtype="float32")
+    ids = jnp.asarray([[5] * 11 + [6] * 19] * 2)
+    packed, last = jax.jit(run)(inputs, weights, state, segment_ids=ids)
+    first, _ = mamba3(at(inputs, slice(0, 11)), weights, initial_state=state)
+    second, alone = mamba3(at(inputs, slice(11, None)), weights)
+    np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), atol=1e-4)
+    # The states differ by the phase that the first segment left.
+    for name in ("memory", "k"):
+        lengths = [jnp.linalg.norm(getattr(s, name)) for s in (last, alone)]
+        np.testing.assert_allclose(*lengths, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_prefill_and_steps_equal_one_pass(draw, ranks):
+    inputs, weights, start = draw(40, ranks, dtype="float32", groups=1)
+    expected, final = jax.jit(run)(inputs, weights, start)
+    outputs, state = jax.jit(run)(at(inputs, slice(0, 37)), weights, start)
+    tolerance = 2e-5 * jnp.abs(expected).max()
+    np.testing.assert_allclose(outputs, expected[:, :37], atol=tolerance)
+    for t in range(37, 40):
+        state, o = mamba3_step(state, at(inputs, t), weights)
+        np.testing.assert_allclose(o, expected[:, t], atol=tolerance)
+    np.testing.assert_allclose(state.memory, final.memory, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_past_and_other_rows_do_not_depend_on_a_token_to_the_last_bit(draw, ranks):
+    inputs, weights, state = draw(70, ranks, dtype="float32")
+    fn = jax.jit(run)
+    changed = jax.tree.map(lambda x: x.at[1, 23:].multiply(0.7), inputs)
+    before, after = fn(inputs, weights, state)[0], fn(changed, weights, state)[0]
+    np.testing.assert_array_equal(before[0], after[0])
+    np.testing.assert_array_equal(before[1, :23], after[1, :23])
+    assert jnp.all(jnp.any(before[1, 23:] != after[1, 23:], axis=(-1, -2)))
+
+
+def test_memory_of_forward_and_backward_is_linear_in_time():
+    def temporary(length, ranks=4):
+        def array(*shape, dtype=jnp.bfloat16):
+            return jax.ShapeDtypeStruct((1, length, *shape), dtype)
+
+        head = array(16, dtype=jnp.float32)
+        inputs = Mamba3Inputs(
+            *(array(ranks, 1, 64), array(ranks, 1, 64), array(16, 64), array(16, 64)),
+            *(head, head, head, array(16, dtype=jnp.float32)),
+        )
+        weight = jax.ShapeDtypeStruct((16, ranks, 64), jnp.float32)
+        weights = Mamba3Weights(
+            *(weight, weight, jax.ShapeDtypeStruct((16,), jnp.float32), weight, weight, weight)
+        )
+
+        def fn(inputs, weights, cotangent):
+            return jax.vjp(lambda *x: mamba3(*x)[0], inputs, weights)[1](cotangent)
+
+        compiled = jax.jit(fn).lower(inputs, weights, inputs.v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, inputs.v.size * 2
+
+    size, values = temporary(2048)
+    # A quarter of the tokens at a time, with four ranks of float32 queries, keys and values.
+    assert size < 96 * values
+    assert temporary(4096)[0] < 2.1 * size
+
+
+BAD = {
+    "q without ranks": ({"q": np.ones((2, 5, 2, 6))}, r"q: .*\[B T R G K\].*\(2, 5, 2, 6\)"),
+    "k of another shape": ({"k": np.ones((2, 5, 1, 2, 8))}, r"k: .*\(2, 5, 1, 2, 6\).*8\)"),
+    "v of another length": (
+        {"v": np.ones((2, 6, 4, 5)), "z": np.ones((2, 6, 4, 5))},
+        r"v: .*\(2, 5\).*\(2, 6\)",
+    ),
+    "z of another shape": ({"z": np.ones((2, 5, 4, 6))}, r"z: .*\(2, 5, 4, 5\).*6\)"),
+    "heads that do not divide": (
+        {"v": np.ones((2, 5, 3, 5)), "z": np.ones((2, 5, 3, 5))},
+        "v: .*multiple of q's 2.*3",
+    ),
+    "dt with channels": ({"dt": np.ones((2, 5, 4, 1))}, r"dt: .*\(2, 5, 4\)"),
+    "rotation by heads": ({"rotation": np.ones((2, 5, 4, 2))}, r"rotation: .*\[B T A\]"),
+    "too many angles": ({"rotation": np.ones((2, 5, 4))}, "rotation: .*3.*4"),
+    "integer v": ({"v": np.ones((2, 5, 4, 5), np.int32)}, "v: .*float32.*int32"),
+    "dt in float16": ({"dt": np.ones((2, 5, 4), np.float16)}, "dt: .*float32.*float16"),
+    "bias of another rank": ({"q_bias": np.ones((4, 2, 6))}, r"q_bias: .*\(4, 1, 6\)"),
+    "skip by channel": ({"skip": np.ones((4, 5))}, r"skip: .*\(4,\).*\(4, 5\)"),
+    "one rank weight": ({"v_rank": np.ones((4, 1, 5))}, "z_rank: .*1 ranks.*None"),
+    "state transposed": (
+        {"memory": np.ones((2, 4, 5, 6))},
+        r"state.memory: .*\(2, 4, 6, 5\).*\(2, 4, 5, 6\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_input_is_named(draw, case):
+    changes, message = BAD[case]
+    changes = {n: x.astype(np.float32) if x.dtype == float else x for n, x in changes.items()}
+    parts = draw(5, dtype="float32")
+    replaced = [
+        part._replace(**{name: x for name, x in changes.items() if name in part._fields})
+        if not (isinstance(part, Mamba3State) and {"q", "k", "v"} & changes.keys())
+        else part
+        for part in parts
+    ]
+    with pytest.raises(ValueError, match=message):
+        run(*replaced)
+
+
+def test_several_ranks_need_their_weights(draw):
+    inputs, weights, _ = draw(5, ranks=2, dtype="float32")
+    with pytest.raises(ValueError, match="v_rank: .*2 ranks.*None"):
+        mamba3(inputs, weights._replace(v_rank=None))
+
+
+def test_unknown_implementations_and_kernels_are_refused(draw):
+    arguments = draw(5, dtype="float32")
+    with pytest.raises(ValueError, match="implementation: .*xla.*'triton'"):
+        run(*arguments, implementation="triton")
+    with pytest.raises(NotImplementedError, match="pallas"):
+        run(*arguments, implementation="pallas")
