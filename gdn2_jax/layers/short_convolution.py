@@ -17,20 +17,22 @@ def _uniform_fan_in_taps(key, shape, dtype=jnp.float32) -> jax.Array:
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution followed by SiLU.
 
-        y[t, c] = SiLU(sum_i kernel[i, c] x[t - (kernel_size - 1) + i, c])
+        y[t, c] = SiLU(sum_i kernel[i, c] x[t - (kernel_size - 1) + i, c] + bias[c])
 
     Inputs before the first token, and those of another document, count as zero. The arithmetic
     is float32 (float64 for float64 inputs); the output has the input's dtype.
 
     Attributes:
       kernel_size: number of tokens seen, the current one included.
-      param_dtype: dtype of the kernel [kernel_size, channels].
+      use_bias: add a bias, initialised like the kernel.
+      param_dtype: dtype of the kernel [kernel_size, channels] and the bias [channels].
       kernel_init: by default uniform within +-1 / sqrt(kernel_size).
       decode: keep the last kernel_size - 1 inputs, and their documents, in the "cache"
         collection; see `GatedDeltaNet2` for the meaning of `segment_ids` between calls.
     """
 
     kernel_size: int = 4
+    use_bias: bool = False
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = _uniform_fan_in_taps
     decode: bool = False
@@ -45,6 +47,13 @@ class ShortConvolution(nn.Module):
         kernel = self.param(
             "kernel", self.kernel_init, (self.kernel_size, channels), self.param_dtype
         )
+        bias = None
+        if self.use_bias:
+            # The fan-in of a channel is its taps.
+            taps = (self.kernel_size, channels)
+            bias = self.param(
+                "bias", lambda key, dtype: self.kernel_init(key, taps, dtype)[0], self.param_dtype
+            )
         if self.decode:
             window = self.variable("cache", "inputs", jnp.zeros, (batch, past, channels), x.dtype)
             documents = self.variable("cache", "segment_ids", jnp.zeros, (batch, past), jnp.int32)
@@ -61,18 +70,21 @@ class ShortConvolution(nn.Module):
             if segment_ids is not None:
                 segment_ids = jnp.pad(segment_ids, ((0, 0), (past, 0)))
 
-        return _convolve(inputs, kernel, segment_ids)
+        return _convolve(inputs, kernel, bias, segment_ids)
 
 
 @jax.checkpoint  # The shifted float32 copies would outweigh every other array kept for the backward.
 def _convolve(
-    inputs: Float[Array, "B P+T D"], kernel: Array, segment_ids: Int[Array, "B P+T"] | None
+    inputs: Float[Array, "B P+T D"],
+    kernel: Float[Array, "P+1 D"],
+    bias: Float[Array, "D"] | None,
+    segment_ids: Int[Array, "B P+T"] | None,
 ) -> Float[Array, "B T D"]:
     """The convolution and SiLU of tokens that follow P = kernel_size - 1 others."""
     past = kernel.shape[0] - 1
     length = inputs.shape[1] - past
     dtype = jnp.promote_types(inputs.dtype, jnp.float32)
-    output = 0
+    output = 0 if bias is None else bias.astype(dtype)
     for tap in range(past + 1):
         seen = inputs[:, tap : tap + length].astype(dtype)
         if segment_ids is not None and tap < past:

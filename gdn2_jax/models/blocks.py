@@ -13,6 +13,8 @@ from gdn2_jax.layers import (
     GatedDeltaNet,
     GatedDeltaNet2,
     KimiDeltaAttention,
+    Mamba2,
+    Mamba3,
     SlidingWindowAttention,
     SwiGLU,
 )
@@ -79,6 +81,31 @@ def _deltanet(config: ModelConfig, decode: bool, name: str) -> nn.Module:
     )
 
 
+def _state_space(config: ModelConfig, decode: bool, name: str) -> dict[str, Any]:
+    """The attributes that Mamba-2 and Mamba-3 share."""
+    return {
+        "num_heads": config.ssm_inner_dim // config.ssm_head_dim,
+        "head_dim": config.ssm_head_dim,
+        "state_dim": config.ssm_state_dim,
+        "norm_epsilon": config.norm_epsilon,
+        "dtype": config.dtype,
+        "param_dtype": config.param_dtype,
+        "out_kernel_init": _depth_scaled(config),
+        "decode": decode,
+        "implementation": config.implementation,
+        "name": name,
+    }
+
+
+def _mamba2(config: ModelConfig, decode: bool, name: str) -> nn.Module:
+    return Mamba2(**_state_space(config, decode, name), conv_size=config.conv_size)
+
+
+def _mamba3(config: ModelConfig, decode: bool, name: str) -> nn.Module:
+    rank = config.mimo_rank if config.mamba3_form == "mimo" else None
+    return Mamba3(**_state_space(config, decode, name), mimo_rank=rank)
+
+
 def _attention(config: ModelConfig, decode: bool, name: str) -> nn.Module:
     return Attention(
         num_heads=config.attention_heads,
@@ -110,6 +137,8 @@ MIXERS: dict[str, Callable[[ModelConfig, bool, str], nn.Module]] = {
     "kda": _kda,
     "gdn": _gdn,
     "deltanet": _deltanet,
+    "mamba2": _mamba2,
+    "mamba3": _mamba3,
     "attention": _attention,
     "sliding_window_attention": _sliding_window_attention,
 }

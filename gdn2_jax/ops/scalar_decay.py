@@ -62,11 +62,14 @@ class Segments(NamedTuple):
 
 
 def layout_for(length: int, ranks: int = 1) -> Layout:
-    """Chunks of 64 rows where a token holds `ranks` rows, fewer for short sequences."""
+    """Chunks of 64 rows where a token holds `ranks` rows, fewer for short sequences.
+
+    More rows a token make more, shorter spans, for the same memory.
+    """
     chunk_size = min(_ROWS // min(ranks, _ROWS), 1 << (length - 1).bit_length())
     chunk_size = max(_MIN_CHUNK_SIZE, chunk_size)
     chunks = -(-length // chunk_size)
-    span = -(-chunks // _SPANS) * chunk_size
+    span = -(-chunks // (_SPANS * ranks)) * chunk_size
     spans = -(-length // span)
     return Layout(length, chunk_size, spans, spans * span)
 

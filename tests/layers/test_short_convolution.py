@@ -13,6 +13,16 @@ def test_the_last_tap_multiplies_the_current_token():
     np.testing.assert_allclose(y[0, :, 0], jax.nn.silu(jnp.array([0.0, 4, 3, 2, 1, 0])))
 
 
+def test_the_bias_is_added_before_the_activation():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 64))
+    layer = ShortConvolution(use_bias=True)
+    params = layer.init(jax.random.key(1), x)["params"]
+    assert params["bias"].shape == (64,) and 0.4 < jnp.abs(params["bias"]).max() <= 0.5
+    silent = {"kernel": 0 * params["kernel"], "bias": params["bias"]}
+    expected = jnp.broadcast_to(jax.nn.silu(params["bias"]), x.shape)
+    np.testing.assert_allclose(layer.apply({"params": silent}, x), expected, atol=1e-6)
+
+
 def test_a_document_sees_nothing_of_the_one_before():
     x = jax.random.normal(jax.random.key(0), (1, 8, 3))
     layer = ShortConvolution()

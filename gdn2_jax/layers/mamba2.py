@@ -1,0 +1,165 @@
+"""The Mamba-2 token mixer."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.layers.initializers import (
+    fan_in_uniform,
+    inverse_softplus_time_step,
+    log_uniform_rate,
+)
+from gdn2_jax.layers.inputs import check_inputs
+from gdn2_jax.layers.short_convolution import ShortConvolution
+from gdn2_jax.ops import Implementation
+from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 (arXiv 2405.21060): one input-dependent decay a head, keys and queries shared by heads.
+
+    From x [B, T, D] (normalised by the block) the layer forms, with P = head_dim and N = state_dim,
+
+        z, u, k, q, s = in_proj(x)                    H P, H P, G N, G N and H channels
+        u, k, q = SiLU(conv(u, k, q))                 one convolution, with bias
+        dt = softplus(s + dt_bias)                    g = -exp(A_log) dt
+        o = mamba2(q, k, u, g, dt) + D u
+        y = out_proj(RMSNorm(o * SiLU(z)))            over the channels of each group's heads
+
+    Mamba's names are x for u, B for k and C for q. Channels are head-major. Matrix products run in
+    `dtype`; the convolution, the norm, the time step, the decay and the state are float32 (float64
+    when `dtype` is), and so are A_log, dt_bias and D. `decode` and `segment_ids` work as in
+    `GatedDeltaNet2`.
+
+    Attributes:
+      num_heads: number of heads H.
+      head_dim: value channels of each.
+      state_dim: key channels.
+      num_groups: groups G of heads that share keys and queries.
+      conv_size: tokens seen by the convolution.
+      norm_epsilon: epsilon of the RMSNorm.
+      dtype: dtype of the matrix products; promoted from input and parameters if None.
+      param_dtype: dtype of all parameters but A_log, dt_bias and D.
+      kernel_init: initialiser of `in_proj`.
+      out_kernel_init: initialiser of `out_proj` (depth-scaled in the language model).
+      decode: keep state between calls.
+      implementation: of the operator, see `gdn2_jax.ops.mamba2.mamba2`.
+    """
+
+    num_heads: int
+    head_dim: int = 64
+    state_dim: int = 64
+    num_groups: int = 1
+    conv_size: int = 4
+    norm_epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = fan_in_uniform()
+    out_kernel_init: Initializer = fan_in_uniform()
+    decode: bool = False
+    implementation: Implementation | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Mixes tokens within each document.
+
+        Args:
+          x: inputs.
+          segment_ids: document of each token, non-decreasing along T; neither the convolution nor
+            the state cross a change.
+
+        Returns:
+          Outputs of `x`'s shape, in the compute dtype.
+
+        Raises:
+          ValueError: an input or an attribute is malformed.
+        """
+        check_inputs(x, segment_ids)
+        self._check_attributes()
+        heads, groups = self.num_heads, self.num_groups
+        inner, shared = heads * self.head_dim, groups * self.state_dim
+
+        def dense(name, features, kernel_init):
+            return nn.Dense(
+                features,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=kernel_init,
+                name=name,
+            )
+
+        projected = dense("in_proj", 2 * inner + 2 * shared + heads, self.kernel_init)(x)
+        z, vkq, s = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)
+        convolution = ShortConvolution(
+            self.conv_size,
+            use_bias=True,
+            param_dtype=self.param_dtype,
+            decode=self.decode,
+            name="conv1d",
+        )
+        v, k, q = jnp.split(convolution(vkq, segment_ids), [inner, inner + shared], axis=-1)
+        q, k = (u.reshape(*x.shape[:2], groups, self.state_dim) for u in (q, k))
+        v = v.reshape(*x.shape[:2], heads, self.head_dim)
+
+        dt_bias = self.param("dt_bias", inverse_softplus_time_step, (heads,), jnp.float32)
+        a_log = self.param("A_log", log_uniform_rate, (heads,), jnp.float32)
+        skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
+        wide = jnp.promote_types(projected.dtype, jnp.float32)
+        dt = jax.nn.softplus(s.astype(wide) + dt_bias)
+        o = self._mix(q, k, v, -jnp.exp(a_log).astype(wide) * dt, dt, segment_ids)
+
+        y = o.astype(wide) + skip[:, None] * v.astype(wide)
+        y = (y.reshape(z.shape) * jax.nn.silu(z.astype(wide))).reshape(*x.shape[:2], groups, -1)
+        norm = nn.RMSNorm(
+            self.norm_epsilon,
+            dtype=wide,
+            param_dtype=self.param_dtype,
+            feature_axes=(-2, -1),
+            reduction_axes=-1,
+            name="norm",
+        )
+        y = norm(y).astype(projected.dtype).reshape(z.shape)
+        return dense("out_proj", x.shape[-1], self.out_kernel_init)(y)
+
+    def _mix(self, q, k, v, g, dt, segment_ids) -> Float[Array, "B T H V"]:
+        """Runs the operator, from and to the cached state when decoding."""
+        options = {"implementation": self.implementation}
+        if not self.decode:
+            return mamba2(q, k, v, g, dt, segment_ids=segment_ids, **options)[0]
+        batch, length, heads, head_dim = v.shape
+        shape = (batch, heads, self.state_dim, head_dim)
+        state = self.variable("cache", "state", jnp.zeros, shape, g.dtype)
+        document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
+        initial_state = state.value
+        if segment_ids is not None:
+            restarts = segment_ids[:, 0] != document.value
+            initial_state = jnp.where(restarts[:, None, None, None], 0, initial_state)
+        if length == 1:
+            final_state, o = mamba2_step(initial_state, *(u[:, 0] for u in (q, k, v, g, dt)))
+            o = o[:, None]
+        else:
+            o, final_state = mamba2(
+                *(q, k, v, g, dt), initial_state=initial_state, segment_ids=segment_ids, **options
+            )
+        if not self.is_initializing():
+            state.value = final_state
+            if segment_ids is not None:
+                document.value = segment_ids[:, -1].astype(jnp.int32)
+        return o
+
+    def _check_attributes(self) -> None:
+        for name in ("num_heads", "head_dim", "state_dim", "num_groups", "conv_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.num_groups:
+            raise ValueError(
+                f"num_groups: expected a divisor of num_heads {self.num_heads}, "
+                f"got {self.num_groups}"
+            )

@@ -1,0 +1,222 @@
+"""The Mamba-3 token mixer."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.layers.initializers import fan_in_uniform, inverse_softplus_time_step
+from gdn2_jax.layers.inputs import check_inputs
+from gdn2_jax.ops import Implementation
+from gdn2_jax.ops.mamba3 import (
+    Mamba3Inputs,
+    Mamba3State,
+    Mamba3Weights,
+    mamba3,
+    mamba3_initial_state,
+    mamba3_step,
+)
+
+_MIN_RATE = 1e-4
+
+
+class Mamba3(nn.Module):
+    """Mamba-3: trapezoidal steps of a rotating state, with one (SISO) or R inputs a head (MIMO).
+
+    From x [B, T, D] (normalised by the block) the layer forms, with P = head_dim and N = state_dim,
+
+        z, v, k, q, s, a, l, r = in_proj(x)     H P, H P, R G N, R G N, H, H, H and A channels
+        q, k = RMSNorm(q), RMSNorm(k)           over N; one scale for all ranks, groups and heads
+        dt = softplus(s + dt_bias)              g = -max(softplus(a), 1e-4) dt
+        trapezoid = sigmoid(l)                  rotation = pi tanh(r)
+        y = out_proj(mamba3(...))               biases, rotation, ranks, skip and gate are its part
+
+    Mamba's names are x for v, B for k and C for q. Channels are head-major, ranks slowest. Matrix
+    products run in `dtype`; the norms, the time step, the decay, the angles and the state are
+    float32 (float64 when `dtype` is), and so are all parameters but those of projections and norms.
+    `decode` and `segment_ids` work as in `GatedDeltaNet2`.
+
+    Attributes:
+      num_heads: number of heads H.
+      head_dim: value channels of each.
+      state_dim: key channels, an even number.
+      num_groups: groups G of heads that share keys and queries before their biases.
+      mimo_rank: R; None for SISO, without rank weights.
+      rotary_fraction: share of the key channels that rotate, in pairs.
+      decay_activation: of the decay rate; "heavy_tail" (1 + a for a >= 0, 1 / (1 - a) below) is
+        what later releases of Mamba-3 use instead of "softplus".
+      norm_epsilon: epsilon of both norms.
+      dtype: dtype of the matrix products; promoted from input and parameters if None.
+      param_dtype: dtype of the projections and norms.
+      kernel_init: initialiser of `in_proj`.
+      out_kernel_init: initialiser of `out_proj` (depth-scaled in the language model).
+      decode: keep state between calls.
+      implementation: of the operator, see `gdn2_jax.ops.mamba3.mamba3`.
+    """
+
+    num_heads: int
+    head_dim: int = 64
+    state_dim: int = 64
+    num_groups: int = 1
+    mimo_rank: int | None = None
+    rotary_fraction: float = 0.5
+    decay_activation: Literal["softplus", "heavy_tail"] = "softplus"
+    norm_epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = fan_in_uniform()
+    out_kernel_init: Initializer = fan_in_uniform()
+    decode: bool = False
+    implementation: Implementation | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Mixes tokens within each document.
+
+        Args:
+          x: inputs.
+          segment_ids: document of each token, non-decreasing along T; the state does not cross a
+            change.
+
+        Returns:
+          Outputs of `x`'s shape, in the compute dtype.
+
+        Raises:
+          ValueError: an input or an attribute is malformed.
+        """
+        check_inputs(x, segment_ids)
+        self._check_attributes()
+        heads, ranks = self.num_heads, self.mimo_rank or 1
+        inner = heads * self.head_dim
+        shared = (*x.shape[:2], ranks, self.num_groups, self.state_dim)
+        sizes = [inner] * 2 + [ranks * self.num_groups * self.state_dim] * 2 + [heads] * 3
+
+        def dense(name, features, kernel_init):
+            return nn.Dense(
+                features,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=kernel_init,
+                name=name,
+            )
+
+        projected = dense("in_proj", sum(sizes) + self._angles, self.kernel_init)(x)
+        starts = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        z, v, k, q, *scalars = jnp.split(projected, starts, axis=-1)
+        wide = jnp.promote_types(projected.dtype, jnp.float32)
+
+        def norm(name, u):
+            norm = nn.RMSNorm(
+                self.norm_epsilon, dtype=wide, param_dtype=self.param_dtype, name=name
+            )
+            return norm(u.reshape(shared)).astype(u.dtype)
+
+        dt_bias = self.param("dt_bias", inverse_softplus_time_step, (heads,), jnp.float32)
+        s, a, l, r = (u.astype(wide) for u in scalars)
+        dt = jax.nn.softplus(s + dt_bias)
+        inputs = Mamba3Inputs(
+            q=norm("C_norm", q),
+            k=norm("B_norm", k),
+            v=v.reshape(*x.shape[:2], heads, self.head_dim),
+            z=z.reshape(*x.shape[:2], heads, self.head_dim),
+            g=-jnp.maximum(self._rate(a), _MIN_RATE) * dt,
+            dt=dt,
+            trapezoid=jax.nn.sigmoid(l),
+            rotation=jnp.pi * jnp.tanh(r),
+        )
+        o = self._mix(inputs, self._weights(wide), segment_ids)
+        return dense("out_proj", x.shape[-1], self.out_kernel_init)(o.reshape(*x.shape[:2], inner))
+
+    @property
+    def _angles(self) -> int:
+        return int(self.state_dim * self.rotary_fraction) // 2
+
+    def _rate(self, a: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+        if self.decay_activation == "softplus":
+            return jax.nn.softplus(a)
+        # Each branch sees only its own side, so that neither divides by zero.
+        return jnp.where(a >= 0, 1 + a, 1 / (1 - jnp.minimum(a, 0)))
+
+    def _weights(self, dtype: Any) -> Mamba3Weights:
+        heads, ranks = self.num_heads, self.mimo_rank or 1
+
+        def param(name, value, *shape):
+            init = nn.initializers.constant(value)
+            return self.param(name, init, (heads, *shape), jnp.float32).astype(dtype)
+
+        weights = Mamba3Weights(
+            q_bias=param("C_bias", 1, ranks, self.state_dim),
+            k_bias=param("B_bias", 1, ranks, self.state_dim),
+            skip=param("D", 1),
+        )
+        if self.mimo_rank is None:
+            return weights
+        return weights._replace(
+            v_rank=param("mimo_x", 1 / ranks, ranks, self.head_dim),
+            z_rank=param("mimo_z", 1, ranks, self.head_dim),
+            o_rank=param("mimo_o", 1 / ranks, ranks, self.head_dim),
+        )
+
+    def _mix(
+        self, inputs: Mamba3Inputs, weights: Mamba3Weights, segment_ids: Array | None
+    ) -> Float[Array, "B T H V"]:
+        """Runs the operator, from and to the cached state when decoding."""
+        options = {"implementation": self.implementation}
+        if not self.decode:
+            return mamba3(inputs, weights, segment_ids=segment_ids, **options)[0]
+        batch, length = inputs.v.shape[:2]
+        zeros = mamba3_initial_state(inputs)
+        names = Mamba3State(phase="phase", memory="state", k="key", v="value")
+        variables = [
+            self.variable("cache", name, jnp.zeros_like, zero) for name, zero in zip(names, zeros)
+        ]
+        document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
+        state = Mamba3State(*(variable.value for variable in variables))
+        if segment_ids is not None:
+            restarts = (segment_ids[:, 0] != document.value)[:, None, None, None]
+            state = state._replace(
+                memory=jnp.where(restarts, 0, state.memory), k=jnp.where(restarts, 0, state.k)
+            )
+        if length == 1:
+            token = Mamba3Inputs(*(u[:, 0] for u in inputs))
+            state, o = mamba3_step(state, token, weights)
+            o = o[:, None]
+        else:
+            o, state = mamba3(
+                inputs, weights, initial_state=state, segment_ids=segment_ids, **options
+            )
+        if not self.is_initializing():
+            for variable, value in zip(variables, state):
+                variable.value = value
+            if segment_ids is not None:
+                document.value = segment_ids[:, -1].astype(jnp.int32)
+        return o
+
+    def _check_attributes(self) -> None:
+        for name in ("num_heads", "head_dim", "state_dim", "num_groups", "mimo_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.num_heads % self.num_groups:
+            raise ValueError(
+                f"num_groups: expected a divisor of num_heads {self.num_heads}, "
+                f"got {self.num_groups}"
+            )
+        if self.state_dim % 2:
+            raise ValueError(f"state_dim: expected an even number, got {self.state_dim}")
+        if not 0 < self.rotary_fraction <= 1 or not self._angles:
+            raise ValueError(
+                f"rotary_fraction: expected at most 1 and at least one pair of the "
+                f"{self.state_dim} channels, got {self.rotary_fraction}"
+            )
+        if self.decay_activation not in ("softplus", "heavy_tail"):
+            raise ValueError(
+                f'decay_activation: expected "softplus" or "heavy_tail", '
+                f"got {self.decay_activation!r}"
+            )
