@@ -4,5 +4,14 @@ from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.generate import generate
 from gdn2_jax.models.language_model import LanguageModel
 from gdn2_jax.models.presets import PRESETS, matched_preset
+from gdn2_jax.models.sizes import Sizes, model_sizes
 
-__all__ = ["PRESETS", "LanguageModel", "ModelConfig", "generate", "matched_preset"]
+__all__ = [
+    "PRESETS",
+    "LanguageModel",
+    "ModelConfig",
+    "Sizes",
+    "generate",
+    "matched_preset",
+    "model_sizes",
+]

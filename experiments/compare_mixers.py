@@ -1,0 +1,225 @@
+"""Trains models of several mixers on the same data, in the same order, with the same budget.
+
+    python experiments/compare_mixers.py                                  # 30M, every mixer
+    python experiments/compare_mixers.py 30M --models gdn2 swa_gdn2 attention --seeds 0 1
+    python experiments/compare_mixers.py tiny --models gdn2 kda --steps 100 --directory runs/quick
+
+The first argument, if it is no option, is the scale: {scales}. --models are presets without their
+scale; "swa_" makes a hybrid. All other options are those of train.py and hold for every model. What
+is stopped or killed continues when started again; finished runs are not repeated.
+
+--directory gets a folder for each run, results.jsonl (a line for each), curves.jsonl (every logged
+step), results.md and results.png, all renewed after each run.
+"""
+
+import dataclasses
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+from absl import flags
+
+from gdn2_jax.models import PRESETS as MODELS
+from gdn2_jax.models import model_sizes
+from gdn2_jax.training import (
+    PRESETS,
+    CheckpointError,
+    DivergenceError,
+    TrainingConfig,
+    open_run,
+    run_files,
+    train,
+)
+from gdn2_jax.training.flops import training_flops_per_token
+from gdn2_jax.training.metrics import read_metrics
+
+SCALES = {"tiny": "tiny", "30M": "gdn2_30M", "1.3B": "gdn2_1.3B"}
+ALL = ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3_mimo", "attention")
+COLUMNS = (
+    *("run", "parameters", "state a layer", "cache a layer", "tokens", "training loss"),
+    *("validation loss", "bits per byte", "tokens/s", "GFLOPs a token"),
+)
+
+
+def main(arguments: list[str]) -> int | str:
+    """Returns the exit status, or a message for it to be 1."""
+    # grain hands absl's flags to its workers, which absl allows only after parsing.
+    flags.FLAGS.mark_as_parsed()
+    try:
+        runs, directory = parse(arguments)
+    except ValueError as error:
+        return f"compare_mixers.py: {error}"
+    rows, curves = [], []
+    for number, (name, config) in enumerate(runs.items(), start=1):
+        print(f"\n[{number}/{len(runs)}] {name}", flush=True)
+        try:
+            if not train(open_run(config, directory / name)):
+                return "compare_mixers.py: stopped; start again to continue"
+        except (ValueError, OSError, CheckpointError) as error:
+            return f"compare_mixers.py: {name}: {error}"
+        except DivergenceError as error:
+            print(f"{name}: {error}", flush=True)
+        metrics = read_metrics(run_files(directory / name).metrics)
+        rows.append(summarize(name, config, metrics))
+        curves += [{"run": name, **row} for row in metrics]
+        write(directory, rows, curves, arguments)
+        jax.clear_caches()
+    print(
+        f"\n{table(rows)}\n\nin {directory}: results.jsonl, curves.jsonl, results.md, results.png"
+    )
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path]:
+    """Returns the runs by name, in order, and the directory."""
+    scale, options = "30M", arguments
+    if arguments and not arguments[0].startswith("-"):
+        scale, *options = arguments
+    if scale not in SCALES:
+        raise ValueError(f"expected a scale, one of {', '.join(SCALES)}, got {scale!r}")
+    preset = PRESETS[SCALES[scale]]
+
+    def command(
+        config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = preset,
+        models: tuple[str, ...] = ALL,
+        seeds: tuple[int, ...] = (0,),
+        directory: Path = Path("runs") / f"compare_{scale}",
+    ):
+        """Pairs what the command line gives.
+
+        Args:
+          config: of every run, apart from the mixer.
+          models: what to compare.
+          seeds: each model is trained once with each.
+          directory: where everything goes.
+        """
+        return config, models, seeds, directory
+
+    options = ["--data.paths" if option == "--data" else option for option in options]
+    config, models, seeds, directory = tyro.cli(
+        command,
+        args=options,
+        prog=f"compare_mixers.py {scale}",
+        description=__doc__.format(scales=", ".join(SCALES)),
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    # What was changed in the preset's model is changed in every model.
+    changes = dict(dataclasses.asdict(config.model).items() - vars(preset.model).items())
+    if changes.keys() & {"mixer", "hybrid"}:
+        raise ValueError("model.mixer, model.hybrid: expected no value, --models chooses them")
+    runs = {}
+    for model in models:
+        if f"{model}_{scale}" not in MODELS:
+            known = [name.removesuffix(f"_{scale}") for name in MODELS if name.endswith(scale)]
+            raise ValueError(f"models: expected some of {', '.join(known)}, got {model!r}")
+        for seed in seeds:
+            changed = dataclasses.replace(MODELS[f"{model}_{scale}"], **changes)
+            runs[f"{model}-{seed}"] = dataclasses.replace(config, model=changed, seed=seed)
+    return runs, directory
+
+
+def summarize(name: str, config: TrainingConfig, metrics: list[dict]) -> dict:
+    """The run's line of results.jsonl."""
+    logged = [row for row in metrics if "loss" in row]
+    validated = [row for row in metrics if "validation_loss" in row]
+    last = logged[-1] if logged else {"tokens": 0, "loss": None}
+    sizes = model_sizes(config.model, config.data.sequence_length)
+    return {
+        "run": name,
+        "mixer": config.model.mixer,
+        "hybrid": config.model.hybrid,
+        "seed": config.seed,
+        "tokens": last["tokens"],
+        "finished": last["tokens"] == config.steps * config.tokens_per_step,
+        "loss": last["loss"],
+        "validation_loss": validated[-1]["validation_loss"] if validated else None,
+        "bits_per_byte": validated[-1]["validation_bits_per_byte"] if validated else None,
+        # The median leaves out steps that waited for an evaluation or a checkpoint.
+        "tokens_per_second": statistics.median([row["tokens_per_second"] for row in logged] or [0]),
+        **sizes._asdict(),
+        "flops_per_token": training_flops_per_token(config.model, config.data.sequence_length),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def write(directory: Path, rows: list[dict], curves: list[dict], arguments: list[str]) -> None:
+    """Writes the four files."""
+    for name, lines in (("results", rows), ("curves", curves)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / f"{name}.jsonl").write_text(text)
+    command = shlex.join(["python", "experiments/compare_mixers.py", *arguments])
+    devices = ", ".join(sorted({row["device"] for row in rows}))
+    text = f"    {command}\n\non {devices}, JAX {jax.__version__}.\n\n{table(rows)}\n"
+    (directory / "results.md").write_text(text)
+    plot(rows, curves, directory / "results.png")
+
+
+def table(rows: list[dict]) -> str:
+    """The results in Markdown; a line for each run."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    for row in rows:
+        name = row["run"] if row["finished"] else f"{row['run']} (unfinished)"
+        losses = [row[key] for key in ("loss", "validation_loss", "bits_per_byte")]
+        cells = [
+            name,
+            f"{row['parameters']:,}",
+            f"{row['state']:,}" if row["state"] else "-",
+            f"{row['cache']:,}",
+            f"{row['tokens']:,}",
+            *("-" if loss is None else f"{loss:.4f}" for loss in losses),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['flops_per_token'] / 1e9:.3g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], curves: list[dict], path: Path) -> None:
+    """Draws losses against tokens, and speed and memory of each run."""
+    # Not pyplot: it would choose a backend for the whole process.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    (training, validation), (speed, memory) = figure.subplots(2, 2)
+    names = [row["run"] for row in rows]
+    colours = dict(zip(names, colormaps["tab20"].colors * (1 + len(names) // 20)))
+    tokens = {(row["run"], row["step"]): row["tokens"] for row in curves if "tokens" in row}
+    panels = ((training, "loss", ""), (validation, "validation_bits_per_byte", "o"))
+    for axes, key, marker in panels:
+        for row in rows:
+            own = [point for point in curves if point["run"] == row["run"] and key in point]
+            xs = [tokens[point["run"], point["step"]] for point in own]
+            axes.plot(
+                xs,
+                [point[key] for point in own],
+                label=row["run"],
+                color=colours[row["run"]],
+                linestyle="--" if row["hybrid"] else "-",
+                marker=marker,
+                markersize=3,
+                linewidth=1,
+            )
+        axes.set(xlabel="tokens")
+        axes.grid(alpha=0.3)
+    training.set(ylabel="training loss, nats per token")
+    validation.set(ylabel="validation, bits per byte")
+    training.legend(fontsize="small")
+    bars = [colours[name] for name in names]
+    speed.barh(names, [row["tokens_per_second"] for row in rows], color=bars)
+    speed.set(xlabel="tokens per second")
+    memory.barh(names, [row["cache"] for row in rows], color=bars)
+    memory.set(xlabel="floats a layer of the mixer keeps in decoding", xscale="log")
+    for axes in (speed, memory):
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,48 @@
+"""How large a model is, without making one."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gdn2_jax.models.config import ModelConfig
+from gdn2_jax.models.language_model import LanguageModel
+
+
+class Sizes(NamedTuple):
+    """Numbers of floats.
+
+    Attributes:
+      parameters: of the whole model.
+      block_parameters: without embedding, head and final norm, as the paper counts.
+      state: recurrent state of a layer of the configuration's mixer, for one sequence; 0 if it has
+        none.
+      cache: everything that such a layer keeps in decoding: state, last inputs, keys and values.
+    """
+
+    parameters: int
+    block_parameters: int
+    state: int
+    cache: int
+
+
+def model_sizes(config: ModelConfig, sequence_length: int) -> Sizes:
+    """Returns the sizes of a model that decodes `sequence_length` tokens."""
+    config = dataclasses.replace(config, context_length=sequence_length)
+    model = LanguageModel(config, decode=True)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    cache = variables["cache"]["layers"]["block"]["mixer"]
+    layers = config.num_layers // (2 if config.hybrid else 1)
+    return Sizes(
+        _count(variables["params"]),
+        _count(variables["params"]["layers"]),
+        _count(cache.get("state", ())) // layers,
+        _count(cache) // layers,
+    )
+
+
+def _count(tree) -> int:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum(math.prod(leaf.shape) for leaf in leaves)

@@ -1,0 +1,138 @@
+import dataclasses
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from gdn2_jax.models import PRESETS as MODELS
+from gdn2_jax.training import PRESETS, DivergenceError
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "compare_mixers.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    specification = importlib.util.spec_from_file_location("compare_mixers_script", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    text = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    for i in range(20):
+        words = draw.choices(["the", "red", "cat", "sits", "under", "a", "green", "tree"], k=500)
+        (text / f"{i}.txt").write_text(" ".join(words))
+    options = {
+        "steps": 4,
+        "global-batch-size": 8,
+        "log-every": 2,
+        "validate-every": 2,
+        "validation-batches": 1,
+        "sample-tokens": 2,
+        "data.sequence-length": 32,
+        "data.cache-directory": tmp_path_factory.mktemp("cache"),
+        "model.d-model": 16,
+        "model.num-layers": 2,
+        "model.num-heads": 1,
+        "model.head-dim": 8,
+        "model.implementation": "recurrent",
+    }
+    return [*(f"--{name}={value}" for name, value in options.items()), "--data", str(text)]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_runs_are_trained_once_and_land_in_one_table_and_plot(script, options, tmp_path, capsys):
+    arguments = ["tiny", *options, "--directory", str(tmp_path), "--models"]
+    assert script.main([*arguments, "gdn2"]) == 0
+    first = (tmp_path / "gdn2-0" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    assert script.main([*arguments, "gdn2", "swa_attention"]) == 0
+    printed = capsys.readouterr().out
+    assert "[1/2] gdn2-0" in printed and "is finished at step 4" in printed
+    assert "[2/2] swa_attention-0" in printed
+    assert (tmp_path / "gdn2-0" / "metrics.jsonl").read_bytes() == first
+
+    rows = lines(tmp_path / "results.jsonl")
+    assert [row["run"] for row in rows] == ["gdn2-0", "swa_attention-0"]
+    for row in rows:
+        assert row["finished"] and row["tokens"] == 4 * 8 * 32
+        assert row["bits_per_byte"] > 0 and row["tokens_per_second"] > 0
+    assert [row["state"] for row in rows] == [64, 0]
+    # Keys and values of 32 tokens.
+    assert rows[1]["cache"] == 2 * 32 * 16
+    curves = lines(tmp_path / "curves.jsonl")
+    assert {row["run"] for row in curves if "validation_loss" in row} == {
+        "gdn2-0",
+        "swa_attention-0",
+    }
+    table = (tmp_path / "results.md").read_text()
+    assert "| gdn2-0 |" in table and "| swa_attention-0 |" in table
+    assert "python experiments/compare_mixers.py tiny" in table
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_differ_in_model_and_seed_alone(script):
+    runs, directory = script.parse(
+        ["--models", "gdn2", "swa_kda", "--seeds", "3", "4", "--steps", "7"]
+        + ["--model.dtype", "float32"]
+    )
+    assert directory == Path("runs/compare_30M")
+    assert list(runs) == ["gdn2-3", "gdn2-4", "swa_kda-3", "swa_kda-4"]
+    base = dataclasses.replace(PRESETS["gdn2_30M"], steps=7)
+    for name, config in runs.items():
+        model, seed = name.split("-")
+        expected = dataclasses.replace(MODELS[f"{model}_30M"], dtype="float32")
+        assert config == dataclasses.replace(base, model=expected, seed=int(seed))
+
+
+def test_every_recurrent_mixer_and_the_transformer_are_compared_by_default(script):
+    runs, _ = script.parse(["tiny"])
+    assert {config.model.mixer for config in runs.values()} == {
+        *("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "attention")
+    }
+    assert runs["mamba3_mimo-0"].model.mamba3_form == "mimo"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [(False, "compare_mixers.py: stopped"), (DivergenceError("it has diverged"), 0)],
+)
+def test_a_stopped_run_ends_the_comparison_and_a_diverged_one_does_not(
+    script, options, outcome, status, tmp_path, monkeypatch, capsys
+):
+    def train(run):
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(script, "train", train)
+    models = ["--models", "gdn2", "kda"]
+    result = script.main(["tiny", *options, "--directory", str(tmp_path), *models])
+    assert str(result).startswith(str(status))
+    assert ("kda-0" in capsys.readouterr().out) == (status == 0)
+    if status == 0:
+        assert [row["finished"] for row in lines(tmp_path / "results.jsonl")] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["huge"], "expected a scale, one of tiny, 30M, 1.3B, got 'huge'"),
+        (["--models", "gdn3"], "models: expected some of gdn2, kda"),
+        (["--model.mixer", "kda"], "--models chooses them"),
+        (["--data", "/nonexistent", "--models", "gdn2"], "/nonexistent does not exist"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_with_one_clear_message(
+    script, arguments, message, tmp_path
+):
+    assert message in script.main([*arguments, "--directory", str(tmp_path)])

@@ -1,0 +1,42 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = ROOT / "experiments" / "mixer_table.py"
+    specification = importlib.util.spec_from_file_location("mixer_table_script", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return (ROOT / "gdn2_jax" / "layers" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "scale",
+    ["tiny", *(pytest.param(scale, marks=pytest.mark.slow) for scale in ("30M", "100M", "1.3B"))],
+)
+def test_the_readme_of_the_layers_has_the_printed_rows(script, committed, capsys, scale):
+    script.main(["--scale", scale])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header in committed
+    assert len(rows) == 17
+    for row in rows:
+        assert row in committed
+
+
+def test_full_attention_keeps_more_the_longer_the_text(script):
+    def cache(name, length):
+        return script.row(name, name, length).split(" | ")[3]
+
+    assert cache("attention_tiny", 512) == f"{2 * 512 * 128:,}"
+    assert cache("attention_tiny", 1024) == f"{2 * 1024 * 128:,}"
+    assert cache("gdn2_tiny", 512) == cache("gdn2_tiny", 1024)
