@@ -171,8 +171,6 @@ class Block(nn.Module):
                 config.norm_epsilon, dtype=x.dtype, param_dtype=config.param_dtype, name=name
             )
 
-        if self.mixer not in MIXERS:
-            raise NotImplementedError(f"mixer: there is no layer for {self.mixer!r} yet")
         mixer = MIXERS[self.mixer](config, self.decode, "mixer")
         x += mixer(norm("mixer_norm")(x), segment_ids).astype(x.dtype)
         mlp = SwiGLU(

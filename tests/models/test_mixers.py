@@ -12,9 +12,7 @@ import pytest
 from gdn2_jax.models import PRESETS, LanguageModel, generate, matched_preset
 from gdn2_jax.models.blocks import MIXERS
 
-NAMES = [name for name in MIXERS if name != "sliding_window_attention"]
-if "mamba3" in MIXERS:
-    NAMES.append("mamba3_mimo")
+NAMES = [*(name for name in MIXERS if name != "sliding_window_attention"), "mamba3_mimo"]
 
 
 @functools.cache
