@@ -61,6 +61,26 @@ def test_parameter_counts_of_the_matched_paper_models(name, blocks):
     assert count(shapes(name)["params"]["layers"]) == blocks
 
 
+@pytest.mark.parametrize(
+    ("mixer", "count_of_one"),
+    [
+        ("gdn2", 29_454_480),
+        ("kda", 20_054_160),
+        ("gdn", 23_691_424),
+        ("mamba2", 28_779_328),
+        ("mamba3", 29_094_144),
+        ("mamba3_mimo", 30_052_608),
+        ("attention", 21_233_664),
+    ],
+)
+def test_mixers_of_the_paper_models_have_as_many_parameters_as_their_authors_layers(
+    mixer, count_of_one
+):
+    for name, layers in ((f"{mixer}_1.3B", 18), (f"swa_{mixer}_1.3B", 9)):
+        block = shapes(name)["params"]["layers"]["block"]
+        assert count(block["mixer"]) == layers * count_of_one
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_all_mixers_of_a_scale_match_in_parameters_and_recurrent_ones_in_state(scale):
     blocks = count(shapes(scale.format("gdn2"))["params"]["layers"])
