@@ -113,7 +113,7 @@ class Mamba2(nn.Module):
         skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
         wide = jnp.promote_types(projected.dtype, jnp.float32)
         dt = jax.nn.softplus(s.astype(wide) + dt_bias)
-        o = self._mix(q, k, v, -jnp.exp(a_log).astype(wide) * dt, dt, segment_ids)
+        o = self._mix(q, k, v, -jnp.exp(a_log.astype(wide)) * dt, dt, segment_ids)
 
         y = o.astype(wide) + skip[:, None] * v.astype(wide)
         y = (y.reshape(z.shape) * jax.nn.silu(z.astype(wide))).reshape(*x.shape[:2], groups, -1)

@@ -18,6 +18,7 @@ from gdn2_jax.ops.mamba3 import (
     mamba3,
     mamba3_initial_state,
     mamba3_step,
+    restart,
 )
 
 _MIN_RATE = 1e-4
@@ -179,10 +180,7 @@ class Mamba3(nn.Module):
         document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
         state = Mamba3State(*(variable.value for variable in variables))
         if segment_ids is not None:
-            restarts = (segment_ids[:, 0] != document.value)[:, None, None, None]
-            state = state._replace(
-                memory=jnp.where(restarts, 0, state.memory), k=jnp.where(restarts, 0, state.k)
-            )
+            state = restart(state, segment_ids[:, 0] != document.value)
         if length == 1:
             token = Mamba3Inputs(*(u[:, 0] for u in inputs))
             state, o = mamba3_step(state, token, weights)

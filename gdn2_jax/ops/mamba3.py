@@ -22,6 +22,7 @@ from gdn2_jax.ops.scalar_decay import (
     layout_for,
     mix_chunks,
     over_spans,
+    same_segment,
     split,
     split_segments,
 )
@@ -109,8 +110,7 @@ def mamba3(
         o_t = sum_r o_rank^r (S_t^T q_t^r + skip v_t^r) SiLU(z_rank^r z_t)
 
     With one rank (SISO) the rank weights are None and count as 1. Head h reads group
-    h // (H / G). Pairs (i, i + K / 2), i < A, rotate. At the start of a document S and k_{t-1} are
-    zero; the phase runs on, as only its differences matter. Everything is differentiable in every
+    h // (H / G). Pairs (i, i + K / 2), i < A, rotate. Everything is differentiable in every
     floating-point input; each cotangent has its input's dtype. Reverse mode only, except through
     "recurrent".
 
@@ -170,6 +170,11 @@ def mamba3_initial_state(inputs: Mamba3Inputs, leading: Literal["B T", "B"] = "B
     return Mamba3State(*(jnp.zeros(shape, inputs.g.dtype) for shape in shapes))
 
 
+def restart(state: Mamba3State, where: Bool[Array, "B"]) -> Mamba3State:
+    """The state with rows of zeros where a new document starts."""
+    return Mamba3State(*(jnp.where(where.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in state))
+
+
 def _step(state: Mamba3State, inputs: Mamba3Inputs, weights: Mamba3Weights):
     """`mamba3_step` in one dtype, with all weights."""
     q, k, v, z, g, dt, trapezoid, rotation = inputs
@@ -213,10 +218,7 @@ def _recurrent(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
     def body(state, token):
         inputs, start = token
         if start is not None:
-            restart = start[:, None, None, None]
-            state = state._replace(
-                memory=jnp.where(restart, 0, state.memory), k=jnp.where(restart, 0, state.k)
-            )
+            state = restart(state, start)
         return _step(state, inputs, weights)
 
     inputs = Mamba3Inputs(*(x.astype(dtype) for x in inputs))
@@ -258,7 +260,8 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
         v, z, g, dt, trapezoid, weight = (
             jnp.moveaxis(x, 3, 2).astype(dtype) for x in (*inputs[2:7], weight)
         )
-        phase = phases(dt, inputs.rotation[:, :, None])
+        same = None if segments is None else same_segment(segments)[:, :, None]
+        phase = phases(dt, inputs.rotation[:, :, None], same)
         q, k = (
             rotate(jnp.moveaxis(_to_heads(x.astype(dtype), bias), 3, 2), phase[..., None, :])
             for x, bias in ((inputs.q, weights.q_bias), (inputs.k, weights.k_bias))
@@ -277,13 +280,20 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
         outputs = outputs.reshape(*v.shape[:4], ranks, value_dim)
         v, z, outputs = (jnp.moveaxis(x, 2, 3) for x in (v, z, outputs))
         outputs = _output(outputs, v[..., None, :], z[..., None, :], weights)
-        return memory, (outputs.astype(out_dtype), jnp.sum(phase[..., -1, :], axis=0))
+        return memory, (outputs.astype(out_dtype), phase[..., -1, :])
 
     out_dtype = v.dtype
     tokens = Mamba3Inputs(*(split(x, layout) for x in inputs))
-    xs = (tokens, split(weight, layout), split_segments(starts, layout))
-    memory, (outputs, turns) = over_spans(span, memory, xs)
-    phase = wrap(initial_state.phase + jnp.sum(turns, axis=0))
+    segments = split_segments(starts, layout)
+    memory, (outputs, turns) = over_spans(span, memory, (tokens, split(weight, layout), segments))
+    turns = turns.reshape(-1, *turns.shape[2:])
+    turns = jnp.concatenate([initial_state.phase[None], turns])
+    if segments is not None:
+        # What turned in earlier segments is forgotten.
+        ends = segments.here[..., -1].reshape(-1, v.shape[0])
+        ends = jnp.pad(ends, ((1, 0), (0, 0)))
+        turns = jnp.where((ends == ends[-1])[..., None, None], turns, 0)
+    phase = wrap(jnp.sum(turns, axis=0))
     last_k = _to_heads(k[:, -1].astype(dtype), weights.k_bias)
     state = Mamba3State(
         phase,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -28,8 +28,17 @@ def wrap(phase: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return phase - turn * jax.lax.stop_gradient(jnp.round(phase / turn))
 
 
-def phases(dt: Float[Array, "*n C"], rotation: Float[Array, "*#n C A"]) -> Float[Array, "*n C A"]:
-    """The phase after each token of a chunk, counted from its start: the sum of dt * rotation."""
+def phases(
+    dt: Float[Array, "*n C"],
+    rotation: Float[Array, "*#n C A"],
+    same: Bool[Array, "*#n C C"] | None = None,
+) -> Float[Array, "*n C A"]:
+    """The phase after each token of a chunk: the sum of dt * rotation from the chunk's start.
+
+    Where `same` says which tokens share a segment, phases count from the segment's start.
+    """
     until = np.tri(dt.shape[-1], dtype=dt.dtype)
-    sums = jnp.einsum("rc,...ca->...ra", until, dt[..., None] * rotation, precision=_HIGHEST)
+    if same is not None:
+        until = jnp.where(same, until, 0)
+    sums = jnp.einsum("...rc,...ca->...ra", until, dt[..., None] * rotation, precision=_HIGHEST)
     return wrap(sums)

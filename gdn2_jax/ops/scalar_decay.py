@@ -97,6 +97,11 @@ def split_segments(starts: Bool[Array, "B T"] | None, layout: Layout) -> Segment
     return Segments(_cut(segments, layout), before)
 
 
+def same_segment(segments: Segments) -> Bool[Array, "*n B C C"]:
+    """Which tokens of a chunk share a segment."""
+    return segments.here[..., :, None] == segments.here[..., None, :]
+
+
 def over_spans[Carry, Tokens](
     span: Callable[[Carry, Tokens], tuple[Carry, Array]], carry: Carry, tokens: Tokens
 ) -> tuple[Carry, Array]:
@@ -140,8 +145,7 @@ def mix_chunks(
     if segments is not None:
         here, before = segments.here[:, :, None, None], segments.before[:, :, None, None]
         last = here[..., -1]
-        same = here[..., :, None] == here[..., None, :]
-        between = jnp.where(same, between, -jnp.inf)
+        between = jnp.where(same_segment(segments)[:, :, None, None], between, -jnp.inf)
         from_start = jnp.where(here == before[..., None], from_start, -jnp.inf)
         to_end = jnp.where(here == last[..., None], to_end, -jnp.inf)
         total = jnp.where(before == last, total, -jnp.inf)

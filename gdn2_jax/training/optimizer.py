@@ -48,7 +48,8 @@ def decay_mask(params: Any, kind: str) -> Any:
     def decays(path, _) -> bool:
         names = [key.key for key in path]
         if kind == "exclude_A_log_dt_bias":
-            return names[-1] not in ("A_log", "dt_bias")
+            # D is Mamba's skip, which its layers mark as well.
+            return names[-1] not in ("A_log", "dt_bias", "D")
         if kind == "matrices_only":
             # Layers are stacked, so ranks do not tell a matrix from a vector.
             return names[-1] in ("kernel", "embedding") and "conv1d" not in names[-2]

@@ -78,7 +78,7 @@ def at(inputs, t):
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [("float64", 1e-10), ("float32", 2e-5), ("bfloat16", 1e-2)]
+    ("dtype", "bound"), [("float64", 1e-10), ("float32", 2e-5), ("bfloat16", 2e-2)]
 )
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
 def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, bound, ranks):
@@ -163,10 +163,22 @@ def test_segments_are_sequences_of_their_own(draw):
     first, _ = mamba3(at(inputs, slice(0, 11)), weights, initial_state=state)
     second, alone = mamba3(at(inputs, slice(11, None)), weights)
     np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), atol=1e-4)
-    # The states differ by the phase that the first segment left.
-    for name in ("memory", "k"):
-        lengths = [jnp.linalg.norm(getattr(s, name)) for s in (last, alone)]
-        np.testing.assert_allclose(*lengths, rtol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), last, alone)
+
+
+def test_no_gradient_crosses_a_border(draw):
+    inputs, weights, state = draw(20, ranks=2, dtype="float32")
+    ids = jnp.asarray([[0] * 7 + [1] * 13] * 2)
+
+    def last_document(inputs, state):
+        o, final = mamba3(inputs, weights, initial_state=state, segment_ids=ids)
+        return jnp.sum(o[:, 7:]) + sum(map(jnp.sum, final))
+
+    of_inputs, of_state = jax.jit(jax.grad(last_document, argnums=(0, 1)))(inputs, state)
+    for leaf in of_inputs:
+        # The first token of a document has nothing to decay.
+        assert jnp.all(leaf[:, :7] == 0) and jnp.all(jnp.any(leaf[:, 8:] != 0, axis=(0, 2)))
+    assert all(jnp.all(leaf == 0) for leaf in of_state)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
