@@ -14,7 +14,6 @@ a large copy, measured in the same process.
 import dataclasses
 import importlib
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ import tyro
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops import Implementation
 from gdn2_jax.testing import ERROR_BOUNDS, operator_inputs
+from gdn2_jax.timing import copy_bandwidth, measure, spread
 
 Shape = tuple[int, int, int, int]
 
@@ -97,6 +97,7 @@ def main(config: Config) -> None:
                     add(row | {"error": str(error).splitlines()[0]})
                     continue
                 row["temp_ratio"] = row.pop("temp_bytes") / sum(x.nbytes for x in arguments)
+                del row["alias_bytes"]
                 if bandwidth:
                     row["floor_ms"] = traffic(arguments, name) / bandwidth * 1e3
                 add(row)
@@ -141,47 +142,6 @@ def both(implementation: str) -> Callable:
         return results, pullback(cotangents)
 
     return jax.jit(run)
-
-
-def measure(function: Callable, operands: tuple, repeats: int) -> dict[str, Any]:
-    """Compiles, warms up and times a function."""
-    start = time.perf_counter()
-    compiled = function.lower(*operands).compile()
-    compile_s = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-
-    def run(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            results = compiled(*operands)
-        jax.block_until_ready(results)
-        return (time.perf_counter() - start) / calls
-
-    run(1)
-    # Calls are queued on the device, so that many of them hide the host's share.
-    calls = max(1, min(200, int(0.05 / run(1))))
-    return {
-        **spread([run(calls) * 1e3 for _ in range(repeats)]),
-        "compile_s": compile_s,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "peak_gib": total / 2**30,
-    }
-
-
-def spread(samples: list[float]) -> dict[str, float]:
-    """Median and interquartile range."""
-    if len(samples) < 2:
-        return {"median_ms": samples[0], "iqr_ms": 0.0}
-    low, median, high = statistics.quantiles(samples, n=4)
-    return {"median_ms": median, "iqr_ms": high - low}
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by a copy of 4 GiB."""
-    x = jax.random.normal(jax.random.key(0), (2**30,))
-    seconds = measure(jax.jit(lambda x: x + 1), (x,), 5)["median_ms"] / 1e3
-    return 2 * x.nbytes / seconds
 
 
 def traffic(arguments: tuple, name: str) -> int:

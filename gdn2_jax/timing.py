@@ -1,0 +1,73 @@
+"""Times compiled functions, and the copy bandwidth that bounds those limited by memory."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def measure(
+    function: Callable,
+    operands: tuple,
+    repeats: int,
+    *,
+    next_operands: Callable[[tuple, Any], tuple] | None = None,
+) -> dict[str, Any]:
+    """Compiles, warms up and times a jitted function.
+
+    A sample is the mean over calls queued behind one another for some 50 ms, so that the host's
+    share hides behind the device's.
+
+    Args:
+      function: jitted.
+      operands: its arguments, on the device.
+      repeats: samples to take.
+      next_operands: maps the operands and results of a call to the operands of the next one; needed
+        where the function takes its operands' buffers (donation). The same operands if None.
+
+    Returns:
+      median_ms and iqr_ms of the samples, compile_s, temp_bytes (temporary memory), alias_bytes
+      (operands that results overwrite) and peak_gib (all memory of a call).
+    """
+    start = time.perf_counter()
+    compiled = function.lower(*operands).compile()
+    compile_s = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+
+    def run(calls: int) -> float:
+        nonlocal operands
+        start = time.perf_counter()
+        for _ in range(calls):
+            results = compiled(*operands)
+            if next_operands:
+                operands = next_operands(operands, results)
+        jax.block_until_ready(results)
+        return (time.perf_counter() - start) / calls
+
+    run(1)
+    calls = max(1, min(200, int(0.05 / run(1))))
+    return {
+        **spread([run(calls) * 1e3 for _ in range(repeats)]),
+        "compile_s": compile_s,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "peak_gib": (total - memory.alias_size_in_bytes) / 2**30,
+    }
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median and interquartile range of samples in milliseconds."""
+    if len(samples) < 2:
+        return {"median_ms": samples[0], "iqr_ms": 0.0}
+    low, median, high = statistics.quantiles(samples, n=4)
+    return {"median_ms": median, "iqr_ms": high - low}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a copy of 4 GiB."""
+    x = jax.random.normal(jax.random.key(0), (2**30,))
+    seconds = measure(jax.jit(lambda x: x + 1), (x,), 5)["median_ms"] / 1e3
+    return 2 * x.nbytes / seconds
