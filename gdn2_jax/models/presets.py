@@ -8,22 +8,47 @@ from typing import Any
 
 from gdn2_jax.models.config import ModelConfig
 
+# Trains on bytes in minutes on two CPU cores.
+_TINY = {
+    "vocab_size": 257,
+    "d_model": 128,
+    "num_layers": 4,
+    "num_heads": 2,
+    "head_dim": 64,
+    "ssm_inner_dim": 256,
+    "ssm_state_dim": 32,
+    "attention_heads": 2,
+    "window_size": 128,
+    "dtype": "float32",
+}
+# Compares mixers on bytes within minutes on one data-centre GPU.
+_30M = {
+    "vocab_size": 257,
+    "d_model": 512,
+    "num_layers": 8,
+    "num_heads": 4,
+    "head_dim": 128,
+    "ssm_inner_dim": 1024,
+    "ssm_state_dim": 64,
+    "attention_heads": 4,
+    "window_size": 512,
+}
+_305M = {
+    "d_model": 1024,
+    "num_layers": 12,
+    "num_heads": 16,
+    "head_dim": 64,
+    "ssm_inner_dim": 2048,
+    "ssm_state_dim": 32,
+    "attention_heads": 16,
+}
+# The paper's models; "1.3B" counts the blocks without embedding and head.
+_PAPER = {"d_model": 2304, "num_layers": 18, "remat": "full"}
+
 # Names are filled with the mixer. Each scale: the fields that all models share, and MLP widths.
 _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    # Train on bytes in minutes on two CPU cores.
     "{}_tiny": (
-        _TINY := {
-            "vocab_size": 257,
-            "d_model": 128,
-            "num_layers": 4,
-            "num_heads": 2,
-            "head_dim": 64,
-            "ssm_inner_dim": 256,
-            "ssm_state_dim": 32,
-            "attention_heads": 2,
-            "window_size": 128,
-            "dtype": "float32",
-        },
+        _TINY,
         {
             "gdn2": 168,
             "kda": 256,
@@ -49,19 +74,8 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "attention": 344,
         },
     ),
-    # Compare mixers on bytes within minutes on one data-centre GPU.
     "{}_30M": (
-        _30M := {
-            "vocab_size": 257,
-            "d_model": 512,
-            "num_layers": 8,
-            "num_heads": 4,
-            "head_dim": 128,
-            "ssm_inner_dim": 1024,
-            "ssm_state_dim": 64,
-            "attention_heads": 4,
-            "window_size": 512,
-        },
+        _30M,
         {
             "gdn2": 1408,
             "kda": 1760,
@@ -133,15 +147,7 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         },
     ),
     "{}_305M": (
-        _305M := {
-            "d_model": 1024,
-            "num_layers": 12,
-            "num_heads": 16,
-            "head_dim": 64,
-            "ssm_inner_dim": 2048,
-            "ssm_state_dim": 32,
-            "attention_heads": 16,
-        },
+        _305M,
         {
             "gdn2": 4352,
             "kda": 5056,
@@ -167,9 +173,8 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "attention": 5120,
         },
     ),
-    # The paper's models; "1.3B" counts the blocks without embedding and head.
     "{}_1.3B": (
-        _PAPER := {"d_model": 2304, "num_layers": 18, "remat": "full"},
+        _PAPER,
         {
             "gdn2": 6208,
             "kda": 7552,
