@@ -6,8 +6,10 @@
 A compiled function advances a stack of layers by one token, as decoding does: each layer has its own
 state and the output of one is the query of the next. The states are donated, and together several
 times the size of a GPU's cache, so that each step reads its state from memory. Reported is the time of
-a layer, the bandwidth of reading its state once and writing it once, and the share of a large
-copy's, measured in the same process.
+a layer's step: on a GPU by its profiler, the sum over the kernels of the function, and by the clock,
+calls queued behind one another, which also shows where launching takes longer than computing. The
+bandwidth is that of reading the state once and writing it once, in the profiler's time, beside
+a large copy's, measured in the same process.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ import tyro
 from gdn2_jax import gated_delta_rule_2_step
 from gdn2_jax.ops import Implementation
 from gdn2_jax.testing import operator_inputs
-from gdn2_jax.timing import copy_bandwidth, measure
+from gdn2_jax.timing import copy_bandwidth, device_events, measure, spread
 
 # Twice the cache of an H100 or H200 and more; no fewer layers than XLA groups into one CUDA graph.
 STATES_BYTES = 2**27
@@ -83,7 +85,8 @@ def main(config: Config) -> None:
             except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
                 row["error"] = str(error).splitlines()[0]
             else:
-                row["copy_share"] = row["bytes_per_s"] / bandwidth if bandwidth else None
+                if bandwidth:
+                    row["copy_share"] = row["bytes_per_s"] / bandwidth
             print(format_row(row), flush=True)
             if config.output:
                 config.output.parent.mkdir(parents=True, exist_ok=True)
@@ -94,25 +97,34 @@ def main(config: Config) -> None:
 
 
 def time_step(config: Config, batch: int, implementation: str) -> dict[str, Any]:
-    """Time of one layer's step, the bandwidth it reaches, and whether states stay in place."""
+    """Times of one layer's step, the bandwidth it reaches, and whether states stay in place."""
     state_bytes = batch * config.heads * config.head_dim**2 * 4
     layers = config.layers or max(MINIMUM_LAYERS, math.ceil(STATES_BYTES / state_bytes))
     states, tokens = inputs(layers, batch, config.heads, config.head_dim)
-    times = measure(
-        stack(functools.partial(gated_delta_rule_2_step, implementation=implementation)),
-        (states, tokens),
-        config.repeats,
-        next_operands=lambda operands, results: (results[0], operands[1]),
-    )
-    step_us = times["median_ms"] / layers * 1e3
-    return {
+    function = stack(functools.partial(gated_delta_rule_2_step, implementation=implementation))
+
+    def feed_back(operands, results):
+        nonlocal states
+        states = results[0]
+        return states, tokens
+
+    times = measure(function, (states, tokens), config.repeats, next_operands=feed_back)
+    row = {
         "layers": layers,
-        "step_us": step_us,
-        "iqr_us": times["iqr_ms"] / layers * 1e3,
-        "bytes_per_s": 2 * state_bytes / step_us * 1e6,
+        "clock_us": times["median_ms"] / layers * 1e3,
+        "clock_iqr_us": times["iqr_ms"] / layers * 1e3,
         "in_place": times["alias_bytes"] >= layers * state_bytes > times["temp_bytes"],
         "compile_s": times["compile_s"],
     }
+    samples = []
+    for _ in range(config.repeats if jax.default_backend() == "gpu" else 0):
+        events = device_events(lambda: feed_back(None, function(states, tokens)))
+        samples.append(sum(milliseconds for _, milliseconds in events) / layers)
+    if samples:
+        device = spread(samples)
+        row |= {"step_us": device["median_ms"] * 1e3, "iqr_us": device["iqr_ms"] * 1e3}
+        row["bytes_per_s"] = 2 * state_bytes / row["step_us"] * 1e6
+    return row
 
 
 def inputs(layers: int, batch: int, heads: int, head_dim: int) -> tuple[list, list]:
@@ -139,20 +151,30 @@ def stack(step: Callable) -> Callable:
     return jax.jit(run, donate_argnums=0)
 
 
-HEADER = "implementation  batch  layers   us a step  IQR us    TB/s   of copy  in place  compile s"
+COLUMNS = [
+    ("implementation", 14, ""),
+    ("batch", 5, ""),
+    ("layers", 6, ""),
+    ("step_us", 7, ".2f"),
+    ("iqr_us", 6, ".2f"),
+    ("bytes_per_s", 11, ".2e"),
+    ("copy_share", 10, ".0%"),
+    ("clock_us", 8, ".2f"),
+    ("clock_iqr_us", 12, ".2f"),
+    ("in_place", 8, ""),
+    ("compile_s", 9, ".1f"),
+]
+HEADER = "  ".join(f"{name:>{width}}" for name, width, _ in COLUMNS)
 
 
 def format_row(row: dict[str, Any]) -> str:
     """A line of the table."""
-    start = f"{row['implementation']:>14}  {row['batch']:>5}"
-    if "error" in row:
-        return f"{start}  {row['error']}"
-    share = "-" if row["copy_share"] is None else f"{row['copy_share']:.0%}"
-    return (
-        f"{start}  {row['layers']:>6}  {row['step_us']:>10.2f}  {row['iqr_us']:>6.2f}  "
-        f"{row['bytes_per_s'] / 1e12:>6.3f}  {share:>8}  {'yes' if row['in_place'] else 'no':>8}  "
-        f"{row['compile_s']:>9.1f}"
-    )
+    cells = []
+    for name, width, style in COLUMNS:
+        value = row.get(name, "-")
+        value = str(value) if isinstance(value, (str, bool)) else format(value, style)
+        cells.append(f"{value:>{width}}")
+    return "  ".join([*cells, row.get("error", "")]).rstrip()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Times compiled functions, and the copy bandwidth that bounds those limited by memory."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -56,6 +58,26 @@ def measure(
         "alias_bytes": memory.alias_size_in_bytes,
         "peak_gib": (total - memory.alias_size_in_bytes) / 2**30,
     }
+
+
+def device_events(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Name and duration in ms of everything on a GPU's streams while `run()` computes its results.
+
+    Launches are no part of it: the sum is what a computation takes where the host is never late.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    return [
+        (event.name, event.duration_ns / 1e6)
+        for plane in data.planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
 
 
 def spread(samples: list[float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ Memory bound with many heads, latency bound with few.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -26,16 +27,16 @@ class Tuning:
     """How the state is cut.
 
     Attributes:
-      columns: value columns a block owns, 32 or 64; fewer make more blocks, which shortens a step
-        that does not fill the GPU.
+      columns: value columns a block owns, 16, 32 or 64; fewer make more blocks, which shortens a
+        step that does not fill the GPU, but read the state in shorter pieces of rows.
     """
 
     columns: int
 
     def __post_init__(self):
         """Raises a ValueError where no register layout exists."""
-        if self.columns not in (32, 64):
-            raise ValueError(f"columns: expected 32 or 64, got {self.columns}")
+        if self.columns not in (16, 32, 64):
+            raise ValueError(f"columns: expected 16, 32 or 64, got {self.columns}")
 
 
 def default_tuning(states: int, value_dim: int) -> Tuning:
@@ -43,6 +44,7 @@ def default_tuning(states: int, value_dim: int) -> Tuning:
     return Tuning(columns=32 if states * value_dim // 64 < _FEW_BLOCKS else 64)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "tuning"))
 def decode_step(
     state: Float[Array, "B Hv K V"],
     q: Float[Array, "B Hk K"],
@@ -129,21 +131,11 @@ def decode_step(
 
 
 def _layout(columns: int):
-    """Registers of a [K, columns] slab: 4 adjacent columns a thread, rows over lanes and registers.
-
-    Of 64 columns a warp owns 16, so that sums over rows stay inside it. Of 32 it would own 8,
-    and reading 32-byte pieces of rows from shared memory would take longer than adding up the four
-    warps' sums: there the warps share the rows.
-    """
-    if columns == 64:
-        return plgpu.Layout.TILED(
-            plgpu.Tiling(((8, 64), (16,), (4,))),
-            warp_dims=(-3,),
-            lane_dims=(-4, -2),
-            vector_dim=-1,
-        )
+    """Registers of a [K, columns] slab: 4 adjacent columns a thread, the rows over lanes and warps."""
+    lanes = columns // 4
+    rows = 32 // lanes
     return plgpu.Layout.TILED(
-        plgpu.Tiling(((16, 32), (4, 32), (4,))),
+        plgpu.Tiling(((4 * rows, columns), (rows, columns), (4,))),
         warp_dims=(-5,),
         lane_dims=(-3, -2),
         vector_dim=-1,
