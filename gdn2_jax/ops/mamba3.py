@@ -246,8 +246,8 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
     layout = layout_for(v.shape[1], ranks)
 
     ahead = (1 - trapezoid) * dt
-    next_ahead = ahead[:, 1:] if starts is None else jnp.where(starts[:, 1:, None], 0, ahead[:, 1:])
-    weight = trapezoid * dt + jnp.pad(next_ahead, ((0, 0), (0, 1), (0, 0)))
+    # At the end of a segment the look-ahead is of another one, whose tokens do not read it.
+    weight = trapezoid * dt + jnp.pad(ahead[:, 1:], ((0, 0), (0, 1), (0, 0)))
     before = jnp.einsum(
         *("bh,bhrk,bhv,hrv->bhkv", ahead[:, 0], initial_state.k, initial_state.v, weights.v_rank),
         precision=_HIGHEST,

@@ -51,7 +51,7 @@ def run(*arrays, implementation="xla", segment_ids=None):
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
 def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, bound):
     # 143 tokens: several chunks and spans, the last one not full.
-    options = {"segment_ids": segments(143) if regime == "mixture" else None}
+    options = {"segment_ids": segments(143) if regime == "gentle" else None}
     assert_same(
         functools.partial(run, **options),
         functools.partial(run, implementation="recurrent", **options),

@@ -82,7 +82,7 @@ def at(inputs, t):
 )
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
 def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, bound, ranks):
-    options = {"segment_ids": segments(81) if regime == "mixture" else None}
+    options = {"segment_ids": segments(81) if regime == "gentle" else None}
     arguments = draw(81, ranks, regime, dtype, groups=2 if ranks == 1 else 1)
     assert_same(
         functools.partial(run, **options),
@@ -203,6 +203,26 @@ def test_the_past_and_other_rows_do_not_depend_on_a_token_to_the_last_bit(draw, 
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1, :23], after[1, :23])
     assert jnp.all(jnp.any(before[1, 23:] != after[1, 23:], axis=(-1, -2)))
+
+
+def test_gradients_under_shard_map_equal_those_of_one_device(draw):
+    inputs, weights, state = draw(20, ranks=2, dtype="float32")
+    ids = jnp.asarray([[0] * 7 + [1] * 13] * 2)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def op(inputs, weights, state, ids):
+        return run(inputs, weights, state, segment_ids=ids)[0]
+
+    sharded = jax.shard_map(op, mesh=mesh, in_specs=(rows, replicated, rows, rows), out_specs=rows)
+
+    def gradients(fn):
+        loss = jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, ids))), argnums=(0, 1, 2))
+        return jax.jit(loss)(inputs, weights, state)
+
+    for actual, expected in zip(*map(jax.tree.leaves, map(gradients, (sharded, op)))):
+        error = jnp.linalg.norm(actual - expected)
+        assert error <= 2e-5 * jnp.linalg.norm(expected)
 
 
 def test_memory_of_forward_and_backward_is_linear_in_time():

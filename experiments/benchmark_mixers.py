@@ -1,0 +1,192 @@
+"""Times forward + backward of each mixer's layer and, where it has its own, operator.
+
+    python experiments/benchmark_mixers.py                      # 1.3B on a GPU, tiny on a CPU
+    python experiments/benchmark_mixers.py --mixers gdn2 mamba3_mimo --batch 1 --length 32768
+
+The sizes are those of the presets "<mixer>_<scale>", so all layers of a scale have the same width and
+the recurrent ones the same state. A row is one compiled function: outputs, and the gradients of every
+parameter and input for a random cotangent. Times are medians with the interquartile range; "x gdn2"
+compares with the same part of gdn2, where that was timed before.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from gdn2_jax import gated_delta_rule_2
+from gdn2_jax.models import PRESETS, ModelConfig
+from gdn2_jax.models.blocks import MIXERS
+from gdn2_jax.ops.mamba2 import mamba2
+from gdn2_jax.ops.mamba3 import Mamba3Inputs, Mamba3Weights, mamba3
+from gdn2_jax.testing import operator_inputs
+from gdn2_jax.timing import measure
+
+NAMES = (
+    *("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3_mimo"),
+    *("attention", "sliding_window_attention"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure.
+
+    Attributes:
+      mixers: names of presets before "_<scale>".
+      scale: of the presets; 1.3B on a GPU and tiny elsewhere if None.
+      batch: sequences.
+      length: tokens of each; 4096 on a GPU and 128 elsewhere if None.
+      implementation: of the operators.
+      repeats: timed samples of each function.
+      output: file to append the rows to, as JSON lines.
+    """
+
+    mixers: tuple[Literal[*NAMES], ...] = NAMES
+    scale: Literal["tiny", "30M", "100M", "305M", "1.3B"] | None = None
+    batch: int = 8
+    length: int | None = None
+    implementation: Literal["xla", "pallas", "recurrent"] | None = "xla"
+    repeats: int = 10
+    output: Path | None = None
+
+
+def main(config: Config) -> None:
+    """Prints the table."""
+    on_gpu = jax.default_backend() == "gpu"
+    scale = config.scale or ("1.3B" if on_gpu else "tiny")
+    length = config.length or (4096 if on_gpu else 128)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}; {scale}, B={config.batch}, T={length}", flush=True)
+    print(
+        f"{'mixer':>24}  {'part':>8}  {'median ms':>9}  {'IQR ms':>7}  {'x gdn2':>6}  "
+        f"{'compile s':>9}  {'peak GiB':>8}"
+    )
+    first = {}
+    for mixer in config.mixers:
+        model = dataclasses.replace(
+            PRESETS[f"{mixer}_{scale}"], implementation=config.implementation
+        )
+        for part, build in (("layer", layer), ("operator", operator)):
+            row = {"mixer": mixer, "part": part, "scale": scale, "batch": config.batch}
+            row |= {"length": length, "implementation": config.implementation, "device": device}
+            try:
+                case = build(model, config.batch, length)
+                if case is None:
+                    continue
+                row |= measure(with_gradients(case[0]), case[1:], config.repeats)
+            except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+                row["error"] = str(error).splitlines()[0]
+            if mixer == "gdn2" and "median_ms" in row:
+                first[part] = row["median_ms"]
+            print_row(row, first.get(part))
+            if config.output:
+                config.output.parent.mkdir(parents=True, exist_ok=True)
+                with config.output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def layer(model: ModelConfig, batch: int, length: int) -> tuple[Callable, tuple, jax.Array]:
+    """The mixer's layer as a function, its parameters and inputs, and a cotangent."""
+    module = MIXERS[model.mixer](model, False, None)
+    x = normal(0, (batch, length, model.d_model), jnp.promote_types(model.dtype, jnp.float32))
+    params = jax.jit(module.init)(jax.random.key(0), x[:1, :1])["params"]
+    cotangent = normal(1, x.shape, model.dtype)
+    return lambda params, x: module.apply({"params": params}, x), (params, x), cotangent
+
+
+def operator(model: ModelConfig, batch: int, length: int) -> tuple | None:
+    """The mixer's own operator as a function, its arguments and a cotangent; None if it has none.
+
+    Gates are as at initialisation. KDA, GDN and DeltaNet run on gdn2's operator, timed there.
+    """
+    cases = {"gdn2": gdn2_case, "mamba2": mamba2_case, "mamba3": mamba3_case}
+    if model.mixer not in cases:
+        return None
+    function, arguments, v = cases[model.mixer](model, batch, length)
+
+    def outputs(*arguments):
+        return function(*arguments, implementation=model.implementation)[0]
+
+    return outputs, arguments, normal(1, v.shape, v.dtype)
+
+
+def gdn2_case(model: ModelConfig, batch: int, length: int) -> tuple:
+    """Function, arguments, values."""
+    shape = (batch, length, model.num_heads, model.head_dim)
+    arguments = operator_inputs(*shape, dtype=model.dtype, initial_state=False)[:6]
+    return gated_delta_rule_2, arguments, arguments[2]
+
+
+def mamba2_case(model: ModelConfig, batch: int, length: int) -> tuple:
+    """Function, arguments, values."""
+    heads = model.ssm_inner_dim // model.ssm_head_dim
+    shared = (batch, length, 1, model.ssm_state_dim)
+    q, k = (normal(seed, shared, model.dtype) for seed in (2, 3))
+    v = normal(4, (batch, length, heads, model.ssm_head_dim), model.dtype)
+    dt = time_steps(v.shape[:-1])
+    rate = jax.random.uniform(jax.random.key(5), (heads,), dt.dtype, 1, 16)
+    return mamba2, (q, k, v, -rate * dt, dt), v
+
+
+def mamba3_case(model: ModelConfig, batch: int, length: int) -> tuple:
+    """Function, arguments, values."""
+    heads = model.ssm_inner_dim // model.ssm_head_dim
+    mimo = model.mamba3_form == "mimo"
+    ranks, key_dim = model.mimo_rank if mimo else 1, model.ssm_state_dim
+    q, k = (normal(s, (batch, length, ranks, 1, key_dim), model.dtype) for s in (2, 3))
+    v, z = (normal(s, (batch, length, heads, model.ssm_head_dim), model.dtype) for s in (4, 5))
+    dt = time_steps(v.shape[:-1])
+    half = jnp.full_like(dt, 0.5)
+    rotation = jnp.pi * jnp.tanh(normal(6, (batch, length, key_dim // 4), dt.dtype))
+    bias = jnp.ones((heads, ranks, key_dim), dt.dtype)
+    weights = Mamba3Weights(bias, bias, jnp.ones(heads, dt.dtype))
+    if mimo:
+        rank = jnp.ones((heads, ranks, model.ssm_head_dim), dt.dtype)
+        weights = weights._replace(v_rank=rank / ranks, z_rank=rank, o_rank=rank / ranks)
+    return mamba3, (Mamba3Inputs(q, k, v, z, -half * dt, dt, half, rotation), weights), v
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal numbers."""
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def time_steps(shape: tuple[int, ...]) -> jax.Array:
+    """Log-uniform in [1e-3, 1e-1]."""
+    low, high = np.log([1e-3, 1e-1])
+    return jnp.exp(jax.random.uniform(jax.random.key(7), shape, minval=low, maxval=high))
+
+
+def with_gradients(function: Callable) -> Callable:
+    """Outputs and the gradients of all arguments, jitted."""
+
+    def run(arguments, cotangent):
+        outputs, pullback = jax.vjp(function, *arguments)
+        return outputs, pullback(cotangent)
+
+    return jax.jit(run)
+
+
+def print_row(row: dict[str, Any], first: float | None) -> None:
+    """Prints a row of the table."""
+    print(f"{row['mixer']:>24}  {row['part']:>8}  ", end="")
+    if "error" in row:
+        print(row["error"], flush=True)
+        return
+    ratio = f"{row['median_ms'] / first:.2f}" if first else "-"
+    print(
+        f"{row['median_ms']:9.3f}  {row['iqr_ms']:7.3f}  {ratio:>6}  "
+        f"{row['compile_s']:9.1f}  {row['peak_gib']:8.2f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
