@@ -46,7 +46,7 @@ def chunk_backward(d_o, r_t, d_r, states, d_states, u_t, y_t, x, v, w, masks):
     square = (CHUNK, CHUNK)
     key_shape, value_shape = (CHUNK, key_dim), (CHUNK, block)
 
-    def kernel(*refs):
+    def chunk_backward_kernel(*refs):
         d_o, r_t, d_r, states, d_states, u_t, y_t, x, v, w, *refs = refs
         if masks is not None:
             row_segment, column_segment, *refs = refs
@@ -172,7 +172,7 @@ def chunk_backward(d_o, r_t, d_r, states, d_states, u_t, y_t, x, v, w, masks):
 
     key_tile, value_tile = tile(key_shape, bf16), tile(value_shape, bf16)
     *partials, dv, dw = plgpu.kernel(
-        kernel,
+        chunk_backward_kernel,
         out_type=(
             *(out(bf16, length, key_dim),) * 3,
             *(out(bf16, chunks, *square),) * 2,

@@ -54,7 +54,7 @@ def intra_chunk_backward(
     shape = (CHUNK, _CHANNELS)
     bf16, f32 = jnp.bfloat16, jnp.float32
 
-    def kernel(*refs):
+    def intra_chunk_backward_kernel(*refs):
         q, k, g, b, dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay, clamped, *refs = refs
         lower_triangle, *refs = refs
         if masks is not None:
@@ -227,7 +227,7 @@ def intra_chunk_backward(
     pairs_tile = tile((CHUNK, CHUNK), bf16, 2 * _BLOCK)
     per_warpgroup = {"num_barriers": warpgroups}
     return plgpu.kernel(
-        kernel,
+        intra_chunk_backward_kernel,
         out_type=tuple(jax.ShapeDtypeStruct(q.shape, dtype) for dtype in (bf16, bf16, f32, bf16)),
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),

@@ -62,7 +62,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     scan_layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1) if key_dim == 128 else COLUMNS
     halves = [pl.ds(start, 64) for start in range(0, key_dim, 64)]
 
-    def kernel(*refs):
+    def intra_chunk_forward_kernel(*refs):
         q, k, v, g, b, w, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, *refs = refs
@@ -254,7 +254,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     square = (CHUNK, CHUNK)
     key_tile, value_tile = tile((CHUNK, key_dim), bf16), tile((CHUNK, value_block), bf16)
     results = plgpu.kernel(
-        kernel,
+        intra_chunk_forward_kernel,
         out_type=(
             out(bf16, chunks, key_dim, CHUNK),
             out(bf16, chunks, value_dim, CHUNK),

@@ -276,6 +276,7 @@ def _run(
 
     return plgpu.kernel(
         kernel,
+        kernel_name=f"state_pass_{'backward' if reverse else 'forward'}_kernel",
         out_type=(jax.ShapeDtypeStruct(state.shape, jnp.float32), *out_type),
         grid=(heads, batch, value_dim // _VALUE_ROWS),
         grid_names=("h", "b", "v"),
