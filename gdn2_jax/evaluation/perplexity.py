@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from gdn2_jax.data import PackedSequences, validation_batches
-from gdn2_jax.models import LanguageModel, ModelConfig
+from gdn2_jax.models import ModelConfig, next_token_loss
 
 
 class Perplexity(NamedTuple):
@@ -78,6 +77,4 @@ def evaluate_perplexity(
 @functools.partial(jax.jit, static_argnames="config")
 def _summed_losses(config, params, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of the tokens' losses and their number."""
-    logits = LanguageModel(config).apply({"params": params}, batch["inputs"], batch["segment_ids"])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
+    return next_token_loss(config, params, batch), jnp.sum(batch["weights"])

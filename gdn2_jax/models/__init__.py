@@ -3,6 +3,7 @@
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.generate import generate
 from gdn2_jax.models.language_model import LanguageModel
+from gdn2_jax.models.loss import next_token_loss
 from gdn2_jax.models.presets import PRESETS, matched_preset
 from gdn2_jax.models.sizes import Sizes, model_sizes
 
@@ -14,4 +15,5 @@ __all__ = [
     "generate",
     "matched_preset",
     "model_sizes",
+    "next_token_loss",
 ]

@@ -12,7 +12,7 @@ Mixer = Literal[
 _POSITIVE = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "expand_v", "conv_size"),
     *("ssm_inner_dim", "ssm_head_dim", "ssm_state_dim", "mimo_rank", "context_length"),
-    *("attention_heads", "window_size", "mlp_dim", "norm_epsilon", "rope_theta"),
+    *("attention_heads", "window_size", "mlp_dim", "norm_epsilon", "rope_theta", "loss_blocks"),
 )
 
 
@@ -52,6 +52,7 @@ class ModelConfig:
       dtype: dtype of the matrix products.
       param_dtype: dtype of the parameters (A_log and dt_bias are always float32).
       remat: "full" recomputes each block in the backward, "none" keeps its activations.
+      loss_blocks: parts in which the loss takes each sequence, see `models.loss.cross_entropy`.
       implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`.
 
     Raises:
@@ -87,6 +88,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32", "float64"] = "float32"
     remat: Literal["none", "full"] = "none"
+    loss_blocks: int = 4
     implementation: Implementation | None = None
 
     def __post_init__(self):

@@ -31,6 +31,7 @@ class LanguageModel(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         last_only: bool = False,
+        head: bool = True,
     ) -> Float[Array, "B T vocab"]:
         """Logits of the token after each token.
 
@@ -38,9 +39,11 @@ class LanguageModel(nn.Module):
           tokens: ids in [0, vocab_size).
           segment_ids: document of each token, non-decreasing along T; None for one document.
           last_only: compute the logits of the last position only, [B, 1, vocab].
+          head: apply the output layer.
 
         Returns:
-          Logits, float32.
+          Logits, float32. Without `head` the inputs of the output layer, [B, T, D] in the compute
+          dtype.
 
         Raises:
           ValueError: `tokens` or `segment_ids` has a wrong shape or dtype.
@@ -73,6 +76,8 @@ class LanguageModel(nn.Module):
         x = nn.RMSNorm(
             config.norm_epsilon, dtype=dtype, param_dtype=config.param_dtype, name="final_norm"
         )(x)
+        if not head:
+            return x.astype(config.dtype)
         logits = nn.Dense(
             config.vocab_size,
             use_bias=False,

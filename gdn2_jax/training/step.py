@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int, Key
 
-from gdn2_jax.models import LanguageModel
+from gdn2_jax.models import LanguageModel, next_token_loss
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -76,16 +76,13 @@ def train_step(
     Returns:
       The state after the step and the metrics.
     """
-    model = LanguageModel(config.model)
     rng, step_rng = jax.random.split(state.rng)
+    if not config.data.reset_at_documents:
+        batch = {**batch, "segment_ids": None}
 
     def loss_fn(params, batch, rng):
-        segment_ids = batch["segment_ids"] if config.data.reset_at_documents else None
-        logits = model.apply(
-            {"params": params}, batch["inputs"], segment_ids, rngs={"dropout": rng}
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        return jnp.average(losses, weights=batch["weights"])
+        total = next_token_loss(config.model, params, batch, rngs={"dropout": rng})
+        return total / jnp.sum(batch["weights"])
 
     def accumulate(total, microbatch):
         value_and_grad = jax.value_and_grad(loss_fn)(state.params, *microbatch)
