@@ -8,29 +8,39 @@ The first argument, if it is no option, is the scale: {scales}. --models are pre
 scale; "swa_" makes a hybrid. All other options are those of train.py and hold for every model. What
 is stopped or killed continues when started again; finished runs are not repeated.
 
---directory gets a folder for each run, results.jsonl (a line for each), curves.jsonl (every logged
-step), results.md and results.png, all renewed after each run.
+--directory gets a folder for each run. --results, the same folder unless given, gets results.jsonl (a
+line for each run), curves.jsonl (every logged step), results.md and results.png, all renewed after
+each run.
 """
 
 import dataclasses
 import json
+import os
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import tyro
 from absl import flags
+from tqdm import tqdm
 
+from gdn2_jax.data import prepare
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import model_sizes
+from gdn2_jax.parallel import data_mesh
 from gdn2_jax.training import (
     PRESETS,
     CheckpointError,
     DivergenceError,
     TrainingConfig,
+    check_batch,
+    compile_train_step,
+    is_finished,
     open_run,
     run_files,
     train,
@@ -51,32 +61,41 @@ def main(arguments: list[str]) -> int | str:
     # grain hands absl's flags to its workers, which absl allows only after parsing.
     flags.FLAGS.mark_as_parsed()
     try:
-        runs, directory = parse(arguments)
-    except ValueError as error:
+        runs, directory, results = parse(arguments)
+        # What open_run checks of each holds for all, and is better known before they compile.
+        first = next(iter(runs.values()))
+        check_batch(first, jax.device_count())
+        prepare(first.data)
+    except (ValueError, OSError) as error:
         return f"compare_mixers.py: {error}"
+    results.mkdir(parents=True, exist_ok=True)
+    step_fns = compile_steps(runs, directory)
     rows, curves = [], []
     for number, (name, config) in enumerate(runs.items(), start=1):
         print(f"\n[{number}/{len(runs)}] {name}", flush=True)
-        try:
-            if not train(open_run(config, directory / name)):
-                return "compare_mixers.py: stopped; start again to continue"
-        except (ValueError, OSError, CheckpointError) as error:
-            return f"compare_mixers.py: {name}: {error}"
-        except DivergenceError as error:
-            print(f"{name}: {error}", flush=True)
+        finished = True
+        if is_finished(config, directory / name):
+            print(f"is finished in {directory / name}", flush=True)
+        else:
+            try:
+                finished = train(open_run(config, directory / name), step_fns.pop(name))
+            except (ValueError, OSError, CheckpointError) as error:
+                return f"compare_mixers.py: {name}: {error}"
+            except DivergenceError as error:
+                print(f"{name}: {error}", flush=True)
         metrics = read_metrics(run_files(directory / name).metrics)
         rows.append(summarize(name, config, metrics))
         curves += [{"run": name, **row} for row in metrics]
-        write(directory, rows, curves, arguments)
+        write(results, rows, curves, arguments)
+        if not finished:
+            return "compare_mixers.py: stopped; start again to continue"
         jax.clear_caches()
-    print(
-        f"\n{table(rows)}\n\nin {directory}: results.jsonl, curves.jsonl, results.md, results.png"
-    )
+    print(f"\n{table(rows)}\n\nin {results}: results.jsonl, curves.jsonl, results.md, results.png")
     return 0
 
 
-def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path]:
-    """Returns the runs by name, in order, and the directory."""
+def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
+    """Returns the runs by name, in order, their directory and that of the results."""
     scale, options = "30M", arguments
     if arguments and not arguments[0].startswith("-"):
         scale, *options = arguments
@@ -89,6 +108,7 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path]:
         models: tuple[str, ...] = ALL,
         seeds: tuple[int, ...] = (0,),
         directory: Path = Path("runs") / f"compare_{scale}",
+        results: Path | None = None,
     ):
         """Pairs what the command line gives.
 
@@ -96,12 +116,13 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path]:
           config: of every run, apart from the mixer.
           models: what to compare.
           seeds: each model is trained once with each.
-          directory: where everything goes.
+          directory: where the runs go, each into a folder.
+          results: where table, plot and metrics of all runs go; None for `directory`.
         """
-        return config, models, seeds, directory
+        return config, models, seeds, directory, results or directory
 
     options = ["--data.paths" if option == "--data" else option for option in options]
-    config, models, seeds, directory = tyro.cli(
+    config, models, seeds, directory, results = tyro.cli(
         command,
         args=options,
         prog=f"compare_mixers.py {scale}",
@@ -112,6 +133,8 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path]:
     changes = dict(dataclasses.asdict(config.model).items() - vars(preset.model).items())
     if changes.keys() & {"mixer", "hybrid"}:
         raise ValueError("model.mixer, model.hybrid: expected no value, --models chooses them")
+    if not (models and seeds):
+        raise ValueError("models, seeds: expected at least one of each")
     runs = {}
     for model in models:
         if f"{model}_{scale}" not in MODELS:
@@ -120,7 +143,17 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path]:
         for seed in seeds:
             changed = dataclasses.replace(MODELS[f"{model}_{scale}"], **changes)
             runs[f"{model}-{seed}"] = dataclasses.replace(config, model=changed, seed=seed)
-    return runs, directory
+    return runs, directory, results
+
+
+def compile_steps(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, Callable]:
+    """Compiles the training steps of all unfinished runs, a few at a time."""
+    unfinished = [name for name in runs if not is_finished(runs[name], directory / name)]
+    mesh = data_mesh()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        step_fns = pool.map(lambda name: compile_train_step(runs[name], mesh), unfinished)
+        progress = tqdm(step_fns, "compile", len(unfinished), unit="step", mininterval=1)
+        return dict(zip(unfinished, progress))
 
 
 def summarize(name: str, config: TrainingConfig, metrics: list[dict]) -> dict:

@@ -2,7 +2,15 @@
 
 from gdn2_jax.training.checkpoint import CheckpointError
 from gdn2_jax.training.config import PRESETS, OptimizerConfig, TrainingConfig
-from gdn2_jax.training.run import TrainedModel, load_trained, open_run, run_files
+from gdn2_jax.training.run import (
+    TrainedModel,
+    check_batch,
+    is_finished,
+    load_trained,
+    open_run,
+    run_files,
+)
+from gdn2_jax.training.step import compile_train_step
 from gdn2_jax.training.train import DivergenceError, train
 
 __all__ = [
@@ -12,6 +20,9 @@ __all__ = [
     "OptimizerConfig",
     "TrainedModel",
     "TrainingConfig",
+    "check_batch",
+    "compile_train_step",
+    "is_finished",
     "load_trained",
     "open_run",
     "run_files",

@@ -102,11 +102,12 @@ class TrainingConfig:
     """What the sample at the end of the run continues; empty: a new document."""
 
     sample_tokens: int = 256
-    """Tokens of that sample, drawn at temperature 0.8."""
+    """Tokens of that sample, drawn at temperature 0.8. 0: no sample."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "seed" else 1
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("seed", "sample_tokens") else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{field.name}: expected at least {least}, got {value}")
         if self.global_batch_size % self.accumulation:

@@ -140,6 +140,16 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
     return Run(config, files, mesh, corpus, checkpoints, state, progress)
 
 
+def is_finished(config: TrainingConfig, directory: Path) -> bool:
+    """Whether `directory` holds the finished run of exactly this configuration."""
+    files = run_files(directory)
+    try:
+        summary = json.loads(files.summary.read_text())  # written last
+        return summary["step"] == config.steps and load_config(files.config) == config
+    except (OSError, ValueError, KeyError, CheckpointError):
+        return False
+
+
 class TrainedModel(NamedTuple):
     """What a run has learnt so far.
 

@@ -114,7 +114,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def jit_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
-    """Returns `train_step` of state and batch, compiled for the mesh; the state is donated."""
+    """Returns `train_step` of state and batch, jitted for the mesh; the state is donated."""
 
     def step(state, batch):
         return train_step(config, state, batch)
@@ -125,6 +125,16 @@ def jit_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
         out_shardings=replicated(mesh),
         donate_argnums=0,
     )
+
+
+def compile_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
+    """Returns `jit_train_step`, compiled. Threads may compile several at once."""
+    shape = (config.accumulation, config.microbatch_size, config.data.sequence_length)
+    dtypes = {name: jnp.int32 for name in ("inputs", "targets", "segment_ids")}
+    dtypes["weights"] = jnp.float32
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
+    state = abstract_state(config, replicated(mesh))
+    return jit_train_step(config, mesh).lower(state, batch).compile()
 
 
 def _schedule(config: TrainingConfig) -> optax.Schedule:

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -26,8 +25,8 @@ from gdn2_jax.training.step import (
     StepMetrics,
     TrainState,
     batch_sharding,
+    compile_train_step,
     initial_state,
-    jit_train_step,
     replicated,
 )
 
@@ -36,7 +35,7 @@ class DivergenceError(Exception):
     """The loss or the gradient is no longer finite."""
 
 
-def train(run: Run) -> bool:
+def train(run: Run, step_fn: Callable | None = None) -> bool:
     """Trains from the run's latest checkpoint, or from the start, to its last step.
 
     Writes the files of `RunFiles`. A run that is killed at any point and started again ends with
@@ -45,6 +44,8 @@ def train(run: Run) -> bool:
 
     Args:
       run: from `open_run`.
+      step_fn: what `compile_train_step` returned for the run's configuration and mesh, to be spared
+        the wait; compiled here if None.
 
     Returns:
       Whether the run is complete, and not stopped by a signal.
@@ -69,7 +70,7 @@ def train(run: Run) -> bool:
             _say(f"continuing from the checkpoint of step {start}")
         log = MetricsLog(files.metrics, files.tensorboard, start)
         with contextlib.closing(log):
-            state = _take_steps(run, state, start, log)
+            state = _take_steps(run, state, start, log, step_fn)
     if int(state.step) < config.steps:
         _say(f"stopped after step {int(state.step)} with a checkpoint; start again to continue")
         return False
@@ -77,12 +78,17 @@ def train(run: Run) -> bool:
     return True
 
 
-def _take_steps(run: Run, state: TrainState, start: int, log: MetricsLog) -> TrainState:
+def _take_steps(
+    run: Run, state: TrainState, start: int, log: MetricsLog, step_fn: Callable | None
+) -> TrainState:
     """Returns the state after the last step, or after a signal."""
     config = run.config
     if start >= config.steps:
         return state
-    step_fn = _compile_step(run, state)
+    if step_fn is None:
+        began = time.perf_counter()
+        step_fn = compile_train_step(config, run.mesh)
+        _say(f"compiled in {time.perf_counter() - began:.0f} s")
     batches, data_state = _open_batches(run)
     with contextlib.closing(batches), _StopSignal() as stop, _progress_bar(config, start) as bar:
         clock, clock_step = time.perf_counter(), start
@@ -120,17 +126,6 @@ def _take_steps(run: Run, state: TrainState, start: int, log: MetricsLog) -> Tra
 def _initial_state(run: Run) -> TrainState:
     sharding = replicated(run.mesh)
     return jax.jit(initial_state, static_argnums=0, out_shardings=sharding)(run.config)
-
-
-def _compile_step(run: Run, state: TrainState) -> Callable:
-    shape = (run.config.accumulation, run.config.microbatch_size, run.config.data.sequence_length)
-    dtypes = {name: jnp.int32 for name in ("inputs", "targets", "segment_ids")}
-    dtypes["weights"] = jnp.float32
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
-    began = time.perf_counter()
-    compiled = jit_train_step(run.config, run.mesh).lower(state, batch).compile()
-    _say(f"compiled in {time.perf_counter() - began:.0f} s")
-    return compiled
 
 
 def _open_batches(run: Run) -> tuple[grain.DatasetIterator, dict[str, Any]]:
@@ -212,18 +207,7 @@ def _validate(run: Run, state: TrainState) -> dict[str, float]:
 def _finish(run: Run, state: TrainState) -> None:
     """Writes sample, plot and summary."""
     config, files = run.config, run.files
-    _say("\na sample:")
-    (text,) = sample_text(
-        config.model,
-        state.params,
-        run.corpus.tokenizer,
-        config.sample_prompt,
-        max_new_tokens=config.sample_tokens,
-        temperature=0.8,
-        seed=config.seed,
-        stream=sys.stdout if _is_primary() else None,
-    )
-    _say("\n")
+    text = _sample(run, state) if config.sample_tokens else None
     if not _is_primary():
         return
     rows = read_metrics(files.metrics)
@@ -231,10 +215,27 @@ def _finish(run: Run, state: TrainState) -> None:
     validations = [row for row in rows if "validation_loss" in row]
     summary = {"first_loss": losses[0]["loss"], **losses[-1], **(validations or [{}])[-1]}
     _say(_format(summary))
-    files.sample.write_text(text + "\n")
+    if text is not None:
+        files.sample.write_text(text + "\n")
     plot_losses(rows, files.plot)
     files.summary.write_text(json.dumps(summary, indent=2) + "\n")
     _list_files(run)
+
+
+def _sample(run: Run, state: TrainState) -> str:
+    _say("\na sample:")
+    (text,) = sample_text(
+        run.config.model,
+        state.params,
+        run.corpus.tokenizer,
+        run.config.sample_prompt,
+        max_new_tokens=run.config.sample_tokens,
+        temperature=0.8,
+        seed=run.config.seed,
+        stream=sys.stdout if _is_primary() else None,
+    )
+    _say("\n")
+    return text
 
 
 def _is_summarized(run: Run, step: int) -> bool:
@@ -256,7 +257,8 @@ def _describe(run: Run, state: TrainState) -> str:
 
 def _list_files(run: Run) -> None:
     for name, path in run.files._asdict().items():
-        _say(f"  {name:<12}{path}")
+        if path.exists():
+            _say(f"  {name:<12}{path}")
 
 
 def _format(row: dict[str, float]) -> str:

@@ -55,13 +55,18 @@ def test_runs_are_trained_once_and_land_in_one_table_and_plot(script, options, t
     assert script.main([*arguments, "gdn2"]) == 0
     first = (tmp_path / "gdn2-0" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
-    assert script.main([*arguments, "gdn2", "swa_attention"]) == 0
+    results = tmp_path / "results"
+    more = [*arguments, "gdn2", "swa_attention", "--results", str(results)]
+    assert script.main(more) == 0
     printed = capsys.readouterr().out
-    assert "[1/2] gdn2-0" in printed and "is finished at step 4" in printed
+    assert "[1/2] gdn2-0" in printed and f"is finished in {tmp_path / 'gdn2-0'}" in printed
     assert "[2/2] swa_attention-0" in printed
     assert (tmp_path / "gdn2-0" / "metrics.jsonl").read_bytes() == first
+    assert {path.name for path in results.iterdir()} == {
+        *("results.jsonl", "curves.jsonl", "results.md", "results.png")
+    }
 
-    rows = lines(tmp_path / "results.jsonl")
+    rows = lines(results / "results.jsonl")
     assert [row["run"] for row in rows] == ["gdn2-0", "swa_attention-0"]
     for row in rows:
         assert row["finished"] and row["tokens"] == 4 * 8 * 32
@@ -69,23 +74,23 @@ def test_runs_are_trained_once_and_land_in_one_table_and_plot(script, options, t
     assert [row["state"] for row in rows] == [64, 0]
     # Keys and values of 32 tokens.
     assert rows[1]["cache"] == 2 * 32 * 16
-    curves = lines(tmp_path / "curves.jsonl")
+    curves = lines(results / "curves.jsonl")
     assert {row["run"] for row in curves if "validation_loss" in row} == {
         "gdn2-0",
         "swa_attention-0",
     }
-    table = (tmp_path / "results.md").read_text()
+    table = (results / "results.md").read_text()
     assert "| gdn2-0 |" in table and "| swa_attention-0 |" in table
     assert "python experiments/compare_mixers.py tiny" in table
-    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_differ_in_model_and_seed_alone(script):
-    runs, directory = script.parse(
+    runs, directory, results = script.parse(
         ["--models", "gdn2", "swa_kda", "--seeds", "3", "4", "--steps", "7"]
         + ["--model.dtype", "float32"]
     )
-    assert directory == Path("runs/compare_30M")
+    assert directory == results == Path("runs/compare_30M")
     assert list(runs) == ["gdn2-3", "gdn2-4", "swa_kda-3", "swa_kda-4"]
     base = dataclasses.replace(PRESETS["gdn2_30M"], steps=7)
     for name, config in runs.items():
@@ -95,7 +100,7 @@ def test_runs_differ_in_model_and_seed_alone(script):
 
 
 def test_every_recurrent_mixer_and_the_transformer_are_compared_by_default(script):
-    runs, _ = script.parse(["tiny"])
+    runs, *_ = script.parse(["tiny"])
     assert {config.model.mixer for config in runs.values()} == {
         *("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "attention")
     }
@@ -109,18 +114,21 @@ def test_every_recurrent_mixer_and_the_transformer_are_compared_by_default(scrip
 def test_a_stopped_run_ends_the_comparison_and_a_diverged_one_does_not(
     script, options, outcome, status, tmp_path, monkeypatch, capsys
 ):
-    def train(run):
+    def train(run, step_fn):
+        assert step_fn is None
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     monkeypatch.setattr(script, "train", train)
+    monkeypatch.setattr(script, "compile_train_step", lambda config, mesh: None)
     models = ["--models", "gdn2", "kda"]
     result = script.main(["tiny", *options, "--directory", str(tmp_path), *models])
     assert str(result).startswith(str(status))
     assert ("kda-0" in capsys.readouterr().out) == (status == 0)
-    if status == 0:
-        assert [row["finished"] for row in lines(tmp_path / "results.jsonl")] == [False, False]
+    # What a stopped run has reached is in the table, too.
+    rows = lines(tmp_path / "results.jsonl")
+    assert [row["finished"] for row in rows] == ([False, False] if status == 0 else [False])
 
 
 @pytest.mark.parametrize(
@@ -130,6 +138,7 @@ def test_a_stopped_run_ends_the_comparison_and_a_diverged_one_does_not(
         (["--models", "gdn3"], "models: expected some of gdn2, kda"),
         (["--model.mixer", "kda"], "--models chooses them"),
         (["--data", "/nonexistent", "--models", "gdn2"], "/nonexistent does not exist"),
+        (["--models"], "models, seeds: expected at least one of each"),
     ],
 )
 def test_a_mistake_on_the_command_line_ends_with_one_clear_message(
