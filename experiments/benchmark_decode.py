@@ -119,7 +119,7 @@ def time_step(config: Config, batch: int, implementation: str) -> dict[str, Any]
     samples = []
     for _ in range(config.repeats if jax.default_backend() == "gpu" else 0):
         events = device_events(lambda: feed_back(None, function(states, tokens)))
-        samples.append(sum(milliseconds for _, milliseconds in events) / layers)
+        samples.append(sum(event.milliseconds for event in events) / layers)
     if samples:
         device = spread(samples)
         row |= {"step_us": device["median_ms"] * 1e3, "iqr_us": device["iqr_ms"] * 1e3}

@@ -1,13 +1,14 @@
-"""Times compiled functions, and the copy bandwidth that bounds those limited by memory."""
+"""Times compiled functions, and what bounds them: the rates of copies and of matrix products."""
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 def measure(
@@ -37,7 +38,6 @@ def measure(
     compiled = function.lower(*operands).compile()
     compile_s = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
     def run(calls: int) -> float:
         nonlocal operands
@@ -56,12 +56,33 @@ def measure(
         "compile_s": compile_s,
         "temp_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
-        "peak_gib": (total - memory.alias_size_in_bytes) / 2**30,
+        "peak_gib": peak_gib(compiled),
     }
 
 
-def device_events(run: Callable[[], Any]) -> list[tuple[str, float]]:
-    """Name and duration in ms of everything on a GPU's streams while `run()` computes its results.
+def peak_gib(compiled: jax.stages.Compiled) -> float:
+    """All memory of a call: operands, results and temporaries, shared buffers once."""
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return (total - memory.alias_size_in_bytes) / 2**30
+
+
+class Event(NamedTuple):
+    """Something that ran on a device.
+
+    Attributes:
+      name: of the kernel or copy.
+      operation: the instruction of the compiled computation that it belongs to; "" if not known.
+      milliseconds: that it took.
+    """
+
+    name: str
+    operation: str
+    milliseconds: float
+
+
+def device_events(run: Callable[[], Any]) -> list[Event]:
+    """Everything on the GPUs' streams, or on a CPU, while `run()` computes its results.
 
     Launches are no part of it: the sum is what a computation takes where the host is never late.
     """
@@ -69,15 +90,19 @@ def device_events(run: Callable[[], Any]) -> list[tuple[str, float]]:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
         (file,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(file))
-    return [
-        (event.name, event.duration_ns / 1e6)
-        for plane in data.planes
-        if plane.name.startswith("/device:GPU")
-        for line in plane.lines
-        if line.name.startswith("Stream")
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    if jax.default_backend() == "gpu":
+        planes = [plane for plane in planes if plane.name.startswith("/device:GPU")]
+        lines = [line for p in planes for line in p.lines if line.name.startswith("Stream")]
+    else:
+        lines = [line for plane in planes for line in plane.lines]
+    events = [
+        Event(event.name, str(dict(event.stats).get("hlo_op", "")), event.duration_ns / 1e6)
+        for line in lines
         for event in line.events
     ]
+    # A CPU's lines also hold what the host does.
+    return [event for event in events if event.operation or jax.default_backend() == "gpu"]
 
 
 def spread(samples: list[float]) -> dict[str, float]:
@@ -93,3 +118,10 @@ def copy_bandwidth() -> float:
     x = jax.random.normal(jax.random.key(0), (2**30,))
     seconds = measure(jax.jit(lambda x: x + 1), (x,), 5)["median_ms"] / 1e3
     return 2 * x.nbytes / seconds
+
+
+def matmul_rate(size: int = 8192) -> float:
+    """Operations a second of a bf16 product of two square matrices."""
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    seconds = measure(jax.jit(jnp.matmul), (x, x), 5)["median_ms"] / 1e3
+    return 2 * size**3 / seconds

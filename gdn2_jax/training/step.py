@@ -1,6 +1,7 @@
 """The state of a run and the function that advances it by one optimizer step."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,17 +90,23 @@ def train_step(
         return jax.tree.map(jnp.add, total, value_and_grad), None
 
     count = config.accumulation
-    loss_dtype = jnp.promote_types(config.model.dtype, jnp.float32)
-    zeros = (jnp.zeros((), loss_dtype), jax.tree.map(jnp.zeros_like, state.params))
-    total, _ = jax.lax.scan(accumulate, zeros, (batch, jax.random.split(step_rng, count)))
-    loss, grads = jax.tree.map(lambda x: x / count, total)
+    microbatches = batch, jax.random.split(step_rng, count)
+    if count == 1:  # The sums would be one more copy of all gradients.
+        one = jax.tree.map(operator.itemgetter(0), microbatches)
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, *one)
+    else:
+        loss_dtype = jnp.promote_types(config.model.dtype, jnp.float32)
+        zeros = (jnp.zeros((), loss_dtype), jax.tree.map(jnp.zeros_like, state.params))
+        total, _ = jax.lax.scan(accumulate, zeros, microbatches)
+        loss, grads = jax.tree.map(lambda x: x / count, total)
 
     schedule = _schedule(config)
-    updates, opt_state = make_optimizer(config.optimizer, schedule).update(
-        grads, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(loss, schedule(state.step), optax.global_norm(grads))
+    with jax.named_scope("optimizer"):
+        updates, opt_state = make_optimizer(config.optimizer, schedule).update(
+            grads, state.opt_state, state.params
+        )
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(loss, schedule(state.step), optax.global_norm(grads))
     return TrainState(state.step + 1, params, opt_state, rng), metrics
 
 

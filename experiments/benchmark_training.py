@@ -1,0 +1,336 @@
+"""Times the whole training step: forward, backward, clipping and AdamW, on random tokens.
+
+    python experiments/benchmark_training.py                     # swa_gdn2_1.3B on a GPU, tiny on a CPU
+    python experiments/benchmark_training.py --models swa_kda_1.3B attention_1.3B --lengths 4096
+    python experiments/benchmark_training.py --models gdn2_30M --remat none
+
+A step has the same number of tokens at every length, as in figure 2 of arXiv 2605.22791. Model FLOPs
+are those of `gdn2_jax.training.flops`, set against the data sheet's peak and against the rate of a
+large bf16 product measured in the same process. The parts come from a device profile: the time of
+each kernel goes to the module whose operation the compiler names it after, so a fused kernel counts
+for one of the operations in it. A norm counts for what it feeds, recomputation for its module.
+
+Rows are appended to --output; what it already holds is not measured again unless --again is given.
+The figure beside it draws all its rows.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from gdn2_jax.data import DataConfig
+from gdn2_jax.models import PRESETS, ModelConfig
+from gdn2_jax.parallel import data_mesh
+from gdn2_jax.timing import Event, device_events, matmul_rate, peak_gib, spread
+from gdn2_jax.training import TrainingConfig
+from gdn2_jax.training.flops import peak_flops, training_flops_per_token
+from gdn2_jax.training.step import batch_sharding, initial_state, jit_train_step, replicated
+
+PARTS = ("mixer", "attention", "MLP", "embedding + loss", "optimizer", "other")
+
+# Thousand tokens a second on one H100, hybrids of 1.3B: figure 2 of arXiv 2605.22791. The text states
+# the first and last of GDN-2; the others are read off the figure, to within 0.02.
+PAPER_LENGTHS = (2048, 4096, 8192, 16384)
+PAPER = {
+    "GDN-2": (38.00, 37.25, 36.87, 36.11),
+    "KDA": (39.81, 38.98, 38.85, 38.50),
+    "Gated DeltaNet": (41.85, 40.86, 40.02, 39.49),
+    "Mamba-3 SISO": (44.34, 42.94, 42.28, 40.72),
+    "Transformer": (45.83, 42.29, 36.72, 29.36),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to measure.
+
+    Attributes:
+      models: names of presets; swa_gdn2_1.3B on a GPU and tiny elsewhere if empty.
+      lengths: of the sequences; 2K to 16K on a GPU, 64 and 128 elsewhere if empty.
+      tokens: of a step; 16,384 on a GPU, 512 elsewhere if None.
+      remat: instead of the preset's.
+      implementation: of the operators.
+      steps: of a timed sample.
+      repeats: samples.
+      profile: profile three more steps for the parts.
+      operations: the slowest so many to print with the parts.
+      again: measure also what the output holds.
+      output: file for the rows, as JSON lines; by default
+        experiments/results/training/<device>.jsonl.
+    """
+
+    models: tuple[Literal[*PRESETS], ...] = ()
+    lengths: tuple[int, ...] = ()
+    tokens: int | None = None
+    remat: str | None = None
+    implementation: Literal["xla", "pallas", "recurrent"] | None = None
+    steps: int = 5
+    repeats: int = 3
+    profile: bool = True
+    operations: int = 12
+    again: bool = False
+    output: Path | None = None
+
+
+def main(config: Config) -> None:
+    """Prints the table and the parts, writes rows and figure."""
+    # Before the first use of the device; JAX would leave a quarter of it unused.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    on_gpu = jax.default_backend() == "gpu"
+    device = jax.devices()[0].device_kind
+    if jax.device_count() > 1:
+        device = f"{jax.device_count()} x {device}"
+    names = config.models or (("swa_gdn2_1.3B",) if on_gpu else ("tiny",))
+    lengths = config.lengths or (PAPER_LENGTHS if on_gpu else (64, 128))
+    tokens = config.tokens or (16384 if on_gpu else 512)
+    for length in lengths:
+        if length < 1 or tokens % length:
+            raise SystemExit(f"lengths: expected divisors of {tokens} tokens, got {length}")
+    slug = re.sub(r"\W+", "-", device.lower())
+    output = config.output or Path(__file__).parent / "results" / "training" / f"{slug}.jsonl"
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+    rate = matmul_rate(8192 if on_gpu else 512)
+    print(f"{device}, jax {jax.__version__}, bf16 product {rate / 1e12:.4g} TFLOP/s")
+    print(f"{tokens} tokens a step; rows go to {output}\n{HEADER}", flush=True)
+    rows = read_rows(output)
+    for name in names:
+        model = PRESETS[name]
+        changes = {"remat": config.remat, "implementation": config.implementation}
+        model = dataclasses.replace(model, **{k: v for k, v in changes.items() if v is not None})
+        for length in lengths:
+            key = {"device": device, "jax": jax.__version__, "model": name}
+            key |= {"length": length, "batch": tokens // length, "remat": model.remat}
+            key |= {"implementation": model.implementation}
+            done = [row for row in rows if key.items() <= row.items() and "error" not in row]
+            if done and not config.again:
+                row = done[-1]
+            else:
+                row = key | {"bf16_product_flops": rate} | measure(config, model, length, tokens)
+                rows.append(row)
+                with output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            print_row(row, config.operations)
+    figure = output.with_suffix(".png")
+    draw(rows, figure)
+    print(f"rows appended to {output}, figure in {figure}")
+
+
+def measure(config: Config, model: ModelConfig, length: int, tokens: int) -> dict[str, Any]:
+    """Time, rates and memory of the step, and what its parts take."""
+    training = TrainingConfig(
+        model=model,
+        data=DataConfig(sequence_length=length),
+        steps=1000,
+        global_batch_size=tokens // length,
+    )
+    mesh = data_mesh()
+    say(f"{length} x {tokens // length}: compiling")
+    try:
+        state, batch = state_maker(model)(), random_batch(training, mesh)
+        start = time.perf_counter()
+        lowered = jit_train_step(training, mesh).lower(state, batch)
+        # Launched as CUDA graphs, kernels would lose the names of their operations.
+        step = lowered.compile(compiler_options={"xla_gpu_enable_command_buffer": ""})
+        compile_s = time.perf_counter() - start
+        say(f"compiled in {compile_s:.0f} s")
+
+        def run(steps: int):
+            nonlocal state
+            for _ in range(steps):
+                state, metrics = step(state, batch)
+            return metrics
+
+        losses = [float(run(1).loss), float(run(1).loss)]
+        samples = []
+        for _ in range(config.repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(run(config.steps))
+            samples.append((time.perf_counter() - start) / config.steps * 1e3)
+        losses.append(float(run(1).loss))
+        events = device_events(lambda: run(3)) if config.profile else []
+    except jax.errors.JaxRuntimeError as error:
+        return {"error": str(error).splitlines()[0]}
+    row = {**spread(samples), "compile_s": compile_s, "peak_gib": peak_gib(step), "losses": losses}
+    row["tokens_per_second"] = tokens / row["median_ms"] * 1e3
+    flops = training_flops_per_token(model, length) * row["tokens_per_second"]
+    row["model_flops"] = flops / jax.device_count()
+    if events:
+        row |= breakdown(events, operation_names(step.as_text()), model.mixer, 3)
+    return row
+
+
+@functools.cache
+def state_maker(model: ModelConfig) -> Callable:
+    """A compiled function without arguments; the state is the same for every length."""
+    training = TrainingConfig(model=model, steps=1000, global_batch_size=1)
+    make = functools.partial(initial_state, training)
+    return jax.jit(make, out_shardings=replicated(data_mesh()))
+
+
+def random_batch(training: TrainingConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """A batch as the data pipeline gives it, made on the devices."""
+
+    def make():
+        shape = (1, training.global_batch_size, training.data.sequence_length)
+        keys = jax.random.split(jax.random.key(1))
+        inputs, targets = (
+            jax.random.randint(key, shape, 0, training.model.vocab_size) for key in keys
+        )
+        return {
+            "inputs": inputs,
+            "targets": targets,
+            "segment_ids": jnp.ones(shape, jnp.int32),
+            "weights": jnp.ones(shape, jnp.float32),
+        }
+
+    return jax.jit(make, out_shardings=batch_sharding(mesh))()
+
+
+def operation_names(compiled: str) -> dict[str, str]:
+    """The traced operation behind each instruction of a compiled computation's text.
+
+    Instructions that run others, and would count them twice, are left out.
+    """
+    names = {}
+    for line in compiled.splitlines():
+        # Lines of kernels hold the kernel's code: no search may go back and forth in them.
+        head, equals, rest = line.partition(" = ")
+        opcode = re.search(r" ([\w-]+)\(", rest)
+        path = re.search(r'op_name="([^"]*)"', rest)
+        if equals and opcode and path and opcode[1] not in ("while", "call", "conditional"):
+            names[head.split()[-1].removeprefix("%")] = path[1]
+    return names
+
+
+def breakdown(
+    events: list[Event], names: dict[str, str], mixer: str, steps: int
+) -> dict[str, dict[str, float]]:
+    """Milliseconds a step of each part, of its passes, and of the 60 slowest operations."""
+    parts, passes, operations = (collections.Counter() for _ in range(3))
+    for event in events:
+        path = names.get(event.operation, "")
+        if not path and jax.default_backend() != "gpu":
+            continue
+        milliseconds = event.milliseconds / steps / jax.device_count()
+        scopes = path.split("/")
+        part = part_of(scopes, mixer)
+        direction = "forward"
+        if "rematted_computation" in path:
+            direction = "recomputation"
+        elif "transpose(" in path:
+            direction = "backward"
+        elif part in ("optimizer", "other"):
+            direction = part
+        parts[part] += milliseconds
+        passes[direction] += milliseconds
+        operations[f"{direction} {short_name(scopes) or event.name}"] += milliseconds
+    return {
+        "parts_ms": {part: parts[part] for part in PARTS},
+        "passes_ms": dict(passes),
+        "operations_ms": dict(operations.most_common(60)),
+    }
+
+
+def part_of(scopes: list[str], mixer: str) -> str:
+    """The part of the model whose module an operation's path names."""
+    if "optimizer" in scopes:
+        return "optimizer"
+    if {"mlp", "mlp_norm"} & set(scopes):
+        return "MLP"
+    if {"mixer", "mixer_norm"} & set(scopes):
+        attends = "attention_block" in scopes or "attention" in mixer
+        return "attention" if attends else "mixer"
+    outside = {"embed", "final_norm", "loss", "jvp(loss)", "transpose(jvp(loss))"}
+    return "embedding + loss" if outside & set(scopes) else "other"
+
+
+def short_name(scopes: list[str]) -> str:
+    """An operation's path from its block on, without the names of transformations."""
+    if "layers" in scopes:
+        # Recomputed operations repeat the path.
+        scopes = scopes[len(scopes) - scopes[::-1].index("layers") :]
+    hidden = {"while", "body", "eval_jaxpr", "checkpoint", "rematted_computation", "jit(step)"}
+    return "/".join(scope for scope in scopes if scope not in hidden)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of the output, none if it does not exist."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+
+
+HEADER = (
+    f"{'model':<18}{'T x B':>11}{'tokens/s':>11}{'ms':>9}{'IQR':>7}"
+    f"{'MFU':>8}{'of product':>11}{'GiB':>7}{'compile s':>10}"
+)
+
+
+def print_row(row: dict[str, Any], operations: int) -> None:
+    """Prints a line of the table and what the step's time went into."""
+    line = f"{row['model']:<18}{row['length']:>7} x{row['batch']:>2}"
+    if "error" in row:
+        print(f"{line}  {row['error']}", flush=True)
+        return
+    peak = peak_flops(row["device"].split(" x ")[-1])
+    utilisation = f"{row['model_flops'] / peak:8.1%}" if peak else f"{'-':>8}"
+    print(
+        f"{line}{row['tokens_per_second']:11,.0f}{row['median_ms']:9.1f}{row['iqr_ms']:7.1f}"
+        f"{utilisation}{row['model_flops'] / row['bf16_product_flops']:11.1%}"
+        f"{row['peak_gib']:7.1f}{row['compile_s']:10.0f}"
+    )
+    for name in ("parts_ms", "passes_ms"):
+        if name in row:
+            shown = (f"{part} {ms:.1f}" for part, ms in row[name].items() if ms)
+            print(f"    {name.removesuffix('_ms')}, ms: {', '.join(shown)}")
+    slowest = list(row.get("operations_ms", {}).items())[:operations]
+    for name, milliseconds in slowest:
+        print(f"    {milliseconds:9.2f}  {name}")
+    sys.stdout.flush()
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws tokens a second over length: each model's latest rows, and the paper's on a GPU."""
+    # Not pyplot: it would choose a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines = collections.defaultdict(dict)
+    for row in rows:
+        if "error" not in row:
+            lines[row["model"], row["device"]][row["length"]] = row["tokens_per_second"] / 1e3
+    for (model, device), points in lines.items():
+        axes.plot(*zip(*sorted(points.items())), "o-", label=f"{model}, {device}")
+    if any(row["model"].endswith("1.3B") for row in rows):
+        for index, (name, values) in enumerate(PAPER.items()):
+            style = {"color": f"{0.2 + 0.15 * index:.2f}", "linewidth": 1}
+            axes.plot(PAPER_LENGTHS, values, "--", label=f"{name}, the paper's, H100", **style)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens of a sequence", ylabel="thousand tokens a second", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def say(text: str) -> None:
+    """Shows progress beside the table."""
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
