@@ -2,7 +2,7 @@
 
     python experiments/benchmark_training.py                     # swa_gdn2_1.3B on a GPU, tiny on a CPU
     python experiments/benchmark_training.py --models swa_kda_1.3B attention_1.3B --lengths 4096
-    python experiments/benchmark_training.py --models gdn2_30M --remat none
+    python experiments/benchmark_training.py --remat intermediates --unroll True
 
 A step has the same number of tokens at every length, as in figure 2 of arXiv 2605.22791. Model FLOPs
 are those of `gdn2_jax.training.flops`, set against the data sheet's peak and against the rate of a
@@ -60,7 +60,8 @@ class Config:
       models: names of presets; swa_gdn2_1.3B on a GPU and tiny elsewhere if empty.
       lengths: of the sequences; 2K to 16K on a GPU, 64 and 128 elsewhere if empty.
       tokens: of a step; 16,384 on a GPU, 512 elsewhere if None.
-      remat: instead of the preset's.
+      remat: instead of the preset's, see `ModelConfig`.
+      unroll: instead of the preset's; runs faster, takes minutes to compile.
       implementation: of the operators.
       steps: of a timed sample.
       repeats: samples.
@@ -75,6 +76,7 @@ class Config:
     lengths: tuple[int, ...] = ()
     tokens: int | None = None
     remat: str | None = None
+    unroll: bool | None = None
     implementation: Literal["xla", "pallas", "recurrent"] | None = None
     steps: int = 5
     repeats: int = 3
@@ -108,12 +110,13 @@ def main(config: Config) -> None:
     rows = read_rows(output)
     for name in names:
         model = PRESETS[name]
-        changes = {"remat": config.remat, "implementation": config.implementation}
+        options = ("remat", "unroll", "implementation")
+        changes = {name: getattr(config, name) for name in options}
         model = dataclasses.replace(model, **{k: v for k, v in changes.items() if v is not None})
         for length in lengths:
             key = {"device": device, "jax": jax.__version__, "model": name}
-            key |= {"length": length, "batch": tokens // length, "remat": model.remat}
-            key |= {"implementation": model.implementation}
+            key |= {"length": length, "batch": tokens // length}
+            key |= {option: getattr(model, option) for option in options}
             done = [row for row in rows if key.items() <= row.items() and "error" not in row]
             if done and not config.again:
                 row = done[-1]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
@@ -85,6 +86,7 @@ class DeltaRuleLayer(nn.Module):
 
     def _mix(self, q, k, v, g, b, w, segment_ids) -> Float[Array, "B T Hv V"]:
         """Runs the operator, from and to the cached state when decoding."""
+        q, k, v, g, b, w = (checkpoint_name(x, "operand") for x in (q, k, v, g, b, w))
         if not self.decode:
             return gated_delta_rule_2(
                 q, k, v, g, b, w, segment_ids=segment_ids, implementation=self.implementation
@@ -131,7 +133,8 @@ class DeltaRuleLayer(nn.Module):
         )
         gate = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
         y = norm(o) * gate(split_heads(z, self._value_heads).astype(wide))
-        return self._dense("o_proj", width)(y.astype(o.dtype).reshape(*o.shape[:2], -1))
+        y = checkpoint_name(y.astype(o.dtype), "operand")
+        return self._dense("o_proj", width)(y.reshape(*o.shape[:2], -1))
 
     def _check_attributes(self) -> None:
         for name in ("num_heads", "head_dim", "conv_size"):

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
@@ -80,7 +81,10 @@ class SlidingWindowAttention(nn.Module):
             o = self._attend_and_cache(q, k, v, segment_ids)
         else:
             positions = jnp.arange(length)
-            q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
+            q, k = (
+                checkpoint_name(rotate(array, positions, self.rope_theta), "operand")
+                for array in (q, k)
+            )
             o = self._attend(q, k, v, segment_ids)
         return dense(self.out_kernel_init, "o_proj")(o.reshape(batch, length, width))
 

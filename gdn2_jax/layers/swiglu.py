@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
@@ -44,4 +45,5 @@ class SwiGLU(nn.Module):
 
         gate = jax.nn.silu(dense(self.hidden_dim, self.kernel_init, "gate_proj")(x))
         up = dense(self.hidden_dim, self.kernel_init, "up_proj")(x)
-        return dense(x.shape[-1], self.down_kernel_init, "down_proj")(gate * up)
+        hidden = checkpoint_name(gate * up, "operand")
+        return dense(x.shape[-1], self.down_kernel_init, "down_proj")(hidden)

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers import (
@@ -20,6 +21,7 @@ from gdn2_jax.layers import (
 )
 from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.models.config import ModelConfig
+from gdn2_jax.models.remat import policy
 
 
 def residual_dtype(config: ModelConfig) -> Any:
@@ -166,13 +168,15 @@ class Block(nn.Module):
         """Adds both branches to the stream."""
         config = self.config
 
-        def norm(name):
-            return nn.RMSNorm(
+        def norm(name, x):
+            module = nn.RMSNorm(
                 config.norm_epsilon, dtype=x.dtype, param_dtype=config.param_dtype, name=name
             )
+            return checkpoint_name(module(x).astype(config.dtype), "operand")
 
         mixer = MIXERS[self.mixer](config, self.decode, "mixer")
-        x += mixer(norm("mixer_norm")(x), segment_ids).astype(x.dtype)
+        mixed = mixer(norm("mixer_norm", x), segment_ids)
+        x += checkpoint_name(mixed, "mixer_output").astype(x.dtype)
         mlp = SwiGLU(
             config.mlp_dim,
             dtype=config.dtype,
@@ -180,7 +184,7 @@ class Block(nn.Module):
             down_kernel_init=_depth_scaled(config),
             name="mlp",
         )
-        return x + mlp(norm("mlp_norm")(x)).astype(x.dtype)
+        return x + mlp(norm("mlp_norm", x)).astype(x.dtype)
 
 
 class Layers(nn.Module):
@@ -199,12 +203,12 @@ class Layers(nn.Module):
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T D"], None]:
         """Returns the stream as the scan's carry."""
-        block = Block
-        if self.config.remat == "full" and not self.decode:
-            # Inside a scan nothing can be merged across iterations, so no barrier is needed.
-            block = nn.remat(Block, prevent_cse=False)
-        x = block(self.config, self.config.mixer, self.decode, name="block")(x, segment_ids)
-        if self.config.hybrid:
+        block, config = Block, self.config
+        if config.remat != "none" and not self.decode:
+            # In a loop nothing can be merged across iterations, so no barrier is needed.
+            block = nn.remat(Block, prevent_cse=config.unroll, policy=policy(config.remat))
+        x = block(config, config.mixer, self.decode, name="block")(x, segment_ids)
+        if config.hybrid:
             attention = "sliding_window_attention"
-            x = block(self.config, attention, self.decode, name="attention_block")(x, segment_ids)
+            x = block(config, attention, self.decode, name="attention_block")(x, segment_ids)
         return x, None

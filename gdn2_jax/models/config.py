@@ -51,7 +51,13 @@ class ModelConfig:
       rope_theta: base of the rotary frequencies.
       dtype: dtype of the matrix products.
       param_dtype: dtype of the parameters (A_log and dt_bias are always float32).
-      remat: "full" recomputes each block in the backward, "none" keeps its activations.
+      remat: what the backward recomputes instead of keeping it from the forward. "none": nothing.
+        "intermediates": what lies inside norms, convolutions and gates; operands and results of
+        matrix products and operators are kept. "elementwise": those operands too; results of matrix
+        products and operators are kept. "mixer": all but the operators and the mixers' outputs.
+        "full": all but the inputs of blocks.
+      unroll: compile the layers one after another, not as a loop. Takes longer to compile; running,
+        the backward reads what the forward kept where it lies, while a loop copies it into stacks.
       loss_blocks: parts in which the loss takes each sequence, see `models.loss.cross_entropy`.
       implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`.
 
@@ -87,7 +93,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32", "float64"] = "float32"
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "intermediates", "elementwise", "mixer", "full"] = "none"
+    unroll: bool = False
     loss_blocks: int = 4
     implementation: Implementation | None = None
 
@@ -102,7 +109,7 @@ class ModelConfig:
             ("mamba3_form", ("siso", "mimo")),
             ("dtype", ("bfloat16", "float16", "float32", "float64")),
             ("param_dtype", ("bfloat16", "float32", "float64")),
-            ("remat", ("none", "full")),
+            ("remat", ("none", "intermediates", "elementwise", "mixer", "full")),
             ("implementation", (None, "pallas", "xla", "recurrent")),
         ):
             self._require(name, getattr(self, name) in choices, f"one of {choices}")

@@ -14,7 +14,7 @@ class LanguageModel(nn.Module):
     """A causal language model of one mixer's blocks, or of those and windowed attention in turn.
 
     The parameters of all layers are stacked along a leading axis, under "layers". Their tree does
-    not depend on `config.remat` or on `decode`.
+    not depend on `config.remat`, `config.unroll` or `decode`.
 
     Attributes:
       config: sizes and options.
@@ -63,12 +63,14 @@ class LanguageModel(nn.Module):
             embedding_init=jax.nn.initializers.normal(0.02),
             name="embed",
         )
+        length = config.num_layers // (2 if config.hybrid else 1)
         layers = nn.scan(
             Layers,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
-            length=config.num_layers // (2 if config.hybrid else 1),
+            length=length,
+            unroll=length if config.unroll else 1,
         )
         x, _ = layers(config, self.decode, name="layers")(embed(tokens), segment_ids)
         if last_only:

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 
@@ -51,11 +52,15 @@ def test_model_is_its_blocks_in_order(small_model):
     np.testing.assert_allclose(apply(config, params, ids), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("decode", [False, True])
-def test_parameter_tree_does_not_depend_on_remat_or_decoding(hybrid_model, remat, decode):
+def test_parameter_tree_depends_neither_on_how_it_is_compiled_nor_on_decoding(
+    hybrid_model, remat, unroll, decode
+):
     config, params = hybrid_model
-    model = LanguageModel(dataclasses.replace(config, remat=remat), decode=decode)
+    config = dataclasses.replace(config, remat=remat, unroll=unroll)
+    model = LanguageModel(config, decode=decode)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens(1, 3))["params"]
     assert jax.tree.map(lambda p: (p.shape, p.dtype), shapes) == jax.tree.map(
         lambda p: (p.shape, p.dtype), params
@@ -75,12 +80,31 @@ def assert_gradients_close(actual, expected):
 
 
 @pytest.mark.slow
-def test_gradients_are_the_same_with_and_without_remat(hybrid_model):
-    config, params = hybrid_model
-    recomputing = dataclasses.replace(config, remat="full")
-    _, kept = plain_gradients(config)(params, tokens(4, 6))
-    _, recomputed = plain_gradients(recomputing)(params, tokens(4, 6))
-    assert_gradients_close(recomputed, kept)
+@pytest.mark.parametrize(
+    ("remat", "unroll"),
+    [
+        ("none", True),
+        ("intermediates", True),
+        ("elementwise", False),
+        ("mixer", True),
+        ("full", False),
+    ],
+)
+def test_gradients_are_the_same_whatever_is_recomputed(hybrid_model, remat, unroll):
+    # In float64: the rounding of float32 is greater than some gradients.
+    with jax.enable_x64(True):
+        config = dataclasses.replace(hybrid_model[0], dtype="float64", param_dtype="float64")
+        params = jax.tree.map_with_path(
+            lambda path, x: x if path[-1].key in ("A_log", "dt_bias") else x.astype(jnp.float64),
+            hybrid_model[1],
+        )
+        recomputing = dataclasses.replace(config, remat=remat, unroll=unroll)
+        _, kept = plain_gradients(config)(params, tokens(4, 6))
+        _, recomputed = plain_gradients(recomputing)(params, tokens(4, 6))
+        for a, b in zip(jax.tree.leaves(recomputed), jax.tree.leaves(kept), strict=True):
+            np.testing.assert_allclose(
+                a, b, atol=(1e-12 if b.dtype == "float64" else 1e-6) * np.abs(b).max()
+            )
 
 
 @pytest.mark.slow
@@ -93,6 +117,59 @@ def test_remat_keeps_less_between_the_passes(hybrid_model):
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("full") < 0.8 * temporary_bytes("none")
+
+
+def kept_for_the_backward(config, ids):
+    """Shapes and dtypes that a layer of the forward hands to the backward, and the computation."""
+    params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), ids)["params"]
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(functools.partial(loss, config)))(params, ids)
+    pairs = config.num_layers // 2
+    forward = next(
+        equation
+        for equation in jaxpr.eqns
+        if equation.primitive.name == "scan" and equation.params["length"] == pairs
+    )
+    stacked = [x.aval for x in forward.outvars if x.aval.shape[:1] == (pairs,)]
+    return [(x.shape[1:], x.dtype) for x in stacked], jaxpr
+
+
+def count_kernels(jaxpr, name):
+    return sum(
+        (equation.params.get("name") == name)
+        + sum(
+            count_kernels(inner, name)
+            for inner in jax.extend.core.jaxprs_in_params(equation.params)
+        )
+        for equation in jaxpr.eqns
+    )
+
+
+@pytest.mark.slow
+def test_each_remat_policy_keeps_less_than_the_one_before_and_reruns_no_operator_but_full(
+    hybrid_model,
+):
+    sizes = {"d_model": 96, "num_layers": 10, "num_heads": 1, "head_dim": 128, "mlp_dim": 200}
+    kernels = {"dtype": "bfloat16", "implementation": "pallas"}
+    config = dataclasses.replace(hybrid_model[0], **sizes, **kernels)
+    ids = tokens(2, 64)
+    wide, narrow, hidden = (2, 64, 96), jnp.dtype("bfloat16"), (2, 64, 200)
+    kept_bytes = []
+    for remat in ("none", "intermediates", "elementwise", "mixer", "full"):
+        kept, jaxpr = kept_for_the_backward(dataclasses.replace(config, remat=remat), ids)
+        kept_bytes.append(sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept))
+        runs = count_kernels(jaxpr, "intra_chunk_forward_kernel")
+        assert runs == (2 if remat == "full" else 1)
+        if remat == "intermediates":
+            # Of both blocks: gate, up, and their product; the stream alone is float32.
+            assert kept.count((hidden, narrow)) == 6
+            assert kept.count((wide, jnp.dtype("float32"))) == 2
+        if remat == "elementwise":
+            assert kept.count((hidden, narrow)) == 4
+        if remat in ("mixer", "full"):
+            assert kept.count((hidden, narrow)) == 0
+        if remat == "full":
+            assert kept == [(wide, jnp.dtype("float32"))] * 2
+    assert all(more > 1.2 * less for more, less in itertools.pairwise(kept_bytes))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -223,9 +300,11 @@ def test_sharded_batches_give_the_logits_and_gradients_of_one_device(hybrid_mode
     assert_gradients_close(jax.tree.map(lambda leaf: leaf / 2, gradient), expected)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_a_large_model_lowers_for_gpus_on_this_host(remat):
-    config = dataclasses.replace(PRESETS["swa_gdn2_1.3B"], remat=remat)
+@pytest.mark.parametrize(
+    ("remat", "unroll"), [("none", False), ("full", False), ("intermediates", True)]
+)
+def test_a_large_model_lowers_for_gpus_on_this_host(remat, unroll):
+    config = dataclasses.replace(PRESETS["swa_gdn2_1.3B"], remat=remat, unroll=unroll)
     ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
     params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), ids)["params"]
     gradient = jax.jit(jax.grad(functools.partial(loss, config)))

@@ -1,0 +1,38 @@
+"""What the backward of a block keeps from its forward, and what it recomputes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Results of these are always worth keeping: GPU kernels of the operators, and cuDNN's attention.
+_KERNELS = ("custom_vmap_call", "core_map", "pallas_call", "dot_product_attention_fwd_wrapper")
+
+
+def policy(remat: str) -> Callable[..., bool]:
+    """Returns the `jax.checkpoint` policy of `ModelConfig.remat`, but for "none"."""
+    # Layers name what kernels and matrix products take, and blocks what mixers give.
+    names = ("mixer_output", "operand") if remat == "intermediates" else ("mixer_output",)
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+    product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    def keep(primitive: Any, *avals: Any, **params: Any) -> bool:
+        if remat == "full":
+            return False
+        if named(primitive, *avals, **params) or primitive.name in _KERNELS:
+            return True
+        if remat == "mixer":
+            return False
+        return product(primitive, *avals, **params) or _casts_a_kernel(primitive, *avals, **params)
+
+    return keep
+
+
+def _casts_a_kernel(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Of matrices: activations have an axis more."""
+    return (
+        primitive is jax.lax.convert_element_type_p
+        and avals[0].ndim == 2
+        and jnp.issubdtype(params["new_dtype"], jnp.floating)
+    )
