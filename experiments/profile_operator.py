@@ -92,7 +92,9 @@ def profile(function: Callable, operands: tuple, shape: Shape, repeats: int) -> 
         events = device_events(jax.profiler.ProfileData.from_file(str(file)))
     times = collections.defaultdict(list)
     for name, milliseconds in events:
-        stage = next((kernel for kernel in sorted(KERNELS, key=len)[::-1] if kernel in name), "other")
+        stage = next(
+            (kernel for kernel in sorted(KERNELS, key=len)[::-1] if kernel in name), "other"
+        )
         times[stage].append(milliseconds)
     moved = kernel_bytes(jax.make_jaxpr(function)(*operands).jaxpr)
     rows = []

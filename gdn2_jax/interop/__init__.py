@@ -1,0 +1,1 @@
+"""Into other people's models: flax.nnx modules and PyTorch weights."""

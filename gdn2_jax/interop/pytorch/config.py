@@ -1,0 +1,255 @@
+"""Model configurations of PyTorch checkpoints: a Hugging Face config.json, or the tensors' shapes."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdn2_jax.interop.pytorch.files import StoredTensor
+from gdn2_jax.interop.pytorch.layouts import Style
+from gdn2_jax.models import ModelConfig
+
+# flash-linear-attention has no GDN-2 model yet, only the layer: "gdn2" follows its KDA model.
+_MODEL_TYPES = {"gdn2": "gdn2", "kda": "kda", "gated_deltanet": "gdn"}
+_ARCHITECTURES = {
+    "gdn2": "GDN2ForCausalLM",
+    "kda": "KDAForCausalLM",
+    "gdn": "GatedDeltaNetForCausalLM",
+}
+_ATTENTION_HEAD_DIM = 128  # In the paper's models.
+# Options of fla's models that ours lack, by the values that make no difference.
+_ALLOWED = {
+    "use_short_conv": (True,),
+    "use_gate": (True,),
+    "conv_bias": (False,),
+    "hidden_act": ("swish", "silu"),
+    "attnres_block_size": (None,),
+}
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Reads a config.json.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a model's configuration.
+    """
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        description["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a model's configuration: {error!r}") from error
+    return description
+
+
+def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> ModelConfig:
+    """Returns the configuration that the config.json of a checkpoint in fla's style describes.
+
+    The output gate of GDN-2 is "output_gate" there, else the sigmoid of fla's layer.
+
+    Args:
+      content: of the file.
+      dtype: of the weights; the model computes in it.
+
+    Raises:
+      ValueError: it describes a model that `ModelConfig` cannot.
+    """
+    model_type = content["model_type"]
+    if model_type not in _MODEL_TYPES:
+        raise ValueError(
+            f"model_type: expected one of {', '.join(_MODEL_TYPES)}, got {model_type!r}"
+        )
+    mixer = _MODEL_TYPES[model_type]
+    complaints = [
+        f"{name}: expected {allowed[0]!r}, got {content[name]!r}"
+        for name, allowed in _ALLOWED.items()
+        if content.get(name, allowed[0]) not in allowed
+    ]
+    hybrid, attention = _attention(content, complaints)
+    if complaints:
+        raise ValueError(f"config.json describes no model of ours: {'; '.join(complaints)}")
+    default_gate = "sigmoid" if mixer == "gdn2" else None
+    try:
+        width = content["hidden_size"]
+        return ModelConfig(
+            vocab_size=content["vocab_size"],
+            d_model=width,
+            num_layers=content["num_hidden_layers"],
+            mixer=mixer,
+            hybrid=hybrid,
+            num_heads=content["num_heads"],
+            head_dim=content["head_dim"],
+            num_value_heads=content.get("num_v_heads"),
+            expand_v=content.get("expand_v", 2.0 if mixer == "gdn" else 1.0),
+            conv_size=content.get("conv_size", 4),
+            allow_negative_eigenvalues=content.get("allow_neg_eigval", False),
+            decay_lower_bound=content.get("lower_bound") if content.get("safe_gate") else None,
+            output_gate=content.get("output_gate", default_gate),
+            mlp_dim=content.get("intermediate_size") or _fla_mlp_dim(width, content),
+            norm_epsilon=content.get("norm_eps", 1e-6),
+            **attention,
+            **_dtypes(dtype),
+        )
+    except KeyError as error:
+        raise ValueError(f"config.json has no {error}") from error
+
+
+def describe(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+    """Returns the config.json of a flash-linear-attention checkpoint.
+
+    Args:
+      config: of the model.
+      dtype: of its weights.
+
+    Raises:
+      ValueError: the model has an option that fla's layer lacks.
+    """
+    content = {
+        "architectures": [_ARCHITECTURES[config.mixer]],
+        "model_type": {mixer: name for name, mixer in _MODEL_TYPES.items()}[config.mixer],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "num_v_heads": config.num_value_heads,
+        "expand_v": config.expand_v,
+        "use_short_conv": True,
+        "conv_size": config.conv_size,
+        "allow_neg_eigval": config.allow_negative_eigenvalues,
+        "intermediate_size": config.mlp_dim,
+        "hidden_act": "swish",
+        "norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype),
+        "attn": None,
+    }
+    if config.hybrid:
+        content["attn"] = {
+            "layers": list(range(1, config.num_layers, 2)),
+            "num_heads": config.attention_heads,
+            "num_kv_heads": config.attention_heads,
+            "qkv_bias": False,
+            "window_size": config.window_size,
+            "rope_theta": config.rope_theta,
+        }
+    if config.mixer == "gdn2" or config.output_gate is not None:
+        content["output_gate"] = config.output_gate or "silu"
+    if config.mixer == "kda" and config.decay_lower_bound is not None:
+        content |= {"safe_gate": True, "lower_bound": config.decay_lower_bound}
+    return content
+
+
+def check_style(config: ModelConfig, style: Style) -> None:
+    """Checks that the style's own PyTorch code computes the same function of the weights.
+
+    Warns if it does so with another output gate, for which both have one name.
+
+    Raises:
+      ValueError: it lacks an option of the model.
+    """
+    options = {"erase_gate": "channel", "write_gate": "channel"}
+    if config.mixer != "kda":
+        options["decay_lower_bound"] = None
+    if style == "paper":
+        options |= {"allow_negative_eigenvalues": False}
+    for name, only in options.items():
+        if getattr(config, name) != only:
+            raise ValueError(
+                f"{name}: expected {only!r}, as the {style} style's {config.mixer} layer has no "
+                f"other, got {getattr(config, name)!r}"
+            )
+    theirs = {"gdn2": {"paper": "silu", "fla": "sigmoid"}[style], "kda": "sigmoid", "gdn": "silu"}
+    own = config.output_gate or {"gdn2": "silu", "kda": "sigmoid", "gdn": "silu"}[config.mixer]
+    if own != theirs[config.mixer]:
+        warnings.warn(
+            f"the model gates its output with {own}, the {style} style's own {config.mixer} layer "
+            f"with {theirs[config.mixer]}: the weights are the same, its outputs will differ",
+            stacklevel=3,
+        )
+
+
+def config_from_shapes(tensors: Mapping[str, StoredTensor]) -> ModelConfig:
+    """Returns the configuration of a model of the paper's repository.
+
+    What shapes do not tell is as in the paper: attention heads of width 128 and windows of 2048.
+
+    Raises:
+      ValueError: a tensor that tells something is missing or has a wrong shape.
+    """
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        found = tensors[name].shape if name in tensors else None
+        if found is None or len(found) != dimensions or 0 in found:
+            raise ValueError(f"{name}: expected {dimensions} dimensions, got {found}")
+        return found
+
+    layer = "transformer.h.0"
+    vocab_size, width = shape("transformer.wte.weight", 2)
+    (heads,) = shape(f"{layer}.attn.A_log", 1)
+    (value_dim,) = shape(f"{layer}.attn.o_norm.weight", 1)
+    head_dim = shape(f"{layer}.attn.dt_bias", 1)[0] // heads
+    value_heads = shape(f"{layer}.attn.v_proj.weight", 2)[0] // value_dim
+    attention_heads = max(width // _ATTENTION_HEAD_DIM, 1)
+    dtype = tensors["transformer.wte.weight"].dtype
+    return ModelConfig(
+        vocab_size=vocab_size,
+        d_model=width,
+        num_layers=1 + max(int(n.split(".")[2]) for n in tensors if n.startswith("transformer.h.")),
+        hybrid="transformer.h.1.attn.attn.weight" in tensors,
+        num_heads=heads,
+        head_dim=head_dim,
+        num_value_heads=None if value_heads == heads else value_heads,
+        expand_v=value_dim / head_dim,
+        conv_size=shape(f"{layer}.attn.q_conv1d.weight", 3)[-1],
+        attention_heads=attention_heads,
+        mlp_dim=shape(f"{layer}.mlp.swiglu.w1.weight", 2)[0],
+        # float32 weights were trained in bfloat16 arithmetic.
+        **{} if dtype == np.float32 else _dtypes(dtype),
+    )
+
+
+def _attention(content: Mapping[str, Any], complaints: list[str]) -> tuple[bool, dict[str, Any]]:
+    attention = content.get("attn")
+    if attention is None:
+        return False, {}
+    if isinstance(attention, list) and len(attention) == 1:
+        attention = attention[0]
+    layers = content.get("num_hidden_layers", 0)
+    try:
+        expected = {
+            "layers": list(range(1, layers, 2)),
+            "num_kv_heads": attention["num_heads"],
+            "qkv_bias": False,
+            "qk_norm": False,
+        }
+        window_size = attention["window_size"]
+        complaints += [
+            f"attn.{name}: expected {value!r}, got {attention[name]!r}"
+            for name, value in expected.items()
+            if attention.get(name, value) not in (value, None)
+        ]
+        if window_size is None:
+            complaints.append("attn.window_size: expected a number, got None")
+        return True, {
+            "attention_heads": attention["num_heads"],
+            "window_size": window_size,
+            "rope_theta": attention.get("rope_theta", 10000.0),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        complaints.append(f"attn: expected layers, num_heads and window_size, got {error!r}")
+        return True, {}
+
+
+def _fla_mlp_dim(width: int, content: Mapping[str, Any]) -> int:
+    """Two thirds of `hidden_ratio` widths, rounded up to 256, is the default of fla."""
+    return -(-int(width * (content.get("hidden_ratio") or 4) * 2 / 3) // 256) * 256
+
+
+def _dtypes(dtype: np.dtype) -> dict[str, str]:
+    # There are no float16 parameters to train; what is loaded keeps its dtype all the same.
+    param_dtype = "float32" if dtype == np.float16 else str(dtype)
+    return {"dtype": str(dtype), "param_dtype": param_dtype}

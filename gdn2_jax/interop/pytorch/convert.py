@@ -1,0 +1,150 @@
+"""From tensors to parameters and back, lazily: nothing is read before its turn to be written."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from gdn2_jax.interop.pytorch.files import StoredTensor
+from gdn2_jax.interop.pytorch.layouts import Entry, Path
+
+Leaf = tuple[Path, int | None]
+
+
+def flatten(params: Any) -> dict[Path, Any]:
+    """Returns the leaves of a tree of dicts by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {tuple(part.key for part in path): leaf for path, leaf in leaves}
+
+
+def leaf_shapes(params: Any, entries: Iterable[Entry]) -> dict[Leaf, tuple[int, ...]]:
+    """Returns the shape of every parameter in the entries, of one layer where layers are stacked."""
+    flat = flatten(params)
+    return {
+        (path, entry.index): tuple(flat[path].shape[0 if entry.index is None else 1 :])
+        for entry in entries
+        for path in entry.paths
+    }
+
+
+def leaves_of_params(params: Any, entries: Iterable[Entry]) -> dict[Leaf, StoredTensor]:
+    """Returns every parameter, taken to the host when read."""
+    flat = flatten(params)
+
+    def read(path: Path, index: int | None) -> np.ndarray:
+        return np.asarray(flat[path] if index is None else flat[path][index])
+
+    return {
+        (path, index): StoredTensor(
+            shape, np.dtype(flat[path].dtype), functools.partial(read, path, index)
+        )
+        for (path, index), shape in leaf_shapes(params, entries).items()
+    }
+
+
+def leaves_of_tensors(
+    tensors: Mapping[str, StoredTensor],
+    entries: Iterable[Entry],
+    shapes: Mapping[Leaf, tuple[int, ...]],
+) -> dict[Leaf, StoredTensor]:
+    """Returns every parameter, read from the tensors.
+
+    Raises:
+      ValueError: tensors are missing, too many or of a wrong shape; the message lists them all.
+    """
+    _check_tensors(tensors, {entry.name: _tensor_shape(entry, shapes) for entry in entries})
+
+    def read(entry: Entry, position: int) -> np.ndarray:
+        own = [shapes[path, entry.index] for path in entry.paths]
+        return entry.layout.split(tensors[entry.name].read(), own)[position]
+
+    return {
+        (path, entry.index): StoredTensor(
+            shapes[path, entry.index],
+            tensors[entry.name].dtype,
+            functools.partial(read, entry, position),
+        )
+        for entry in entries
+        for position, path in enumerate(entry.paths)
+    }
+
+
+def tensors_of_leaves(
+    leaves: Mapping[Leaf, StoredTensor], entries: Iterable[Entry]
+) -> dict[str, StoredTensor]:
+    """Returns the tensors of a state dict, in the order of the entries."""
+
+    def read(entry: Entry) -> np.ndarray:
+        return entry.layout.join(*(leaves[path, entry.index].read() for path in entry.paths))
+
+    shapes = {leaf: stored.shape for leaf, stored in leaves.items()}
+    return {
+        entry.name: StoredTensor(
+            _tensor_shape(entry, shapes),
+            np.result_type(*(leaves[path, entry.index].dtype for path in entry.paths)),
+            functools.partial(read, entry),
+        )
+        for entry in entries
+    }
+
+
+def params_of_leaves(
+    leaves: Mapping[Leaf, StoredTensor], sharding: Sharding | None = None
+) -> dict[str, Any]:
+    """Returns the tree of parameters; each goes to the device before the next is read.
+
+    Args:
+      leaves: all of the tree, and all layers of each.
+      sharding: of every parameter; on the default device if None.
+
+    Raises:
+      ValueError: the layers of a parameter differ in dtype, or JAX would narrow its dtype.
+    """
+    parts: dict[Path, dict[int | None, StoredTensor]] = {}
+    for (path, index), stored in leaves.items():
+        parts.setdefault(path, {})[index] = stored
+    params = {}
+    for path, layers in parts.items():
+        dtype, *others = {stored.dtype for stored in layers.values()}
+        if others or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise ValueError(
+                f"{'/'.join(path)}: expected one dtype, float64 only if jax_enable_x64 is set, "
+                f"got {', '.join(map(str, (dtype, *others)))}"
+            )
+        if None in layers:
+            array = layers[None].read()
+        else:
+            array = np.empty((len(layers), *layers[0].shape), dtype)
+            for index, stored in layers.items():
+                array[index] = stored.read()
+        tree = params
+        for key in path[:-1]:
+            tree = tree.setdefault(key, {})
+        tree[path[-1]] = jax.device_put(array, sharding)
+    return params
+
+
+def _tensor_shape(entry: Entry, shapes: Mapping[Leaf, tuple[int, ...]]) -> tuple[int, ...]:
+    zeros = [np.broadcast_to(np.int8(0), shapes[path, entry.index]) for path in entry.paths]
+    return entry.layout.join(*zeros).shape
+
+
+def _check_tensors(
+    tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    complaints = []
+    if missing := sorted(expected.keys() - tensors.keys()):
+        complaints.append(f"missing: {', '.join(missing)}")
+    if extra := sorted(tensors.keys() - expected.keys()):
+        complaints.append(f"not expected: {', '.join(extra)}")
+    if wrong := [
+        f"{name} (expected {expected[name]}, got {tuple(tensors[name].shape)})"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tuple(tensors[name].shape) != expected[name]
+    ]:
+        complaints.append(f"of a wrong shape: {', '.join(wrong)}")
+    if complaints:
+        raise ValueError(f"tensors do not fit the model: {'; '.join(complaints)}")

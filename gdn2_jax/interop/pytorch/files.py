@@ -1,0 +1,237 @@
+"""Files of tensors: safetensors, .pt and .bin, one or many, read and written a tensor at a time."""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from gdn2_jax.interop.pytorch.pickled import list_pickled, read_pickled, write_pickled
+
+FileFormat = Literal["safetensors", "bin"]
+
+_STEMS: dict[FileFormat, str] = {"safetensors": "model", "bin": "pytorch_model"}
+_PICKLED = (".pt", ".pth", ".bin")
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor whose numbers are read, or computed, when asked for.
+
+    Attributes:
+      shape: of the tensor.
+      dtype: of its numbers.
+      read: gives them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def open_tensors(path: str | Path) -> dict[str, StoredTensor]:
+    """Lists the tensors of a file, or of a directory with one file or an index of several.
+
+    Args:
+      path: a .safetensors, .pt, .pth or .bin file, an .index.json, or a directory with the names
+        that Hugging Face gives them.
+
+    Returns:
+      Each tensor, to be read when needed.
+
+    Raises:
+      FileNotFoundError: there is no such file, or the index names one that is missing.
+      ValueError: a file is damaged or holds something else, or the index and its files disagree.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _file_of_directory(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if not path.name.endswith(".index.json"):
+        return _open_file(path)
+    weight_map = _weight_map(path)
+    files = sorted(set(weight_map.values()))
+    if missing := [name for name in files if not (path.parent / name).is_file()]:
+        raise FileNotFoundError(f"{path} names files that do not exist: {', '.join(missing)}")
+    tensors, found = {}, {}
+    for name in files:
+        opened = _open_file(path.parent / name)
+        tensors |= opened
+        found |= dict.fromkeys(opened, name)
+    if found != weight_map:
+        wrong = sorted(name for name, _ in found.items() ^ weight_map.items())
+        raise ValueError(f"{path} and its files disagree on where these are: {', '.join(wrong)}")
+    return tensors
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    file_format: FileFormat = "safetensors",
+    shard_bytes: int = 5 * 2**30,
+    under: str | None = None,
+    on_tensor: Callable[[str, StoredTensor], None] = lambda name, tensor: None,
+) -> list[Path]:
+    """Writes tensors, with at most one file's worth of them in memory.
+
+    Args:
+      path: a .safetensors, .pt, .pth or .bin file, or a directory, created if missing, which then
+        gets one file, or several and their index.
+      tensors: in the order in which they are written.
+      file_format: of the files in a directory.
+      shard_bytes: a directory's files hold at most so much, or one tensor.
+      under: key of the dict in which a .pt, .pth or .bin file holds the tensors; None for none.
+      on_tensor: called with each tensor before it is read.
+
+    Returns:
+      The files written. Each appears when it is complete, the index last.
+
+    Raises:
+      FileExistsError: the file, or one in the directory, is there already.
+      ValueError: there are no tensors, or one has a dtype that the files do not hold.
+    """
+    path = Path(path)
+    if not tensors:
+        raise ValueError("tensors: expected at least one, got none")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _SAFETENSORS_DTYPES.values():
+            raise ValueError(f"{name}: expected a float of 16, 32 or 64 bits, got {tensor.dtype}")
+    if path.suffix in (*_PICKLED, ".safetensors"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(path, tensors, under, on_tensor)
+        return [path]
+    path.mkdir(parents=True, exist_ok=True)
+    if taken := [file.name for file in path.iterdir() if _is_weights(file)]:
+        raise FileExistsError(f"{path} has weights already: {', '.join(sorted(taken))}")
+    stem = _STEMS[file_format]
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        files = [f"{stem}.{file_format}"]
+    else:
+        count = len(shards)
+        files = [f"{stem}-{i:05}-of-{count:05}.{file_format}" for i in range(1, count + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        _write_file(path / file, shard, under, on_tensor)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.bytes for tensor in tensors.values())},
+            "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
+        }
+        files.append(f"{stem}.{file_format}.index.json")
+        write_json(path / files[-1], index)
+    return [path / file for file in files]
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file, as a whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in (*_PICKLED, ".safetensors") or file.name.endswith(".index.json")
+
+
+def _file_of_directory(directory: Path) -> Path:
+    for file_format, stem in _STEMS.items():
+        for ending in (".index.json", ""):
+            path = directory / f"{stem}.{file_format}{ending}"
+            if path.is_file():
+                return path
+    raise FileNotFoundError(
+        f"{directory} has neither model.safetensors nor pytorch_model.bin nor an index of either"
+    )
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not an index of weights: {error!r}") from error
+
+
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix in _PICKLED:
+        return {
+            name: StoredTensor(
+                tensor.shape, tensor.dtype, functools.partial(read_pickled, path, tensor)
+            )
+            for name, tensor in list_pickled(path).items()
+        }
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a .safetensors, .pt, .pth or .bin file")
+    import safetensors
+
+    tensors = {}
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                view = file.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES.get(view.get_dtype())
+                if dtype is None:
+                    raise ValueError(f"{path}: {name} is {view.get_dtype()}, not a plain float")
+                read = functools.partial(_read_safetensor, path, name)
+                tensors[name] = StoredTensor(tuple(view.get_shape()), dtype, read)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    return tensors
+
+
+def _read_safetensor(path: Path, name: str) -> np.ndarray:
+    import safetensors
+
+    # Opened for each tensor: a file that stays open keeps all its pages that were read mapped.
+    with safetensors.safe_open(path, "np") as file:
+        return file.get_tensor(name)
+
+
+def _write_file(path: Path, tensors, under, on_tensor) -> None:
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+
+    def read(name: str) -> np.ndarray:
+        on_tensor(name, tensors[name])
+        return np.asarray(tensors[name].read(), order="C")
+
+    temporary = path.with_name(path.name + ".tmp")
+    if path.suffix in _PICKLED:
+        numbers = {
+            name: (tensor.shape, tensor.dtype, functools.partial(read, name))
+            for name, tensor in tensors.items()
+        }
+        write_pickled(temporary, numbers, under)
+    else:
+        from safetensors.numpy import save_file
+
+        save_file({name: read(name) for name in tensors}, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+def _shards(tensors: Mapping[str, StoredTensor], limit: int) -> Iterator[dict[str, StoredTensor]]:
+    shard, size = {}, 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.bytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.bytes
+    yield shard

@@ -1,0 +1,118 @@
+"""The weights of one layer, for models that are not ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gdn2_jax.interop.pytorch.convert import (
+    flatten,
+    leaf_shapes,
+    leaves_of_params,
+    leaves_of_tensors,
+    params_of_leaves,
+    tensors_of_leaves,
+)
+from gdn2_jax.interop.pytorch.files import StoredTensor
+from gdn2_jax.interop.pytorch.layouts import Entry, layer_entries
+from gdn2_jax.layers import (
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    SlidingWindowAttention,
+)
+
+_MIXERS = {
+    GatedDeltaNet2: "gdn2",
+    KimiDeltaAttention: "kda",
+    GatedDeltaNet: "gdn",
+    SlidingWindowAttention: "attention",
+}
+
+
+def layer_from_pytorch(
+    layer: nn.Module, tensors: Mapping[str, Any], *, prefix: str = ""
+) -> dict[str, Any]:
+    """Returns a layer's parameters from a PyTorch state dict, in the state dict's dtypes.
+
+    The names are those of the layers of the paper's repository and of flash-linear-attention,
+    whose GDN-2 layers differ in `output_gate`: "silu" and "sigmoid".
+
+    Args:
+      layer: a `GatedDeltaNet2`, `KimiDeltaAttention`, `GatedDeltaNet` or attention module.
+      tensors: NumPy arrays, PyTorch tensors on the CPU, or the result of `open_tensors`.
+      prefix: what the names of the layer's tensors begin with, as "model.layers.0.attn."; others
+        are ignored.
+
+    Returns:
+      The parameters, for `layer.apply({"params": params}, x)`.
+
+    Raises:
+      TypeError: the layer is of another kind.
+      ValueError: tensors are missing, too many or of a wrong shape; the message lists them all.
+    """
+    own = {
+        name.removeprefix(prefix): _stored(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    _mixer(layer)
+    if "o_proj.weight" not in own:
+        raise ValueError(f"tensors: expected a layer's, got no {prefix}o_proj.weight")
+    width = own["o_proj.weight"].shape[0]
+    x = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
+    abstract = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    entries = _entries(layer, abstract)
+    return params_of_leaves(leaves_of_tensors(own, entries, leaf_shapes(abstract, entries)))
+
+
+def layer_to_pytorch(
+    layer: nn.Module, params: Mapping[str, Any], *, prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """Returns a PyTorch state dict of a layer's parameters, the inverse of `layer_from_pytorch`.
+
+    Args:
+      layer: as there.
+      params: of the layer.
+      prefix: put before every name.
+
+    Returns:
+      NumPy arrays, bfloat16 ones of ml_dtypes' type.
+
+    Raises:
+      TypeError: the layer is of another kind.
+    """
+    entries = _entries(layer, params)
+    tensors = tensors_of_leaves(leaves_of_params(params, entries), entries)
+    return {prefix + name: np.asarray(t.read(), order="C") for name, t in tensors.items()}
+
+
+def _mixer(layer: nn.Module) -> str:
+    for kind, mixer in _MIXERS.items():
+        if isinstance(layer, kind):
+            return mixer
+    names = ", ".join(kind.__name__ for kind in _MIXERS)
+    raise TypeError(f"layer: expected one of {names}, got {type(layer).__name__}")
+
+
+def _entries(layer: nn.Module, params: Any) -> list[Entry]:
+    """Those of the parameters that the layer has: convolutions and decay are optional."""
+    flat = flatten(params)
+    return [
+        entry for entry in layer_entries(_mixer(layer)) if all(path in flat for path in entry.paths)
+    ]
+
+
+def _stored(tensor: Any) -> StoredTensor:
+    if isinstance(tensor, StoredTensor):
+        return tensor
+    # NumPy has no view of PyTorch's bfloat16, JAX has.
+    array: Array | np.ndarray = tensor
+    if hasattr(tensor, "detach"):
+        array = jax.dlpack.from_dlpack(tensor.detach().contiguous())
+    array = np.asarray(array)
+    return StoredTensor(array.shape, array.dtype, lambda: array)

@@ -1,0 +1,213 @@
+"""Which PyTorch tensor holds which of our parameters, and how its numbers lie in it."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from gdn2_jax.models import ModelConfig
+
+Style = Literal["paper", "fla"]
+Path = tuple[str, ...]
+
+
+class Layout(NamedTuple):
+    """How parameters lie in a tensor.
+
+    Attributes:
+      split: of a tensor and the parameters' shapes, gives the parameters.
+      join: of the parameters, gives the tensor.
+    """
+
+    split: Callable[..., tuple[np.ndarray, ...]]
+    join: Callable[..., np.ndarray]
+
+
+class Entry(NamedTuple):
+    """A tensor and the parameters that it holds.
+
+    Attributes:
+      name: of the tensor in the state dict.
+      paths: of the parameters in the tree.
+      layout: of the tensor.
+      index: position along the parameters' leading axis, which stacks layers; None if they have
+        none.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    layout: Layout
+    index: int | None = None
+
+
+def _of_one(split, join) -> Layout:
+    return Layout(lambda tensor, shapes: (split(tensor, shapes[0]),), join)
+
+
+# A Linear's weight is [out, in], a depthwise Conv1d's [channels, 1, taps].
+_LINEAR = _of_one(lambda tensor, shape: tensor.T, lambda kernel: kernel.T)
+_CONVOLUTION = _of_one(lambda tensor, shape: tensor[:, 0].T, lambda kernel: kernel.T[:, None])
+_VECTOR = _of_one(lambda tensor, shape: tensor.reshape(shape), lambda array: array.reshape(-1))
+_SAME = _of_one(lambda tensor, shape: tensor, lambda array: array)
+
+
+def _fused_attention(heads: int) -> Layout:
+    """Rows of q, k and v a head in turn."""
+
+    def split(tensor, shapes):
+        width = tensor.shape[-1]
+        q_k_v = np.moveaxis(tensor.reshape(heads, 3, -1, width), 1, 0)
+        return tuple(rows.reshape(-1, width).T for rows in q_k_v)
+
+    def join(*kernels):
+        width = kernels[0].shape[0]
+        rows = [kernel.T.reshape(heads, -1, width) for kernel in kernels]
+        return np.stack(rows, axis=1).reshape(-1, width)
+
+    return Layout(split, join)
+
+
+def _linears(*names: str) -> list[Entry]:
+    return [Entry(f"{name}.weight", ((name, "kernel"),), _LINEAR) for name in names]
+
+
+def _low_rank(name: str) -> list[Entry]:
+    """A Linear after a Linear, in an nn.Sequential."""
+    return [Entry(f"{name}.{i}.weight", ((f"{name}_{i}", "kernel"),), _LINEAR) for i in range(2)]
+
+
+_DELTA_RULE = [
+    *_linears("q_proj", "k_proj", "v_proj", "b_proj", "o_proj"),
+    *(
+        Entry(f"{name}.weight", ((name, "kernel"),), _CONVOLUTION)
+        for name in ("q_conv1d", "k_conv1d", "v_conv1d")
+    ),
+    Entry("A_log", (("A_log",),), _VECTOR),
+    Entry("dt_bias", (("dt_bias",),), _VECTOR),
+    Entry("o_norm.weight", (("o_norm", "scale"),), _VECTOR),
+]
+_KDA = [
+    *_DELTA_RULE,
+    *_low_rank("f_proj"),
+    *_low_rank("g_proj"),
+    Entry("g_proj.1.bias", (("g_proj_1", "bias"),), _VECTOR),
+]
+_LAYERS: dict[str, list[Entry]] = {
+    "gdn2": [*_KDA, *_linears("w_proj")],
+    "kda": _KDA,
+    "gdn": [*_DELTA_RULE, *_linears("a_proj", "g_proj")],
+    "attention": _linears("q_proj", "k_proj", "v_proj", "o_proj"),
+}
+# The paper's repository publishes one recurrent mixer.
+MIXERS: dict[Style, tuple[str, ...]] = {"paper": ("gdn2",), "fla": ("gdn2", "kda", "gdn")}
+
+
+def layer_entries(mixer: str) -> list[Entry]:
+    """Returns the tensors of a layer, whose names the paper's repository and fla share.
+
+    Args:
+      mixer: one of "gdn2", "kda", "gdn" and "attention". A layer without short convolutions has
+        no tensors for them.
+    """
+    return _LAYERS[mixer]
+
+
+def model_entries(config: ModelConfig, style: Style) -> list[Entry]:
+    """Returns the tensors of a language model, in the order of its layers.
+
+    Raises:
+      ValueError: the style has no such model.
+    """
+    if config.mixer not in MIXERS[style]:
+        raise ValueError(
+            f"mixer: expected one of {', '.join(MIXERS[style])}, whose PyTorch names the {style} "
+            f"style has, got {config.mixer!r}"
+        )
+    names = _NAMES[style]
+    entries = [Entry(names.embedding, (("embed", "embedding"),), _SAME)]
+    for i in range(config.num_layers):
+        attention = config.hybrid and i % 2 == 1
+        block, index = ("attention_block", i // 2) if attention else ("block", i)
+        if config.hybrid:
+            index = i // 2
+        for entry in _block_entries(config, style, attention):
+            name = f"{names.layers}.{i}.{entry.name}"
+            paths = tuple(("layers", block, *path) for path in entry.paths)
+            entries.append(Entry(name, paths, entry.layout, index))
+    return [
+        *entries,
+        Entry(names.final_norm, (("final_norm", "scale"),), _VECTOR),
+        Entry("lm_head.weight", (("lm_head", "kernel"),), _LINEAR),
+    ]
+
+
+class _Names(NamedTuple):
+    embedding: str
+    layers: str
+    mixer_norm: str
+    mlp_norm: str
+    mlp: dict[str, str]
+    final_norm: str
+
+
+_NAMES: dict[Style, _Names] = {
+    "paper": _Names(
+        "transformer.wte.weight",
+        "transformer.h",
+        "norm_1.weight",
+        "norm_2.weight",
+        {"gate_proj": "mlp.swiglu.w1", "up_proj": "mlp.swiglu.w2", "down_proj": "mlp.swiglu.w3"},
+        "transformer.ln_f.weight",
+    ),
+    "fla": _Names(
+        "model.embeddings.weight",
+        "model.layers",
+        "attn_norm.weight",
+        "mlp_norm.weight",
+        {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+        "model.norm.weight",
+    ),
+}
+
+
+def style_of(names) -> Style:
+    """Returns the style in which a whole model's tensors are named.
+
+    Raises:
+      ValueError: neither style's embedding is among the names.
+    """
+    for style, known in _NAMES.items():
+        if known.embedding in names:
+            return style
+    expected = " or ".join(known.embedding for known in _NAMES.values())
+    raise ValueError(
+        f"tensors: expected a language model with {expected}, got {', '.join(sorted(names)[:5])}..."
+    )
+
+
+def _block_entries(config: ModelConfig, style: Style, attention: bool) -> list[Entry]:
+    names = _NAMES[style]
+    if not attention:
+        mixer = layer_entries(config.mixer)
+    elif style == "fla":
+        mixer = layer_entries("attention")
+    else:
+        kernels = tuple((name, "kernel") for name in ("q_proj", "k_proj", "v_proj"))
+        mixer = [
+            Entry("attn.weight", kernels, _fused_attention(config.attention_heads)),
+            Entry("proj.weight", (("o_proj", "kernel"),), _LINEAR),
+        ]
+    return [
+        Entry(names.mixer_norm, (("mixer_norm", "scale"),), _VECTOR),
+        *(
+            Entry(
+                f"attn.{entry.name}", tuple(("mixer", *path) for path in entry.paths), entry.layout
+            )
+            for entry in mixer
+        ),
+        Entry(names.mlp_norm, (("mlp_norm", "scale"),), _VECTOR),
+        *(
+            Entry(f"{theirs}.weight", (("mlp", ours, "kernel"),), _LINEAR)
+            for ours, theirs in names.mlp.items()
+        ),
+    ]

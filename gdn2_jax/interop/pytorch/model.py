@@ -1,0 +1,176 @@
+"""Whole language models: from a PyTorch checkpoint, to one, and from style to style."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from gdn2_jax.interop.pytorch.config import (
+    check_style,
+    config_from_description,
+    config_from_shapes,
+    describe,
+    read_description,
+)
+from gdn2_jax.interop.pytorch.convert import (
+    Leaf,
+    leaf_shapes,
+    leaves_of_params,
+    leaves_of_tensors,
+    params_of_leaves,
+    tensors_of_leaves,
+)
+from gdn2_jax.interop.pytorch.files import (
+    FileFormat,
+    StoredTensor,
+    open_tensors,
+    write_json,
+    write_tensors,
+)
+from gdn2_jax.interop.pytorch.layouts import Style, model_entries, style_of
+from gdn2_jax.models import LanguageModel, ModelConfig
+
+_EMBEDDING, _HEAD = "model.embeddings.weight", "lm_head.weight"
+
+
+class Pretrained(NamedTuple):
+    """A language model.
+
+    Attributes:
+      config: of the model.
+      params: of the model, for `LanguageModel(config).apply({"params": params}, tokens)`.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+
+
+def load_pretrained(
+    path: str | Path, *, config: ModelConfig | None = None, sharding: Sharding | None = None
+) -> Pretrained:
+    """Loads a PyTorch checkpoint of either style, one stacked parameter at a time.
+
+    Args:
+      path: a directory or file for `open_tensors`. A checkpoint in the style of fla has its
+        config.json beside it.
+      config: of the model; if None, that of the config.json, or what the shapes of the paper's
+        style tell (attention then has heads of width 128 and windows of 2048, as in the paper).
+      sharding: of every parameter; on the default device if None.
+
+    Returns:
+      The model, its parameters in the dtypes of the checkpoint.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged, or does not fit the model: missing, unexpected and misshapen
+        tensors are all listed.
+    """
+    config, leaves = _open(Path(path), config)
+    return Pretrained(config, params_of_leaves(leaves, sharding))
+
+
+def save_pretrained(
+    path: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    style: Style = "fla",
+    **options: Any,
+) -> list[Path]:
+    """Saves a language model for PyTorch.
+
+    Args:
+      path: a directory, or a .safetensors, .pt, .pth or .bin file. Style "fla" leaves a config.json
+        beside the weights.
+      config: of the model.
+      params: of the model.
+      style: whose names the tensors get.
+      **options: `file_format`, `shard_bytes` and `on_tensor` of `write_tensors`.
+
+    Returns:
+      The files written.
+
+    Raises:
+      FileExistsError: there are weights already.
+      ValueError: the style has no such model.
+    """
+    leaves = leaves_of_params(params, model_entries(config, style))
+    return _save(Path(path), config, leaves, style, **options)
+
+
+def convert_pretrained(
+    source: str | Path,
+    path: str | Path,
+    *,
+    config: ModelConfig | None = None,
+    style: Style = "fla",
+    **options: Any,
+) -> list[Path]:
+    """Converts a PyTorch checkpoint to the other style or another kind of file.
+
+    Memory holds one file of the result at a time (one tensor if it is no safetensors).
+
+    Args:
+      source: as the path of `load_pretrained`.
+      path: as that of `save_pretrained`.
+      config: as in `load_pretrained`.
+      style: of the result.
+      **options: as in `save_pretrained`.
+
+    Returns:
+      The files written.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      FileExistsError: there are weights already.
+      ValueError: as in `load_pretrained` and `save_pretrained`.
+    """
+    config, leaves = _open(Path(source), config)
+    return _save(Path(path), config, leaves, style, **options)
+
+
+def _open(path: Path, config: ModelConfig | None) -> tuple[ModelConfig, dict[Leaf, StoredTensor]]:
+    tensors = open_tensors(path)
+    style = style_of(tensors)
+    directory = path if path.is_dir() else path.parent
+    if config is None and style == "fla":
+        description = read_description(directory / "config.json")
+        config = config_from_description(description, tensors[_EMBEDDING].dtype)
+        if description.get("tie_word_embeddings"):
+            tensors.setdefault(_HEAD, tensors[_EMBEDDING])
+    elif config is None:
+        config = config_from_shapes(tensors)
+    entries = model_entries(config, style)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    abstract = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"]
+    return config, leaves_of_tensors(tensors, entries, leaf_shapes(abstract, entries))
+
+
+def _save(
+    path: Path,
+    config: ModelConfig,
+    leaves: dict[Leaf, StoredTensor],
+    style: Style,
+    file_format: FileFormat = "safetensors",
+    shard_bytes: int = 5 * 2**30,
+    on_tensor: Callable[[str, StoredTensor], None] = lambda name, tensor: None,
+) -> list[Path]:
+    tensors = tensors_of_leaves(leaves, model_entries(config, style))
+    check_style(config, style)
+    write = functools.partial(
+        write_tensors, file_format=file_format, shard_bytes=shard_bytes, on_tensor=on_tensor
+    )
+    if style == "paper":
+        return write(path, tensors, under="model")
+    content = describe(config, tensors[_EMBEDDING].dtype)
+    directory = path.parent if path.suffix else path
+    description = directory / "config.json"
+    if description.exists():
+        raise FileExistsError(f"{description} exists already")
+    files = write(path, tensors)
+    write_json(description, content)
+    return [*files, description]
