@@ -17,7 +17,8 @@ TRAIN = [
     "tqdm",
     "tyro",
 ]
-TEST = ["chex", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
+INTEROP = ["flatbuffers", "safetensors"]
+TEST = [*INTEROP, "chex", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 
 setup(
     name="gdn2-jax",
@@ -33,6 +34,7 @@ setup(
     install_requires=["jax>=0.11,<0.13", "flax", "jaxtyping"],
     extras_require={
         "train": TRAIN,
+        "interop": INTEROP,
         "test": TEST,
         "cuda": ["jax[cuda13]>=0.11,<0.13"],
         "peers": ["torch", "triton", "fla-core", "nvidia-cudnn-frontend"],

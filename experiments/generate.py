@@ -1,17 +1,21 @@
-"""Continues a prompt with a trained model.
+"""Continues a prompt with a trained model: of a run, or of a PyTorch checkpoint with its tokenizer.
 
 python experiments/generate.py
 python experiments/generate.py runs/tiny --prompt "import " --temperature 0.7 --top-p 0.9
+python experiments/generate.py huggingface-model --prompt "Once upon a time"
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from gdn2_jax.data import Tokenizer, load_tokenizer
 from gdn2_jax.evaluation import sample_text
+from gdn2_jax.interop.pytorch import load_pretrained
+from gdn2_jax.models import ModelConfig
 from gdn2_jax.training import CheckpointError, load_trained
 
 
@@ -20,7 +24,8 @@ class Options:
     """What to sample, and how."""
 
     run_dir: Annotated[Path, tyro.conf.Positional] = Path("runs/tiny")
-    """The directory of a run of train.py; its latest checkpoint is used."""
+    """The directory of a run of train.py, of which the latest checkpoint is used, or one with
+    config.json, weights and tokenizer.json."""
 
     prompt: str = ""
     """The beginning of the document."""
@@ -44,14 +49,19 @@ class Options:
     """Number of samples; the first is shown while it grows."""
 
 
+def _load(directory: Path) -> tuple[ModelConfig, Any, Tokenizer]:
+    if (directory / "config.json").is_file() and not (directory / "checkpoints").is_dir():
+        tokenizer = load_tokenizer(directory / "tokenizer.json")
+        return *load_pretrained(directory), tokenizer
+    trained = load_trained(directory)
+    return trained.config.model, trained.params, trained.tokenizer
+
+
 def main(options: Options) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
     try:
-        trained = load_trained(options.run_dir)
         texts = sample_text(
-            trained.config.model,
-            trained.params,
-            trained.tokenizer,
+            *_load(options.run_dir),
             options.prompt,
             max_new_tokens=options.tokens,
             batch_size=options.batch,

@@ -1,0 +1,95 @@
+"""experiments/convert_weights.py: from a run to PyTorch's files and on."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tyro
+
+from gdn2_jax.data.tokenizer import ByteTokenizer
+from gdn2_jax.interop.pytorch import load_pretrained, open_tensors
+from gdn2_jax.models import ModelConfig
+from gdn2_jax.training import TrainingConfig, run_files
+from gdn2_jax.training.checkpoint import open_checkpoints, save_checkpoint
+from gdn2_jax.training.run import save_config
+from gdn2_jax.training.step import initial_state
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(capsys):
+    """A function of a script and its arguments: its exit status or message, output and errors."""
+
+    def call(name, *arguments):
+        path = ROOT / "experiments" / name
+        specification = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        status = module.main(tyro.cli(module.Options, args=list(map(str, arguments))))
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's directory, as train.py leaves it before the first step, and its parameters."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    model = ModelConfig(
+        vocab_size=257,
+        d_model=16,
+        num_layers=2,
+        num_heads=1,
+        head_dim=16,
+        hybrid=True,
+        attention_heads=1,
+        window_size=8,
+        mlp_dim=16,
+        dtype="float32",
+        implementation="recurrent",
+    )
+    config = TrainingConfig(model=model, steps=1, global_batch_size=8)
+    state = jax.jit(lambda: initial_state(config))()
+    files = run_files(directory)
+    checkpoints = open_checkpoints(files.checkpoints, 1)
+    save_checkpoint(checkpoints, state, {})
+    checkpoints.close()
+    save_config(config, files.config)
+    ByteTokenizer().save(files.tokenizer)
+    return directory, state.params
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_converted_and_sampled_from(run, command, tmp_path):
+    directory, params = run
+    status, output, errors = command("convert_weights.py", directory, tmp_path / "fla")
+    names = ["model.safetensors", "config.json", "tokenizer.json"]
+    assert status == 0
+    assert output == "".join(f"wrote {tmp_path / 'fla' / name}\n" for name in names)
+    assert "note: the model gates its output with silu" in errors
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(tmp_path / "fla").params, params)
+
+    arguments = tmp_path / "fla", tmp_path / "m.pth", "--style=paper"
+    status, _, errors = command("convert_weights.py", *arguments)
+    assert status == 0 and "note" not in errors
+    assert "transformer.h.1.attn.attn.weight" in open_tensors(tmp_path / "m.pth")
+
+    options = ["--prompt=ab", "--tokens=5", "--temperature=0"]
+    trained = command("generate.py", directory, *options)
+    assert trained == command("generate.py", tmp_path / "fla", *options)
+    assert trained[0] == 0 and trained[1].startswith("ab")
+
+
+def test_failures_are_one_line(run, command, tmp_path):
+    (tmp_path / "taken.pth").touch()
+    for arguments, message in (
+        ([tmp_path / "nothing", tmp_path / "out"], "nothing does not exist"),
+        ([run[0], tmp_path / "taken.pth", "--style=paper"], "taken.pth exists already"),
+        ([run[0], tmp_path / "out", "--preset=huge"], "--preset: there is no 'huge'"),
+    ):
+        status, _, _ = command("convert_weights.py", *arguments)
+        assert status.startswith("convert_weights.py: ") and status.endswith(message)
+    assert not (tmp_path / "out").exists()
