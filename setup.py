@@ -37,7 +37,13 @@ setup(
         "interop": INTEROP,
         "test": TEST,
         "cuda": ["jax[cuda13]>=0.11,<0.13"],
-        "peers": ["torch", "triton", "fla-core", "nvidia-cudnn-frontend"],
+        "peers": [
+            "torch",
+            "triton",
+            "fla-core",
+            "flash-linear-attention",
+            "nvidia-cudnn-frontend",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.12",
