@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.data import train_iterator
-from gdn2_jax.training import CheckpointError, load_trained, open_run, run_files
+from gdn2_jax.training import CheckpointError, is_finished, load_trained, open_run, run_files
 from gdn2_jax.training.checkpoint import restore_checkpoint
 from gdn2_jax.training.run import load_config, save_config
 from gdn2_jax.training.step import abstract_state, replicated
@@ -50,6 +50,15 @@ def test_what_changes_no_number_may_differ(config, finished):
     run = open_run(other, finished)
     assert int(run.state.step) == 8
     run.checkpoints.close()
+
+
+def test_a_run_is_finished_by_its_summary_and_for_its_own_configuration(config, finished, copy):
+    assert is_finished(config, finished)
+    assert not is_finished(replace(config, steps=9), finished)
+    assert not is_finished(replace(config, model__d_model=32), finished)
+    run_files(copy).summary.unlink()
+    assert not is_finished(config, copy)
+    assert not is_finished(config, copy / "nowhere")
 
 
 def test_other_text_is_refused(config, copy, tmp_path):
