@@ -8,18 +8,21 @@ from jaxtyping import Array, Bool, Float
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def rotate(x: Float[Array, "*n K"], phase: Float[Array, "*#n A"]) -> Float[Array, "*n K"]:
-    """Rotates the channel pairs (i, i + K / 2), i < A, by `phase`; the others pass."""
-    a, b = jnp.split(x, 2, axis=-1)
-    rest = a.shape[-1] - phase.shape[-1]
-    phase = jnp.pad(phase, [(0, 0)] * (phase.ndim - 1) + [(0, rest)])
-    cos, sin = jnp.cos(phase), jnp.sin(phase)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+def rotate(
+    x: Float[Array, "*n K"], phase: Float[Array, "*#n A"], axis: int = -1
+) -> Float[Array, "*n K"]:
+    """Rotates the channel pairs (i, i + K / 2), i < A, along `axis` by `phase`; the others pass."""
+    a, b = jnp.split(x, 2, axis=axis)
+    padding = [(0, 0)] * phase.ndim
+    padding[axis] = (0, a.shape[axis] - phase.shape[axis])
+    cos = jnp.pad(jnp.cos(phase), padding, constant_values=1)
+    sin = jnp.pad(jnp.sin(phase), padding)
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=axis)
 
 
 def rotate_state(x: Float[Array, "*n K V"], phase: Float[Array, "*n A"]) -> Float[Array, "*n K V"]:
     """`rotate` along the key axis of a state."""
-    return jnp.swapaxes(rotate(jnp.swapaxes(x, -1, -2), phase[..., None, :]), -1, -2)
+    return rotate(x, phase[..., None], axis=-2)
 
 
 def wrap(phase: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
+from gdn2_jax.ops.scalar_decay import Layout, layout_for
 
 ARRAYS = ("q", "k", "v", "g", "dt", "initial_state")
 
@@ -30,9 +31,9 @@ def draw(log_decay):
 
 
 def segments(length):
-    """Borders inside chunks and at one, and a segment of a single token."""
+    """Borders inside chunks, at one and at the end of a span, and a segment of a single token."""
     ids = np.zeros((2, length), np.int32)
-    for row, starts in enumerate(([16, 40, 41], [3, 64])):
+    for row, starts in enumerate(([16, 40, 41, 128], [3, 64, 200])):
         for start in starts:
             ids[row, start:] += 1
     return jnp.asarray(ids)
@@ -50,12 +51,13 @@ def run(*arrays, implementation="xla", segment_ids=None):
 )
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
 def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, bound):
-    # 143 tokens: several chunks and spans, the last one not full.
-    options = {"segment_ids": segments(143) if regime == "gentle" else None}
+    # 300 tokens: spans of two chunks, the last one not full.
+    assert layout_for(300) == Layout(300, chunk_size=64, spans=3, padded=384)
+    options = {"segment_ids": segments(300) if regime == "gentle" else None}
     assert_same(
         functools.partial(run, **options),
         functools.partial(run, implementation="recurrent", **options),
-        draw(143, regime, dtype),
+        draw(300, regime, dtype),
         bound,
     )
 

@@ -14,6 +14,7 @@ from gdn2_jax.ops.mamba3 import (
     mamba3_initial_state,
     mamba3_step,
 )
+from gdn2_jax.ops.scalar_decay import Layout, layout_for
 
 
 @pytest.fixture
@@ -57,9 +58,9 @@ def draw(log_decay):
 
 
 def segments(length):
-    """Borders inside chunks and at one, and a segment of a single token."""
+    """Borders inside chunks, at one and at the end of a span, and a segment of a single token."""
     ids = np.zeros((2, length), np.int32)
-    for row, starts in enumerate(([16, 40, 41], [3, 64])):
+    for row, starts in enumerate(([16, 40, 41, 128], [3, 64, 200])):
         for start in starts:
             ids[row, start:] += 1
     return jnp.asarray(ids)
@@ -82,8 +83,11 @@ def at(inputs, t):
 )
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
 def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, bound, ranks):
-    options = {"segment_ids": segments(81) if regime == "gentle" else None}
-    arguments = draw(81, ranks, regime, dtype, groups=2 if ranks == 1 else 1)
+    # Spans of two chunks, the last one not full.
+    assert layout_for(300, 1) == Layout(300, chunk_size=64, spans=3, padded=384)
+    assert layout_for(300, 4) == Layout(300, chunk_size=16, spans=10, padded=320)
+    options = {"segment_ids": segments(300) if regime == "gentle" else None}
+    arguments = draw(300, ranks, regime, dtype, groups=2 if ranks == 1 else 1)
     assert_same(
         functools.partial(run, **options),
         functools.partial(recurrence, **options),
