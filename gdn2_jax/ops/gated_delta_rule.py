@@ -88,7 +88,7 @@ def gated_delta_rule_2(
     if initial_state is None:
         initial_state = jnp.zeros(state_shape, g.dtype)
     arrays = _match_varying_axes(
-        (q, k, v.reshape(folded), g, b, w.reshape(folded), _fold(initial_state, key_heads)),
+        (q, k, v.reshape(folded), g, b, w.reshape(folded), fold_state(initial_state, key_heads)),
         segment_ids,
     )
     starts = None if segment_ids is None else _segment_starts(segment_ids)
@@ -99,7 +99,7 @@ def gated_delta_rule_2(
         # The kernels are not the default: with repeated keys db can miss the precision contract.
         form = hopper if implementation == "pallas" else chunkwise
         outputs, final_state = form(*arrays, starts, scale)
-    return outputs.reshape(v.shape).astype(v.dtype), _unfold(final_state, value_heads)
+    return outputs.reshape(v.shape).astype(v.dtype), unfold_state(final_state, value_heads)
 
 
 def gated_delta_rule_2_step(
@@ -155,15 +155,15 @@ def gated_delta_rule_2_step(
     return form(*_match_varying_axes((state, q, k, v, g, b, w), None))
 
 
-def _fold(state: Array, key_heads: int) -> Array:
+def fold_state(state: Array, key_heads: int) -> Array:
     """[B, Hv, K, V] -> [B, Hk, K, (Hv / Hk) * V]."""
     batch, _, key_dim, value_dim = state.shape
     grouped = state.reshape(batch, key_heads, -1, key_dim, value_dim)
     return jnp.moveaxis(grouped, 2, 3).reshape(batch, key_heads, key_dim, -1)
 
 
-def _unfold(state: Array, value_heads: int) -> Array:
-    """The inverse of `_fold`."""
+def unfold_state(state: Array, value_heads: int) -> Array:
+    """The inverse of `fold_state`."""
     batch, key_heads, key_dim, _ = state.shape
     grouped = state.reshape(batch, key_heads, key_dim, value_heads // key_heads, -1)
     return jnp.moveaxis(grouped, 3, 2).reshape(batch, value_heads, key_dim, -1)

@@ -1,5 +1,29 @@
-"""Meshes and shardings."""
+"""Meshes, shardings, and what layers run on each device: depends on `gdn2_jax.ops` alone."""
 
-from gdn2_jax.parallel.mesh import data_mesh
+from gdn2_jax.parallel.delta_rule import gated_delta_rule_2_on_mesh
+from gdn2_jax.parallel.halo import with_previous_tokens
+from gdn2_jax.parallel.logical import (
+    axis_size,
+    constrain,
+    on_mesh,
+    param_shardings,
+    partitioned,
+    per_device,
+)
+from gdn2_jax.parallel.mesh import BATCH_AXES, MeshConfig, batch_reader, batch_shards, make_mesh
 
-__all__ = ["data_mesh"]
+__all__ = [
+    "BATCH_AXES",
+    "MeshConfig",
+    "axis_size",
+    "batch_reader",
+    "batch_shards",
+    "constrain",
+    "gated_delta_rule_2_on_mesh",
+    "make_mesh",
+    "on_mesh",
+    "param_shardings",
+    "partitioned",
+    "per_device",
+    "with_previous_tokens",
+]

@@ -1,0 +1,157 @@
+"""The operator on a mesh: rows, heads and, exactly, spans of the sequence on different devices.
+
+A span's map from the state before it to the state after it, and to its outputs, is affine:
+
+    S_after = M S_before + L        o_t = scale P_t^T S_before + o_t(S_before = 0)
+
+with M [K, K] and the reads P_t^T q_t [K]. Both come out of the operator itself, run on the span with
+K more value channels whose values are zero and whose initial state is the identity. So one call
+gives M, L, reads and outputs; then each device gathers all M and L, a few [K, K + V] a head, and
+carries the state through the spans before its own. The gradient is that of these steps.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.ops import Implementation, gated_delta_rule_2
+from gdn2_jax.ops.arithmetic import arithmetic_for
+from gdn2_jax.ops.gated_delta_rule import fold_state, unfold_state
+from gdn2_jax.parallel.halo import AXIS, previous_tokens
+from gdn2_jax.parallel.logical import ambient_mesh, axis_size, per_device
+
+
+def gated_delta_rule_2_on_mesh(
+    q: Float[Array, "B T Hk K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T Hv V"],
+    g: Float[Array, "B T Hk K"],
+    b: Float[Array, "B T Hk K"],
+    w: Float[Array, "B T Hv V"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B Hv K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+    """`gated_delta_rule_2` on the ambient mesh; that function itself without one.
+
+    Rows lie over "data" and "fsdp", key heads with their value heads over "tensor", spans of T
+    over "sequence", where T need not divide. No device holds more of a sequence than its span.
+
+    Args:
+      q: as in `gated_delta_rule_2`, like all others.
+      k: keys.
+      v: values.
+      g: log-decay.
+      b: erase gate.
+      w: write gate.
+      scale: factor on the output.
+      initial_state: state before the first token of the whole sequence.
+      segment_ids: document of each token of the whole sequence.
+      implementation: what each device runs.
+
+    Returns:
+      Outputs, and the state after the last token of the whole sequence.
+
+    Raises:
+      ValueError: in addition, the mesh does not divide the rows or the key heads.
+      NotImplementedError: the implementation asked for cannot serve these inputs.
+    """
+    options = {"scale": scale, "implementation": implementation}
+    if ambient_mesh() is None:
+        return gated_delta_rule_2(
+            q, k, v, g, b, w, initial_state=initial_state, segment_ids=segment_ids, **options
+        )
+    for name, size, shards in (
+        ("B", q.shape[0], axis_size("data") * axis_size("fsdp")),
+        ("Hk", q.shape[2], axis_size("tensor")),
+    ):
+        if size % shards:
+            raise ValueError(
+                f"q: expected {name} to be a multiple of the mesh's {shards}, got {size}"
+            )
+    length, spans = q.shape[1], axis_size(AXIS)
+    arrays, padding = [q, k, v, g, b, w], -q.shape[1] % spans
+    if padding:
+        # Padded tokens are exact no-ops: they write nothing and do not decay the state.
+        arrays = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in arrays]
+        if segment_ids is not None:
+            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, padding)), mode="edge")
+    if initial_state is None:
+        shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+        initial_state = jnp.zeros(shape, g.dtype)
+
+    rows = ("batch", "sequence" if spans > 1 else None)
+    tokens, state = (*rows, "heads", None), ("batch", "heads", None, None)
+    run = per_device(
+        functools.partial(_whole if spans == 1 else _span, **options),
+        ((tokens,) * 6, state, rows),
+        (tokens, state),
+        check_vma=implementation != "pallas",
+    )
+    outputs, final_state = run(tuple(arrays), initial_state, segment_ids)
+    return outputs[:, :length], final_state
+
+
+def _whole(arrays, initial_state, segment_ids, **options):
+    return gated_delta_rule_2(
+        *arrays, initial_state=initial_state, segment_ids=segment_ids, **options
+    )
+
+
+def _span(arrays, initial_state, segment_ids, **options):
+    """Outputs of this device's span and the state after the whole sequence."""
+    q, k, v, g, b, w = arrays
+    batch, length, key_heads, key_dim = q.shape
+    identity = jnp.broadcast_to(
+        jnp.eye(key_dim, dtype=g.dtype), (batch, key_heads, key_dim, key_dim)
+    )
+    if segment_ids is not None:
+        before = previous_tokens(segment_ids, 1)[:, 0]
+        carries = (segment_ids[:, 0] == before) | (jax.lax.axis_index(AXIS) == 0)
+        identity = jnp.where(carries[:, None, None, None], identity, 0)
+    initial_state = fold_state(initial_state, key_heads)
+    nothing = jnp.zeros_like(q, dtype=v.dtype)
+    outputs, state = gated_delta_rule_2(
+        q,
+        k,
+        jnp.concatenate([nothing, v.reshape(batch, length, key_heads, -1)], axis=-1),
+        g,
+        b,
+        jnp.concatenate(
+            [nothing.astype(w.dtype), w.reshape(batch, length, key_heads, -1)], axis=-1
+        ),
+        initial_state=jnp.concatenate([identity, jnp.zeros_like(initial_state)], axis=-1),
+        segment_ids=segment_ids,
+        **options,
+    )
+    reads, outputs = jnp.split(outputs, [key_dim], axis=-1)
+    incoming, final_state = _carry_over(*jnp.split(state, [key_dim], axis=-1), initial_state)
+    dot = arithmetic_for((q, k, v, b, w), g.dtype).product
+    from_before = dot("tk,kv->tv", jnp.moveaxis(reads.astype(g.dtype), 1, 2), incoming)
+    outputs = (outputs.astype(g.dtype) + jnp.moveaxis(from_before, 1, 2)).astype(v.dtype)
+    return outputs.reshape(v.shape), unfold_state(final_state, v.shape[2])
+
+
+def _carry_over(
+    transition: Float[Array, "B H K K"],
+    contribution: Float[Array, "B H K V"],
+    initial_state: Float[Array, "B H K V"],
+) -> tuple[Float[Array, "B H K V"], Float[Array, "B H K V"]]:
+    """The state before this device's span, and after the last span (the same on all devices)."""
+    spans = jax.lax.all_gather((transition, contribution), AXIS)
+
+    def advance(state, span):
+        transition, contribution = span
+        product = jnp.matmul(transition, state, precision=jax.lax.Precision.HIGHEST)
+        return product + contribution, state
+
+    initial_state = jax.lax.pcast(initial_state, AXIS, to="varying")
+    final_state, before = jax.lax.scan(advance, initial_state, spans)
+    index = jax.lax.axis_index(AXIS)
+    last = index == jax.lax.axis_size(AXIS) - 1
+    incoming = jax.lax.dynamic_index_in_dim(before, index, keepdims=False)
+    return incoming, jax.lax.psum(jnp.where(last, final_state, 0), AXIS)

@@ -1,0 +1,120 @@
+"""The operator on meshes of eight simulated devices, judged by the recurrence on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdn2_jax import gated_delta_rule_2
+from gdn2_jax.parallel import MeshConfig, gated_delta_rule_2_on_mesh, make_mesh
+from gdn2_jax.testing import OperatorInputs, operator_inputs
+
+NAMES = OperatorInputs._fields[:7]
+
+
+def results(operator, arrays, segment_ids, weights, **options):
+    """Outputs, final state and all seven gradients of a function of both."""
+
+    def loss(arrays):
+        *six, initial_state = arrays
+        outputs, state = operator(
+            *six, initial_state=initial_state, segment_ids=segment_ids, **options
+        )
+        value = jnp.vdot(outputs.astype(state.dtype), weights[0]) + jnp.vdot(state, weights[1])
+        return value, (outputs, state)
+
+    gradients, values = jax.grad(loss, has_aux=True)(arrays)
+    return (*values, *gradients)
+
+
+def on_devices(mesh, *args, **options):
+    run = functools.partial(results, gated_delta_rule_2_on_mesh, **options)
+    with jax.set_mesh(mesh):
+        return jax.jit(run)(*args)
+
+
+def relative_errors(actual, expected):
+    return {
+        name: np.linalg.norm(np.asarray(x, np.float64) - y) / (np.linalg.norm(y) or 1)
+        for name, x, y in zip(("o", "state", *NAMES), actual, map(np.asarray, expected))
+    }
+
+
+MESHES = {
+    "sequence 8": MeshConfig(sequence=8),
+    "sequence 4, tensor 2": MeshConfig(sequence=4, tensor=2),
+    "data 2, fsdp 2, tensor 2": MeshConfig(fsdp=2, tensor=2),
+}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("length", "segments", "regime"), [(37, None, "gentle"), (40, 7, "g=-1e-4")], ids=str
+)
+def test_outputs_states_and_gradients_are_exact(mesh, length, segments, regime):
+    """T = 37 does not divide; segments cross the borders of spans, and 40 / 8 = 5 tokens."""
+    with jax.enable_x64(True):
+        sizes = {"value_heads": 4, "dtype": "float64"}
+        *arrays, ids = operator_inputs(
+            4, length, 2, 4, 3, regime=regime, segments=segments, **sizes
+        )
+        other = operator_inputs(4, length, 2, 4, 3, seed=1, **sizes)
+        weights = (other.v, other.initial_state)
+        expected = jax.jit(
+            functools.partial(results, gated_delta_rule_2, implementation="recurrent")
+        )(arrays, ids, weights)
+        actual = on_devices(make_mesh(MESHES[mesh]), arrays, ids, weights, implementation="xla")
+    errors = relative_errors(actual, expected)
+    assert max(errors.values()) < 1e-10, errors
+
+
+def test_a_document_that_starts_with_a_span_sees_nothing_before_it():
+    ids = jnp.repeat(jnp.array([[3, 3, 5, 5, 5, 9, 9, 9]]), 4, axis=1)
+    with jax.enable_x64(True):
+        *arrays, _ = operator_inputs(1, 32, 1, 4, dtype="float64", regime="g=0")
+        other = operator_inputs(1, 32, 1, 4, dtype="float64", seed=1)
+        weights = (other.v, other.initial_state)
+        expected = jax.jit(
+            functools.partial(results, gated_delta_rule_2, implementation="recurrent")
+        )(arrays, ids, weights)
+        mesh = make_mesh(MeshConfig(sequence=8))
+        actual = on_devices(mesh, arrays, ids, weights, implementation="recurrent")
+    errors = relative_errors(actual, expected)
+    assert max(errors.values()) < 1e-10, errors
+
+
+@pytest.mark.parametrize("regime", ["gentle", "repeated_keys", "mixture"])
+def test_sixteen_bit_inputs_keep_the_precision_contract(regime):
+    shape = (1, 256, 2, 16)
+    *arrays, ids = operator_inputs(*shape, regime=regime, dtype="bfloat16", segments=3)
+    with jax.enable_x64(True):
+        other = operator_inputs(*shape, seed=1, dtype="float64")
+        weights = (other.v, other.initial_state)
+        wide = [x.astype(jnp.float64) for x in arrays]
+        expected = jax.jit(
+            functools.partial(results, gated_delta_rule_2, implementation="recurrent")
+        )(wide, ids, weights)
+    weights = [x.astype(jnp.float32) for x in weights]
+    actual = on_devices(make_mesh(MeshConfig(sequence=8)), arrays, ids, weights)
+    errors = relative_errors(actual, expected)
+    print(errors)
+    for name in "bg":
+        least = 1e-2 * np.linalg.norm(expected[2])
+        errors[name] *= np.linalg.norm(expected[2 + NAMES.index(name)])
+        errors[name] /= max(np.linalg.norm(expected[2 + NAMES.index(name)]), least) or 1
+    assert max(errors.values()) < (3e-2 if regime == "repeated_keys" else 1e-2), errors
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(tensor=2, sequence=4), "Hk to be a multiple of the mesh's 2, got 3"),
+        (MeshConfig(fsdp=4, sequence=2), "B to be a multiple of the mesh's 4, got 2"),
+    ],
+)
+def test_heads_and_rows_that_the_mesh_does_not_divide_are_refused(config, message):
+    *arrays, _ = operator_inputs(2, 16, 3, 4)
+    with pytest.raises(ValueError, match=message):
+        on_devices(make_mesh(config), arrays, None, (arrays[2], arrays[-1]))
