@@ -29,6 +29,11 @@ class Attention(SlidingWindowAttention):
       decode: keep keys and values between calls.
     """
 
+    def _attend_span(self, q, k, v, segment_ids):
+        raise NotImplementedError(
+            "full attention does not split sequences over devices; expected a mesh with sequence 1"
+        )
+
     def _attend(self, q, k, v, segment_ids, past=None) -> Float[Array, "B T N H"]:
         window_size = q.shape[1] if past is None else self.window_size
         blocks = functools.partial(_attention, window_size=window_size)

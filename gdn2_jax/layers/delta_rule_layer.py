@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from gdn2_jax.layers.initializers import small_xavier_uniform
 from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.ops import Implementation, gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.parallel import gated_delta_rule_2_on_mesh, partitioned
 
 
 class DeltaRuleLayer(nn.Module):
@@ -44,15 +45,34 @@ class DeltaRuleLayer(nn.Module):
     def _value_dim(self) -> int:
         return round(self.head_dim * self.expand_v)
 
-    def _dense(self, name: str, features: int, use_bias: bool = False) -> nn.Dense:
+    def _dense(
+        self,
+        name: str,
+        features: int,
+        use_bias: bool = False,
+        axes: tuple[str | None, str | None] = ("embed", "heads"),
+    ) -> nn.Dense:
         return nn.Dense(
             features,
             use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=self.kernel_init,
+            kernel_init=partitioned(self.kernel_init, *axes),
+            bias_init=partitioned(nn.initializers.zeros, axes[1]),
             name=name,
         )
+
+    def _low_rank(
+        self, name: str, x: Float[Array, "B T D"], rank: int, features: int, use_bias: bool = False
+    ) -> Array:
+        """Two projections without anything between; the bias is the second one's."""
+        x = self._dense(f"{name}_0", rank, axes=("embed", None))(x)
+        return self._dense(f"{name}_1", features, use_bias, axes=(None, "heads"))(x)
+
+    def _per_head(self, name: str, init: Initializer, *shape: int) -> Array:
+        """A float32 parameter whose first axis is the heads."""
+        names = ("heads", *(None for _ in shape[1:]))
+        return self.param(name, partitioned(init, *names), shape, jnp.float32)
 
     def _queries_keys_values(self, x: Float[Array, "B T D"], segment_ids: Array | None) -> tuple:
         """Queries and keys [B, T, H, K] of unit length, values [B, T, Hv, V]."""
@@ -88,7 +108,7 @@ class DeltaRuleLayer(nn.Module):
         """Runs the operator, from and to the cached state when decoding."""
         q, k, v, g, b, w = (checkpoint_name(x, "operand") for x in (q, k, v, g, b, w))
         if not self.decode:
-            return gated_delta_rule_2(
+            return gated_delta_rule_2_on_mesh(
                 q, k, v, g, b, w, segment_ids=segment_ids, implementation=self.implementation
             )[0]
         batch, length, value_heads, value_dim = v.shape
@@ -134,7 +154,8 @@ class DeltaRuleLayer(nn.Module):
         gate = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
         y = norm(o) * gate(split_heads(z, self._value_heads).astype(wide))
         y = checkpoint_name(y.astype(o.dtype), "operand")
-        return self._dense("o_proj", width)(y.reshape(*o.shape[:2], -1))
+        o_proj = self._dense("o_proj", width, axes=("heads", "embed"))
+        return o_proj(y.reshape(*o.shape[:2], -1))
 
     def _check_attributes(self) -> None:
         for name in ("num_heads", "head_dim", "conv_size"):

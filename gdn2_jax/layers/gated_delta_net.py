@@ -80,8 +80,8 @@ class GatedDeltaNet(DeltaRuleLayer):
         heads = self._value_heads
         if not self.use_decay:
             return jnp.zeros((*x.shape[:2], heads), jnp.promote_types(dtype, jnp.float32))
-        a_log = self.param("A_log", log_uniform_rate_from_zero, (heads,), jnp.float32)
-        dt_bias = self.param("dt_bias", inverse_softplus_time_step, (heads,), jnp.float32)
+        a_log = self._per_head("A_log", log_uniform_rate_from_zero, heads)
+        dt_bias = self._per_head("dt_bias", inverse_softplus_time_step, heads)
         return log_decay(self._dense("a_proj", heads)(x), a_log, dt_bias, None)
 
     def _check_attributes(self) -> None:

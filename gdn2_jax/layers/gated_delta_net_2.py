@@ -91,7 +91,7 @@ class GatedDeltaNet2(DeltaRuleLayer):
         value_heads, value_dim = self._value_heads, self._value_dim
         q, k, v = self._queries_keys_values(x, segment_ids)
 
-        f = self._dense("f_proj_1", heads * key_dim)(self._dense("f_proj_0", value_dim)(x))
+        f = self._low_rank("f_proj", x, value_dim, heads * key_dim)
         g = self._log_decay(split_heads(f, heads))
         b = _gate(split_heads(self._dense("b_proj", heads * key_dim)(x), heads), self.erase_gate)
         if self.allow_negative_eigenvalues:
@@ -101,14 +101,14 @@ class GatedDeltaNet2(DeltaRuleLayer):
 
         o = self._mix(q, k, v, g, b, w, segment_ids)
 
-        z = self._dense("g_proj_0", value_dim)(x)
-        z = self._dense("g_proj_1", value_heads * value_dim, use_bias=True)(z)
+        z = self._low_rank("g_proj", x, value_dim, value_heads * value_dim, use_bias=True)
         return self._output(o, z, self.output_gate, x.shape[-1])
 
     def _log_decay(self, f: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
-        a_log = self.param("A_log", log_uniform_rate, (self.num_heads,), jnp.float32)
-        shape = (self.num_heads, self.head_dim)
-        dt_bias = self.param("dt_bias", inverse_softplus_time_step, shape, jnp.float32)
+        a_log = self._per_head("A_log", log_uniform_rate, self.num_heads)
+        dt_bias = self._per_head(
+            "dt_bias", inverse_softplus_time_step, self.num_heads, self.head_dim
+        )
         return log_decay(f, a_log, dt_bias, self.decay_lower_bound)
 
     def _check_attributes(self) -> None:

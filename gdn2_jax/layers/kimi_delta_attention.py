@@ -4,7 +4,6 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.delta_rule_layer import (
@@ -77,13 +76,11 @@ class KimiDeltaAttention(DeltaRuleLayer):
         q, k, v = self._queries_keys_values(x, segment_ids)
         heads, value_dim = self._value_heads, self._value_dim
 
-        f = self._dense("f_proj_0", value_dim)(x)
-        f = split_heads(self._dense("f_proj_1", heads * self.head_dim)(f), heads)
+        f = split_heads(self._low_rank("f_proj", x, value_dim, heads * self.head_dim), heads)
         bounded = self.decay_lower_bound is not None
         rate_init = nn.initializers.zeros if bounded else log_uniform_rate
-        a_log = self.param("A_log", rate_init, (heads,), jnp.float32)
-        shape = (heads, self.head_dim)
-        dt_bias = self.param("dt_bias", inverse_softplus_time_step, shape, jnp.float32)
+        a_log = self._per_head("A_log", rate_init, heads)
+        dt_bias = self._per_head("dt_bias", inverse_softplus_time_step, heads, self.head_dim)
         g = log_decay(f, a_log, dt_bias, self.decay_lower_bound)
 
         beta = jax.nn.sigmoid(self._dense("b_proj", heads)(x))[..., None]
@@ -91,8 +88,7 @@ class KimiDeltaAttention(DeltaRuleLayer):
             beta = 2 * beta
         o = self._mix_tied(q, k, v, g, beta, segment_ids)
 
-        z = self._dense("g_proj_0", value_dim)(x)
-        z = self._dense("g_proj_1", heads * value_dim, use_bias=True)(z)
+        z = self._low_rank("g_proj", x, value_dim, heads * value_dim, use_bias=True)
         return self._output(o, z, self.output_gate, x.shape[-1])
 
     def _check_attributes(self) -> None:

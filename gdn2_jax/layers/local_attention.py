@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.parallel import previous_tokens
+
 
 class Past(NamedTuple):
     """The W keys before the first query, in any order; W is the window size.
@@ -38,6 +40,36 @@ def local_attention(
     """
     blocks = functools.partial(_block_attention, window_size=window_size)
     return cudnn_or(blocks, window_size, q, k, v, segment_ids, past)
+
+
+def local_attention_of_span(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    window_size: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`local_attention` of this device's span of the sequence, inside shard_map.
+
+    The span runs after as many of the window's keys as there are before it, and before as many
+    rows of padding as there are not: of one length on all devices, and nothing to mask.
+    """
+    length = q.shape[1]
+    span = jax.lax.axis_index("sequence")
+    past = min(window_size, length * (jax.lax.axis_size("sequence") - 1))
+    present = jnp.minimum(past, span * length)
+
+    def arrange(x, before):
+        padding = jnp.zeros_like(before)
+        x = jnp.concatenate([before, x, padding], axis=1)
+        return jax.lax.dynamic_slice_in_dim(x, past - present, past + length, axis=1)
+
+    no_queries = jnp.zeros_like(q, shape=(q.shape[0], past, *q.shape[2:]))
+    k, v = (arrange(x, previous_tokens(x, past)) for x in (k, v))
+    if segment_ids is not None:
+        segment_ids = arrange(segment_ids, previous_tokens(segment_ids, past))
+    outputs = local_attention(arrange(q, no_queries), k, v, window_size, segment_ids)
+    return jax.lax.dynamic_slice_in_dim(outputs, present, length, axis=1)
 
 
 def cudnn_or(

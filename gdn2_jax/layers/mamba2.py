@@ -17,6 +17,7 @@ from gdn2_jax.layers.inputs import check_inputs
 from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.ops import Implementation
 from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
+from gdn2_jax.parallel import partitioned, per_device
 
 
 class Mamba2(nn.Module):
@@ -85,17 +86,21 @@ class Mamba2(nn.Module):
         heads, groups = self.num_heads, self.num_groups
         inner, shared = heads * self.head_dim, groups * self.state_dim
 
-        def dense(name, features, kernel_init):
+        def dense(name, features, kernel_init, *axes):
             return nn.Dense(
                 features,
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=kernel_init,
+                kernel_init=partitioned(kernel_init, *axes),
                 name=name,
             )
 
-        projected = dense("in_proj", 2 * inner + 2 * shared + heads, self.kernel_init)(x)
+        def per_head(name, init):
+            return self.param(name, partitioned(init, "heads"), (heads,), jnp.float32)
+
+        features = 2 * inner + 2 * shared + heads
+        projected = dense("in_proj", features, self.kernel_init, "embed", "heads")(x)
         z, vkq, s = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)
         convolution = ShortConvolution(
             self.conv_size,
@@ -108,9 +113,9 @@ class Mamba2(nn.Module):
         q, k = (u.reshape(*x.shape[:2], groups, self.state_dim) for u in (q, k))
         v = v.reshape(*x.shape[:2], heads, self.head_dim)
 
-        dt_bias = self.param("dt_bias", inverse_softplus_time_step, (heads,), jnp.float32)
-        a_log = self.param("A_log", log_uniform_rate, (heads,), jnp.float32)
-        skip = self.param("D", nn.initializers.ones, (heads,), jnp.float32)
+        dt_bias = per_head("dt_bias", inverse_softplus_time_step)
+        a_log = per_head("A_log", log_uniform_rate)
+        skip = per_head("D", nn.initializers.ones)
         wide = jnp.promote_types(projected.dtype, jnp.float32)
         dt = jax.nn.softplus(s.astype(wide) + dt_bias)
         o = self._mix(q, k, v, -jnp.exp(a_log.astype(wide)) * dt, dt, segment_ids)
@@ -126,13 +131,20 @@ class Mamba2(nn.Module):
             name="norm",
         )
         y = norm(y).astype(projected.dtype).reshape(z.shape)
-        return dense("out_proj", x.shape[-1], self.out_kernel_init)(y)
+        return dense("out_proj", x.shape[-1], self.out_kernel_init, "heads", "embed")(y)
 
     def _mix(self, q, k, v, g, dt, segment_ids) -> Float[Array, "B T H V"]:
         """Runs the operator, from and to the cached state when decoding."""
         options = {"implementation": self.implementation}
         if not self.decode:
-            return mamba2(q, k, v, g, dt, segment_ids=segment_ids, **options)[0]
+            heads = ("batch", None, "heads")
+            groups = ("batch", None, None if self.num_groups == 1 else "heads")
+            run = per_device(
+                lambda *arrays: mamba2(*arrays[:5], segment_ids=arrays[5], **options)[0],
+                (groups, groups, heads, heads, heads, ("batch",)),
+                heads,
+            )
+            return run(q, k, v, g, dt, segment_ids)
         batch, length, heads, head_dim = v.shape
         shape = (batch, heads, self.state_dim, head_dim)
         state = self.variable("cache", "state", jnp.zeros, shape, g.dtype)

@@ -20,6 +20,7 @@ from gdn2_jax.ops.mamba3 import (
     mamba3_step,
     restart,
 )
+from gdn2_jax.parallel import partitioned, per_device
 
 _MIN_RATE = 1e-4
 
@@ -97,17 +98,18 @@ class Mamba3(nn.Module):
         shared = (*x.shape[:2], ranks, self.num_groups, self.state_dim)
         sizes = [inner] * 2 + [ranks * self.num_groups * self.state_dim] * 2 + [heads] * 3
 
-        def dense(name, features, kernel_init):
+        def dense(name, features, kernel_init, *axes):
             return nn.Dense(
                 features,
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=kernel_init,
+                kernel_init=partitioned(kernel_init, *axes),
                 name=name,
             )
 
-        projected = dense("in_proj", sum(sizes) + self._angles, self.kernel_init)(x)
+        features = sum(sizes) + self._angles
+        projected = dense("in_proj", features, self.kernel_init, "embed", "heads")(x)
         starts = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         z, v, k, q, *scalars = jnp.split(projected, starts, axis=-1)
         wide = jnp.promote_types(projected.dtype, jnp.float32)
@@ -118,7 +120,8 @@ class Mamba3(nn.Module):
             )
             return norm(u.reshape(shared)).astype(u.dtype)
 
-        dt_bias = self.param("dt_bias", inverse_softplus_time_step, (heads,), jnp.float32)
+        dt_bias_init = partitioned(inverse_softplus_time_step, "heads")
+        dt_bias = self.param("dt_bias", dt_bias_init, (heads,), jnp.float32)
         s, a, l, r = (u.astype(wide) for u in scalars)
         dt = jax.nn.softplus(s + dt_bias)
         inputs = Mamba3Inputs(
@@ -132,7 +135,8 @@ class Mamba3(nn.Module):
             rotation=jnp.pi * jnp.tanh(r),
         )
         o = self._mix(inputs, self._weights(wide), segment_ids)
-        return dense("out_proj", x.shape[-1], self.out_kernel_init)(o.reshape(*x.shape[:2], inner))
+        out_proj = dense("out_proj", x.shape[-1], self.out_kernel_init, "heads", "embed")
+        return out_proj(o.reshape(*x.shape[:2], inner))
 
     @property
     def _angles(self) -> int:
@@ -148,7 +152,8 @@ class Mamba3(nn.Module):
         heads, ranks = self.num_heads, self.mimo_rank or 1
 
         def param(name, value, *shape):
-            init = nn.initializers.constant(value)
+            names = ("heads", *(None for _ in shape))
+            init = partitioned(nn.initializers.constant(value), *names)
             return self.param(name, init, (heads, *shape), jnp.float32).astype(dtype)
 
         weights = Mamba3Weights(
@@ -170,7 +175,15 @@ class Mamba3(nn.Module):
         """Runs the operator, from and to the cached state when decoding."""
         options = {"implementation": self.implementation}
         if not self.decode:
-            return mamba3(inputs, weights, segment_ids=segment_ids, **options)[0]
+            heads = ("batch", None, "heads")
+            groups = ("batch", None, None, None if self.num_groups == 1 else "heads")
+            axes = Mamba3Inputs(groups, groups, *[heads] * 5, rotation=("batch",))
+            run = per_device(
+                lambda *arguments: mamba3(*arguments[:2], segment_ids=arguments[2], **options)[0],
+                (axes, ("heads",), ("batch",)),
+                heads,
+            )
+            return run(inputs, weights, segment_ids)
         batch, length = inputs.v.shape[:2]
         zeros = mamba3_initial_state(inputs)
         names = Mamba3State(phase="phase", memory="state", k="key", v="value")

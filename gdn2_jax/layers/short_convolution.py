@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.parallel import axis_size, partitioned, per_device, with_previous_tokens
+
 
 def _uniform_fan_in_taps(key, shape, dtype=jnp.float32) -> jax.Array:
     bound = shape[0] ** -0.5
@@ -44,16 +46,16 @@ class ShortConvolution(nn.Module):
         """Convolves `x` along T within each document."""
         batch, length, channels = x.shape
         past = self.kernel_size - 1
-        kernel = self.param(
-            "kernel", self.kernel_init, (self.kernel_size, channels), self.param_dtype
-        )
+        kernel_init = partitioned(self.kernel_init, None, "heads")
+        kernel = self.param("kernel", kernel_init, (self.kernel_size, channels), self.param_dtype)
         bias = None
         if self.use_bias:
             # The fan-in of a channel is its taps.
             taps = (self.kernel_size, channels)
-            bias = self.param(
-                "bias", lambda key, dtype: self.kernel_init(key, taps, dtype)[0], self.param_dtype
+            bias_init = partitioned(
+                lambda key, dtype: self.kernel_init(key, taps, dtype)[0], "heads"
             )
+            bias = self.param("bias", bias_init, self.param_dtype)
         if self.decode:
             window = self.variable("cache", "inputs", jnp.zeros, (batch, past, channels), x.dtype)
             documents = self.variable("cache", "segment_ids", jnp.zeros, (batch, past), jnp.int32)
@@ -65,12 +67,26 @@ class ShortConvolution(nn.Module):
             if not self.is_initializing():
                 window.value = inputs[:, length:]
                 documents.value = segment_ids[:, length:]
+        elif axis_size("sequence") > 1:
+            rows = ("batch", "sequence")
+            inputs = ((*rows, "heads"), (None, "heads"), ("heads",), rows)
+            convolve = per_device(_convolve_span, inputs, (*rows, "heads"))
+            return convolve(x, kernel, bias, segment_ids)
         else:
             inputs = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
             if segment_ids is not None:
                 segment_ids = jnp.pad(segment_ids, ((0, 0), (past, 0)))
 
         return _convolve(inputs, kernel, bias, segment_ids)
+
+
+def _convolve_span(x, kernel, bias, segment_ids) -> Float[Array, "B T D"]:
+    """`_convolve` of a device's span, after the inputs of the spans before."""
+    past = kernel.shape[0] - 1
+    x = with_previous_tokens(x, past)
+    if segment_ids is not None:
+        segment_ids = with_previous_tokens(segment_ids, past)
+    return _convolve(x, kernel, bias, segment_ids)
 
 
 @jax.checkpoint  # The shifted float32 copies would outweigh every other array kept for the backward.

@@ -10,8 +10,14 @@ from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.layers.inputs import check_inputs
-from gdn2_jax.layers.local_attention import Past, attend, local_attention
+from gdn2_jax.layers.local_attention import (
+    Past,
+    attend,
+    local_attention,
+    local_attention_of_span,
+)
 from gdn2_jax.layers.rotary import rotate
+from gdn2_jax.parallel import axis_size, partitioned, per_device
 
 
 class SlidingWindowAttention(nn.Module):
@@ -63,18 +69,20 @@ class SlidingWindowAttention(nn.Module):
         self._check_attributes(x.shape[-1])
         batch, length, width = x.shape
 
-        def dense(kernel_init: Initializer, name: str) -> nn.Dense:
+        def dense(kernel_init: Initializer, name: str, *axes: str) -> nn.Dense:
             return nn.Dense(
                 width,
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=kernel_init,
+                kernel_init=partitioned(kernel_init, *axes),
                 name=name,
             )
 
         q, k, v = (
-            dense(self.kernel_init, name)(x).reshape(batch, length, self.num_heads, -1)
+            dense(self.kernel_init, name, "embed", "heads")(x).reshape(
+                batch, length, self.num_heads, -1
+            )
             for name in ("q_proj", "k_proj", "v_proj")
         )
         if self.decode:
@@ -85,8 +93,19 @@ class SlidingWindowAttention(nn.Module):
                 checkpoint_name(rotate(array, positions, self.rope_theta), "operand")
                 for array in (q, k)
             )
-            o = self._attend(q, k, v, segment_ids)
-        return dense(self.out_kernel_init, "o_proj")(o.reshape(batch, length, width))
+            o = self._attend_on_mesh(q, k, v, segment_ids)
+        o_proj = dense(self.out_kernel_init, "o_proj", "heads", "embed")
+        return o_proj(o.reshape(batch, length, width))
+
+    def _attend_on_mesh(self, q, k, v, segment_ids) -> Float[Array, "B T N H"]:
+        split = axis_size("sequence") > 1
+        rows = ("batch", "sequence" if split else None)
+        heads = (*rows, "heads", None)
+        attend = self._attend_span if split else self._attend
+        return per_device(attend, (heads, heads, heads, rows), heads)(q, k, v, segment_ids)
+
+    def _attend_span(self, q, k, v, segment_ids) -> Float[Array, "B T N H"]:
+        return local_attention_of_span(q, k, v, self.window_size, segment_ids)
 
     def _attend(self, q, k, v, segment_ids, past=None) -> Float[Array, "B T N H"]:
         return local_attention(q, k, v, self.window_size, segment_ids, past)

@@ -10,6 +10,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from gdn2_jax.layers.initializers import fan_in_uniform
+from gdn2_jax.parallel import partitioned
 
 
 class SwiGLU(nn.Module):
@@ -33,17 +34,17 @@ class SwiGLU(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the MLP to the last axis."""
 
-        def dense(features, kernel_init, name):
+        def dense(features, kernel_init, name, *axes):
             return nn.Dense(
                 features,
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=kernel_init,
+                kernel_init=partitioned(kernel_init, *axes),
                 name=name,
             )
 
-        gate = jax.nn.silu(dense(self.hidden_dim, self.kernel_init, "gate_proj")(x))
-        up = dense(self.hidden_dim, self.kernel_init, "up_proj")(x)
-        hidden = checkpoint_name(gate * up, "operand")
-        return dense(x.shape[-1], self.down_kernel_init, "down_proj")(hidden)
+        gate = dense(self.hidden_dim, self.kernel_init, "gate_proj", "embed", "mlp")(x)
+        up = dense(self.hidden_dim, self.kernel_init, "up_proj", "embed", "mlp")(x)
+        down = dense(x.shape[-1], self.down_kernel_init, "down_proj", "mlp", "embed")
+        return down(checkpoint_name(jax.nn.silu(gate) * up, "operand"))

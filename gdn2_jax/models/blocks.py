@@ -22,6 +22,7 @@ from gdn2_jax.layers import (
 from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.remat import policy
+from gdn2_jax.parallel import constrain
 
 
 def residual_dtype(config: ModelConfig) -> Any:
@@ -177,6 +178,7 @@ class Block(nn.Module):
         mixer = MIXERS[self.mixer](config, self.decode, "mixer")
         mixed = mixer(norm("mixer_norm", x), segment_ids)
         x += checkpoint_name(mixed, "mixer_output").astype(x.dtype)
+        x = constrain(x, "batch", "sequence", None)
         mlp = SwiGLU(
             config.mlp_dim,
             dtype=config.dtype,
@@ -184,7 +186,8 @@ class Block(nn.Module):
             down_kernel_init=_depth_scaled(config),
             name="mlp",
         )
-        return x + mlp(norm("mlp_norm", x)).astype(x.dtype)
+        x += mlp(norm("mlp_norm", x)).astype(x.dtype)
+        return constrain(x, "batch", "sequence", None)
 
 
 class Layers(nn.Module):

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.models.blocks import Layers, residual_dtype
 from gdn2_jax.models.config import ModelConfig
+from gdn2_jax.parallel import constrain, partitioned
 
 
 class LanguageModel(nn.Module):
@@ -60,7 +61,7 @@ class LanguageModel(nn.Module):
             config.d_model,
             dtype=dtype,
             param_dtype=config.param_dtype,
-            embedding_init=jax.nn.initializers.normal(0.02),
+            embedding_init=partitioned(jax.nn.initializers.normal(0.02), "vocab", "embed"),
             name="embed",
         )
         length = config.num_layers // (2 if config.hybrid else 1)
@@ -71,8 +72,10 @@ class LanguageModel(nn.Module):
             in_axes=nn.broadcast,
             length=length,
             unroll=length if config.unroll else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = layers(config, self.decode, name="layers")(embed(tokens), segment_ids)
+        x = constrain(embed(tokens), "batch", "sequence", None)
+        x, _ = layers(config, self.decode, name="layers")(x, segment_ids)
         if last_only:
             x = x[:, -1:]
         x = nn.RMSNorm(
@@ -85,7 +88,7 @@ class LanguageModel(nn.Module):
             use_bias=False,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
-            kernel_init=fan_in_uniform(),
+            kernel_init=partitioned(fan_in_uniform(), "embed", "vocab"),
             name="lm_head",
         )(x)
         return logits.astype(dtype)

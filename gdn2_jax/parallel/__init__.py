@@ -1,7 +1,7 @@
 """Meshes, shardings, and what layers run on each device: depends on `gdn2_jax.ops` alone."""
 
 from gdn2_jax.parallel.delta_rule import gated_delta_rule_2_on_mesh
-from gdn2_jax.parallel.halo import with_previous_tokens
+from gdn2_jax.parallel.halo import previous_tokens, with_previous_tokens
 from gdn2_jax.parallel.logical import (
     axis_size,
     constrain,
@@ -25,5 +25,6 @@ __all__ = [
     "param_shardings",
     "partitioned",
     "per_device",
+    "previous_tokens",
     "with_previous_tokens",
 ]

@@ -58,9 +58,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     others = math.prod(getattr(config, axis) for axis in AXES[1:])
     data = config.data or max(1, len(devices) // others)
     if data * others != len(devices):
-        sizes = " x ".join(
-            f"{axis} {getattr(config, axis) or '(the rest)'}" for axis in AXES
-        )
+        sizes = " x ".join(f"{axis} {getattr(config, axis) or '(the rest)'}" for axis in AXES)
         raise ValueError(
             f"mesh: expected sizes whose product is the {len(devices)} devices, got {sizes}"
         )

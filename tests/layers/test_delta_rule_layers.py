@@ -217,7 +217,7 @@ def operator_inputs(layer, params, x, monkeypatch):
         seen.extend(arrays)
         return gated_delta_rule_2(*arrays, **keywords)
 
-    monkeypatch.setattr(module, "gated_delta_rule_2", spy)
+    monkeypatch.setattr(module, "gated_delta_rule_2_on_mesh", spy)
     y = layer.apply({"params": params}, x)
     return dict(zip("qkvgbw", seen, strict=True)) | {"y": y}
 
