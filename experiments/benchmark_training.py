@@ -32,11 +32,11 @@ import tyro
 
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS, ModelConfig
-from gdn2_jax.parallel import data_mesh
+from gdn2_jax.parallel import batch_sharding, make_mesh
 from gdn2_jax.timing import Event, device_events, matmul_rate, peak_gib, spread
 from gdn2_jax.training import TrainingConfig
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
-from gdn2_jax.training.step import batch_sharding, initial_state, jit_train_step, replicated
+from gdn2_jax.training.step import initial_state, jit_train_step, replicated
 
 PARTS = ("mixer", "attention", "MLP", "embedding + loss", "optimizer", "other")
 
@@ -139,7 +139,7 @@ def measure(config: Config, model: ModelConfig, length: int, tokens: int) -> dic
         steps=1000,
         global_batch_size=tokens // length,
     )
-    mesh = data_mesh()
+    mesh = make_mesh()
     say(f"{length} x {tokens // length}: compiling")
     try:
         state, batch = state_maker(model)(), random_batch(training, mesh)
@@ -180,7 +180,7 @@ def state_maker(model: ModelConfig) -> Callable:
     """A compiled function without arguments; the state is the same for every length."""
     training = TrainingConfig(model=model, steps=1000, global_batch_size=1)
     make = functools.partial(initial_state, training)
-    return jax.jit(make, out_shardings=replicated(data_mesh()))
+    return jax.jit(make, out_shardings=replicated(make_mesh()))
 
 
 def random_batch(training: TrainingConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -199,7 +199,7 @@ def random_batch(training: TrainingConfig, mesh: jax.sharding.Mesh) -> dict[str,
             "weights": jnp.ones(shape, jnp.float32),
         }
 
-    return jax.jit(make, out_shardings=batch_sharding(mesh))()
+    return jax.jit(make, out_shardings=batch_sharding(mesh, 1))()
 
 
 def operation_names(compiled: str) -> dict[str, str]:

@@ -32,13 +32,13 @@ from tqdm import tqdm
 from gdn2_jax.data import prepare
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import model_sizes
-from gdn2_jax.parallel import data_mesh
+from gdn2_jax.parallel import make_mesh
 from gdn2_jax.training import (
     PRESETS,
     CheckpointError,
     DivergenceError,
     TrainingConfig,
-    check_batch,
+    check_mesh,
     compile_train_step,
     is_finished,
     open_run,
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int | str:
         runs, directory, results = parse(arguments)
         # What open_run checks of each holds for all, and is better known before they compile.
         first = next(iter(runs.values()))
-        check_batch(first, jax.device_count())
+        check_mesh(first, make_mesh(first.mesh))
         prepare(first.data)
     except (ValueError, OSError) as error:
         return f"compare_mixers.py: {error}"
@@ -149,9 +149,10 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
 def compile_steps(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, Callable]:
     """Compiles the training steps of all unfinished runs, a few at a time."""
     unfinished = [name for name in runs if not is_finished(runs[name], directory / name)]
-    mesh = data_mesh()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        step_fns = pool.map(lambda name: compile_train_step(runs[name], mesh), unfinished)
+        step_fns = pool.map(
+            lambda name: compile_train_step(runs[name], make_mesh(runs[name].mesh)), unfinished
+        )
         progress = tqdm(step_fns, "compile", len(unfinished), unit="step", mininterval=1)
         return dict(zip(unfinished, progress))
 

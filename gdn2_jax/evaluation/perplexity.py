@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from gdn2_jax.data import PackedSequences, validation_batches
 from gdn2_jax.models import ModelConfig, next_token_loss
+from gdn2_jax.parallel import batch_reader, on_mesh, put_batch
 
 
 class Perplexity(NamedTuple):
@@ -47,26 +48,26 @@ def evaluate_perplexity(
       params: its parameters.
       sequences: such as `gdn2_jax.data.prepare(config).validation`; documents are kept apart if
         they are so there.
-      mesh: with an axis "data", which splits the batches.
+      mesh: from `gdn2_jax.parallel.make_mesh`, where the parameters lie.
       batch_size: sequences of a batch, over all processes; the mesh divides it.
       max_batches: stop after so many; None evaluates every sequence.
 
     Returns:
       Loss, perplexity and bits per byte.
     """
-    rows = NamedSharding(mesh, PartitionSpec("data"))
+    reader = batch_reader(mesh)
     batches = validation_batches(
         sequences,
         global_batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=reader.index,
+        process_count=reader.count,
     )
     sums = []
     for batch in itertools.islice(batches, max_batches):
-        batch = jax.make_array_from_process_local_data(rows, batch)
+        batch = put_batch(mesh, batch)
         if not sequences.reset_at_documents:
             batch["segment_ids"] = None
-        sums.append(_summed_losses(config, params, batch))
+        sums.append(_summed_losses(config, mesh, params, batch))
     total, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     loss = total / tokens
     tokens_per_byte = sequences.store.num_tokens / sequences.store.num_bytes
@@ -74,7 +75,8 @@ def evaluate_perplexity(
     return Perplexity(float(loss), float(np.exp(loss)), float(bits_per_byte), int(tokens))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _summed_losses(config, params, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _summed_losses(config, mesh, params, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of the tokens' losses and their number."""
-    return next_token_loss(config, params, batch), jnp.sum(batch["weights"])
+    with on_mesh(mesh):
+        return next_token_loss(config, params, batch), jnp.sum(batch["weights"])

@@ -9,6 +9,9 @@ Mixer = Literal[
     "gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "attention", "sliding_window_attention"
 ]
 
+SEQUENCE_PARALLEL_MIXERS = ("gdn2", "kda", "gdn", "deltanet", "sliding_window_attention")
+"""Mixers that run on sequences of which every device holds a span."""
+
 _POSITIVE = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "expand_v", "conv_size"),
     *("ssm_inner_dim", "ssm_head_dim", "ssm_state_dim", "mimo_rank", "context_length"),
@@ -146,3 +149,15 @@ class ModelConfig:
     def _require(self, name: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+def tensor_axes(config: ModelConfig) -> dict[str, int]:
+    """What a mesh axis "tensor" splits in such a model, by name."""
+    axes = {"mlp_dim": config.mlp_dim}
+    if config.mixer in ("gdn2", "kda", "gdn", "deltanet"):
+        axes["num_heads"] = config.num_heads
+    if config.mixer in ("mamba2", "mamba3"):
+        axes["ssm_inner_dim / ssm_head_dim"] = config.ssm_inner_dim // config.ssm_head_dim
+    if config.hybrid or config.mixer in ("attention", "sliding_window_attention"):
+        axes["attention_heads"] = config.attention_heads
+    return axes

@@ -74,7 +74,11 @@ class LanguageModel(nn.Module):
             unroll=length if config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x = constrain(embed(tokens), "batch", "sequence", None)
+        with jax.named_scope("embed"):
+            # Gathered over "fsdp" before the lookup: the rows it yields are split over that axis.
+            table = constrain(embed.embedding, "vocab", None)
+            x = jnp.take(table, tokens, axis=0).astype(dtype)
+            x = constrain(x, "batch", "sequence", None)
         x, _ = layers(config, self.decode, name="layers")(x, segment_ids)
         if last_only:
             x = x[:, -1:]

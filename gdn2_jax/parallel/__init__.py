@@ -10,13 +10,20 @@ from gdn2_jax.parallel.logical import (
     partitioned,
     per_device,
 )
-from gdn2_jax.parallel.mesh import BATCH_AXES, MeshConfig, batch_reader, batch_shards, make_mesh
+from gdn2_jax.parallel.mesh import (
+    MeshConfig,
+    batch_reader,
+    batch_sharding,
+    batch_shards,
+    make_mesh,
+    put_batch,
+)
 
 __all__ = [
-    "BATCH_AXES",
     "MeshConfig",
     "axis_size",
     "batch_reader",
+    "batch_sharding",
     "batch_shards",
     "constrain",
     "gated_delta_rule_2_on_mesh",
@@ -26,5 +33,6 @@ __all__ = [
     "partitioned",
     "per_device",
     "previous_tokens",
+    "put_batch",
     "with_previous_tokens",
 ]

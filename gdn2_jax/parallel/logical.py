@@ -78,9 +78,14 @@ def param_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
     """Shardings of the parameters that `init` returns, from the names their modules gave them.
 
     An axis that its mesh axis does not divide, such as a vocabulary of 257, stays whole.
+
+    Raises:
+      ValueError: no parameter has names, as where `init` is jitted and was called before.
     """
     with nn.logical_axis_rules(RULES):
         boxed = jax.eval_shape(lambda: init())
+    if not any(map(_is_box, jax.tree.leaves(boxed, is_leaf=_is_box))):
+        raise ValueError("init: expected a function, not jitted, of modules that name axes")
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
 
     def sharding(x, spec):
@@ -113,6 +118,10 @@ def per_device(
     return jax.shard_map(
         function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=check_vma
     )
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.LogicallyPartitioned)
 
 
 def _is_names(x: Any) -> bool:

@@ -5,7 +5,9 @@ import math
 from typing import NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 """Of every mesh, slowest first: devices that are neighbours along "tensor" talk most."""
@@ -41,7 +43,7 @@ class MeshConfig:
                 raise ValueError(f"mesh.{field.name}: expected at least 1, got {value}")
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
     """Returns a mesh with the axes `AXES`.
 
     The axes are Auto: the compiler places the collectives from the shardings of inputs, outputs
@@ -98,3 +100,37 @@ def batch_reader(mesh: Mesh) -> Reader:
             f"{jax.process_count()} or to be a multiple of it"
         )
     return Reader(own[0] // len(own), len(groups) // len(own))
+
+
+def put_batch(
+    mesh: Mesh, rows: dict[str, Shaped[np.ndarray, "*G n T"]]
+) -> dict[str, Shaped[jax.Array, "*G B T"]]:
+    """Puts each process's rows of a batch on the mesh: rows over `BATCH_AXES`, T over "sequence".
+
+    Args:
+      mesh: of all processes.
+      rows: what the process has read, as its part in `batch_reader`.
+
+    Returns:
+      The arrays of the whole batch.
+    """
+    reader = batch_reader(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        *leading, count, length = x.shape
+        first = reader.index * count
+
+        def part(index):
+            *before, own, tokens = index
+            start, stop, _ = own.indices(count * reader.count)
+            return x[(*before, slice(start - first, stop - first), tokens)]
+
+        shape = (*leading, count * reader.count, length)
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, len(leading)), part)
+
+    return {name: put(x) for name, x in rows.items()}
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """How arrays [..., B, T] lie on the mesh, with so many axes before B."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES, "sequence"))

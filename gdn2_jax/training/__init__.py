@@ -4,7 +4,7 @@ from gdn2_jax.training.checkpoint import CheckpointError
 from gdn2_jax.training.config import PRESETS, OptimizerConfig, TrainingConfig
 from gdn2_jax.training.run import (
     TrainedModel,
-    check_batch,
+    check_mesh,
     is_finished,
     load_trained,
     open_run,
@@ -20,7 +20,7 @@ __all__ = [
     "OptimizerConfig",
     "TrainedModel",
     "TrainingConfig",
-    "check_batch",
+    "check_mesh",
     "compile_train_step",
     "is_finished",
     "load_trained",

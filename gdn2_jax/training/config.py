@@ -6,6 +6,7 @@ from typing import Literal
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import ModelConfig
+from gdn2_jax.parallel import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class TrainingConfig:
     model: ModelConfig
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     steps: int
     """Optimizer steps. The schedule of the learning rate spans them."""

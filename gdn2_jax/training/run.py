@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gdn2_jax.data import Corpus, DataConfig, Tokenizer, load_tokenizer, prepare
-from gdn2_jax.models import ModelConfig
-from gdn2_jax.parallel import data_mesh
+from gdn2_jax.models import SEQUENCE_PARALLEL_MIXERS, ModelConfig, tensor_axes
+from gdn2_jax.parallel import MeshConfig, batch_reader, batch_shards, make_mesh
 from gdn2_jax.training.checkpoint import (
     CheckpointError,
     open_checkpoints,
@@ -22,7 +22,7 @@ from gdn2_jax.training.checkpoint import (
     restore_params,
 )
 from gdn2_jax.training.config import OptimizerConfig, TrainingConfig
-from gdn2_jax.training.step import TrainState, abstract_state, replicated
+from gdn2_jax.training.step import TrainState, abstract_state
 
 # What may differ when a run goes on: it changes no number, or (steps) is meant to be raised. The
 # text itself may move: the corpus' digest is compared.
@@ -31,6 +31,7 @@ _FREE = {
     *("checkpoints_kept", "sample_prompt", "sample_tokens"),
     *("data.paths", "data.num_workers", "data.cache_directory"),
     *("model.remat", "model.unroll", "model.loss_blocks", "model.implementation"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"),
 }
 
 
@@ -105,13 +106,14 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
       The run, for `gdn2_jax.training.train`.
 
     Raises:
-      ValueError: if the devices do not divide the batch, the corpus is empty, the tokenizer does
-        not fit the model, or the directory's run has another configuration or corpus.
+      ValueError: if the devices do not make up the mesh, the mesh does not divide the batch or the
+        model, the corpus is empty, the tokenizer does not fit the model, or the directory's run has
+        another configuration or corpus.
       FileNotFoundError: if the text or the tokenizer does not exist.
       CheckpointError: if the latest checkpoint is damaged.
     """
-    mesh = data_mesh()
-    check_batch(config, mesh.shape["data"])
+    mesh = make_mesh(config.mesh)
+    check_mesh(config, mesh)
     corpus = prepare(config.data)
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -130,8 +132,7 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
             f"{directory} holds a run of another configuration: {'; '.join(differences)}. "
             "Use its values to go on, or another --run-dir"
         )
-    abstract = abstract_state(config, replicated(mesh))
-    state, progress = restore_checkpoint(checkpoints, step, abstract)
+    state, progress = restore_checkpoint(checkpoints, step, abstract_state(config, mesh))
     if progress["corpus"] != corpus.digest:
         raise ValueError(
             f"data: {directory} was trained on another corpus: files were added, removed or "
@@ -187,14 +188,30 @@ def load_trained(directory: Path) -> TrainedModel:
     return TrainedModel(config, params, tokenizer, step)
 
 
-def check_batch(config: TrainingConfig, devices: int) -> None:
-    """Raises a ValueError unless `devices` divide the microbatch."""
-    if config.microbatch_size % devices:
+def check_mesh(config: TrainingConfig, mesh: Mesh) -> None:
+    """Raises a ValueError unless the mesh divides all that it splits."""
+    batch_reader(mesh)
+    model, rows = config.model, batch_shards(mesh)
+    if config.microbatch_size % rows:
         raise ValueError(
-            f"global_batch_size: expected a multiple of {devices * config.accumulation} "
-            f"({devices} devices, accumulation {config.accumulation}), "
+            f"global_batch_size: expected a multiple of {rows * config.accumulation} "
+            f"(data x fsdp = {rows} devices, accumulation {config.accumulation}), "
             f"got {config.global_batch_size}"
         )
+    spans = mesh.shape["sequence"]
+    if spans > 1 and model.mixer not in SEQUENCE_PARALLEL_MIXERS:
+        raise ValueError(
+            f"mesh.sequence: expected 1 with {model.mixer}, which does not split sequences, "
+            f"got {spans}"
+        )
+    divisors = [("data.sequence_length", config.data.sequence_length, "sequence")]
+    divisors.append(("model.d_model", model.d_model, "fsdp"))
+    divisors += [(f"model.{name}", size, "tensor") for name, size in tensor_axes(model).items()]
+    for name, size, axis in divisors:
+        if size % mesh.shape[axis]:
+            raise ValueError(
+                f"{name}: expected a multiple of mesh.{axis} {mesh.shape[axis]}, got {size}"
+            )
 
 
 def save_config(config: TrainingConfig, path: Path) -> None:
@@ -213,7 +230,12 @@ def load_config(path: Path) -> TrainingConfig:
     try:
         fields = json.loads(path.read_text())
         fields["data"]["paths"] = tuple(fields["data"]["paths"])
-        parts = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
+        parts = {
+            "model": ModelConfig,
+            "data": DataConfig,
+            "optimizer": OptimizerConfig,
+            "mesh": MeshConfig,
+        }
         fields |= {name: part(**fields[name]) for name, part in parts.items()}
         return TrainingConfig(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int, Key
 
 from gdn2_jax.models import LanguageModel, next_token_loss
+from gdn2_jax.parallel import batch_sharding, on_mesh, param_shardings
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -55,11 +56,35 @@ def initial_state(config: TrainingConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), rng)
 
 
-def abstract_state(config: TrainingConfig, sharding: Sharding) -> TrainState:
-    """Returns the shapes and dtypes of a state, with the given sharding."""
+def abstract_state(config: TrainingConfig, where: Mesh | Sharding) -> TrainState:
+    """Returns the shapes and dtypes of a state, on a mesh or with one sharding for all arrays."""
+    state = jax.eval_shape(functools.partial(initial_state, config))
+    shardings = where
+    if isinstance(where, Sharding):
+        shardings = jax.tree.map(lambda _: where, state)
+    else:
+        shardings = state_shardings(config, where)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(functools.partial(initial_state, config)),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
+
+
+def state_shardings(config: TrainingConfig, mesh: Mesh) -> TrainState:
+    """How a state lies on the mesh: the optimizer's moments as their parameters, the rest whole."""
+    model, tokens = LanguageModel(config.model), jnp.zeros((1, 1), jnp.int32)
+    params = param_shardings(lambda: model.init(jax.random.key(0), tokens)["params"], mesh)
+    structure = jax.tree.structure(params)
+
+    def is_like_params(tree):
+        return jax.tree.structure(tree) == structure
+
+    state = jax.eval_shape(functools.partial(initial_state, config))
+    return jax.tree.map(
+        lambda tree: params if is_like_params(tree) else replicated(mesh),
+        state,
+        is_leaf=is_like_params,
     )
 
 
@@ -110,11 +135,6 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, rng), metrics
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How the arrays [G, B / G, T] of a batch lie on the mesh: rows split over "data"."""
-    return NamedSharding(mesh, PartitionSpec(None, "data"))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -124,12 +144,14 @@ def jit_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
     """Returns `train_step` of state and batch, jitted for the mesh; the state is donated."""
 
     def step(state, batch):
-        return train_step(config, state, batch)
+        with on_mesh(mesh):
+            return train_step(config, state, batch)
 
+    shardings = state_shardings(config, mesh)
     return jax.jit(
         step,
-        in_shardings=(replicated(mesh), batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
+        in_shardings=(shardings, batch_sharding(mesh, 1)),
+        out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -140,7 +162,7 @@ def compile_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
     dtypes = {name: jnp.int32 for name in ("inputs", "targets", "segment_ids")}
     dtypes["weights"] = jnp.float32
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
-    state = abstract_state(config, replicated(mesh))
+    state = abstract_state(config, mesh)
     return jit_train_step(config, mesh).lower(state, batch).compile()
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from gdn2_jax.data import train_iterator
 from gdn2_jax.evaluation import evaluate_perplexity, sample_text
+from gdn2_jax.parallel import batch_reader, put_batch
 from gdn2_jax.training.checkpoint import save_checkpoint
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
@@ -24,10 +25,9 @@ from gdn2_jax.training.run import Run, save_config
 from gdn2_jax.training.step import (
     StepMetrics,
     TrainState,
-    batch_sharding,
     compile_train_step,
     initial_state,
-    replicated,
+    state_shardings,
 )
 
 
@@ -124,13 +124,14 @@ def _take_steps(
 
 
 def _initial_state(run: Run) -> TrainState:
-    sharding = replicated(run.mesh)
-    return jax.jit(initial_state, static_argnums=0, out_shardings=sharding)(run.config)
+    shardings = state_shardings(run.config, run.mesh)
+    return jax.jit(initial_state, static_argnums=0, out_shardings=shardings)(run.config)
 
 
 def _open_batches(run: Run) -> tuple[grain.DatasetIterator, dict[str, Any]]:
     """Returns the iterator at the run's position, and what is to be saved with its state."""
-    readers = [jax.process_count(), run.config.data.num_workers]
+    reader = batch_reader(run.mesh)
+    readers = [reader.count, run.config.data.num_workers]
     saved = run.progress
     # The iterator's own state fits only as many readers as wrote it; the position fits any.
     fits = saved.get("readers") == readers
@@ -138,8 +139,8 @@ def _open_batches(run: Run) -> tuple[grain.DatasetIterator, dict[str, Any]]:
     batches = train_iterator(
         run.corpus.train,
         global_batch_size=run.config.global_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=reader.index,
+        process_count=reader.count,
         start_sequence=start_sequence,
         num_workers=run.config.data.num_workers,
     )
@@ -158,7 +159,7 @@ def _device_batch(run: Run, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
         name: rows.reshape(run.config.accumulation, -1, rows.shape[-1])
         for name, rows in batch.items()
     }
-    return jax.make_array_from_process_local_data(batch_sharding(run.mesh), split)
+    return put_batch(run.mesh, split)
 
 
 def _checked(metrics: StepMetrics, run: Run, step: int) -> dict[str, float]:

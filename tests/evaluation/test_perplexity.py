@@ -9,7 +9,7 @@ import pytest
 from gdn2_jax.data import DataConfig, prepare
 from gdn2_jax.evaluation import evaluate_perplexity
 from gdn2_jax.models import LanguageModel, ModelConfig
-from gdn2_jax.parallel import data_mesh
+from gdn2_jax.parallel import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_every_token_counts_once_and_padding_not_at_all(config, params, sequence
     picked = np.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)
     expected = -np.mean(np.asarray(picked), dtype=np.float64)
 
-    result = evaluate_perplexity(config, params, sequences, mesh=data_mesh(), batch_size=8)
+    result = evaluate_perplexity(config, params, sequences, mesh=make_mesh(), batch_size=8)
     assert result.tokens == targets.size
     assert result.loss == pytest.approx(expected, rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
 
 
 def test_bits_are_per_byte_of_text_whatever_a_token_is(config, params, sequences):
-    result = evaluate_perplexity(config, params, sequences, mesh=data_mesh(), batch_size=8)
+    result = evaluate_perplexity(config, params, sequences, mesh=make_mesh(), batch_size=8)
     store = sequences.store
     # 50 bytes a document, and one token more, its end.
     assert store.num_tokens / store.num_bytes == pytest.approx(51 / 50)
@@ -74,7 +74,7 @@ def test_bits_are_per_byte_of_text_whatever_a_token_is(config, params, sequences
 
 def test_evaluation_stops_after_max_batches(config, params, sequences):
     result = evaluate_perplexity(
-        config, params, sequences, mesh=data_mesh(), batch_size=8, max_batches=1
+        config, params, sequences, mesh=make_mesh(), batch_size=8, max_batches=1
     )
     assert result.tokens == 8 * 15
 
@@ -82,7 +82,7 @@ def test_evaluation_stops_after_max_batches(config, params, sequences):
 def test_documents_are_kept_apart_where_the_sequences_say_so(config, params, sequences):
     apart = dataclasses.replace(sequences, reset_at_documents=True)
     losses = [
-        evaluate_perplexity(config, params, part, mesh=data_mesh(), batch_size=8).loss
+        evaluate_perplexity(config, params, part, mesh=make_mesh(), batch_size=8).loss
         for part in (sequences, apart)
     ]
     assert abs(losses[0] - losses[1]) > 1e-6

@@ -8,8 +8,8 @@ import optax
 import pytest
 
 from gdn2_jax.models import LanguageModel
-from gdn2_jax.parallel import data_mesh
-from gdn2_jax.training.run import check_batch
+from gdn2_jax.parallel import make_mesh
+from gdn2_jax.training.run import check_mesh
 from gdn2_jax.training.step import initial_state, jit_train_step, train_step
 
 
@@ -84,7 +84,7 @@ def test_four_microbatches_take_the_same_step_as_one_batch(float64_config, one_s
 
 def test_eight_devices_take_the_same_step_as_one(float64_config, one_step):
     state, batch, (expected, metrics) = one_step
-    mesh = data_mesh()
+    mesh = make_mesh()
     assert mesh.size == 8
     state = jax.tree.map(jnp.copy, state)  # donated
     actual, actual_metrics = jit_train_step(float64_config, mesh)(state, batch)
@@ -113,7 +113,8 @@ def test_documents_are_kept_apart_only_where_the_data_say_so(float64_config, jit
 
 
 def test_batch_that_the_devices_do_not_divide_is_refused(config):
-    check_batch(dataclasses.replace(config, global_batch_size=16, accumulation=2), 8)
+    mesh = make_mesh()
+    check_mesh(dataclasses.replace(config, global_batch_size=16, accumulation=2), mesh)
     uneven = dataclasses.replace(config, global_batch_size=24, accumulation=2)
     with pytest.raises(ValueError, match="global_batch_size: expected a multiple of 16 .* got 24"):
-        check_batch(uneven, 8)
+        check_mesh(uneven, mesh)

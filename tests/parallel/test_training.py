@@ -1,0 +1,169 @@
+"""Training on meshes of eight simulated devices takes the steps that one device takes."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from gdn2_jax.data import DataConfig
+from gdn2_jax.models import ModelConfig
+from gdn2_jax.parallel import MeshConfig, make_mesh, put_batch
+from gdn2_jax.training import OptimizerConfig, TrainingConfig
+from gdn2_jax.training.run import check_mesh
+from gdn2_jax.training.step import (
+    abstract_state,
+    compile_train_step,
+    initial_state,
+    state_shardings,
+)
+
+STEPS = 20
+
+
+def configuration():
+    model = ModelConfig(
+        vocab_size=48,
+        d_model=16,
+        num_layers=4,
+        hybrid=True,
+        num_heads=2,
+        head_dim=8,
+        attention_heads=2,
+        window_size=12,
+        ssm_inner_dim=32,
+        ssm_head_dim=8,
+        ssm_state_dim=8,
+        mlp_dim=24,
+        dtype="float32",
+        remat="full",
+        implementation="recurrent",
+    )
+    return TrainingConfig(
+        model=model,
+        data=DataConfig(sequence_length=64, reset_at_documents=True),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup=0),
+        steps=STEPS,
+        global_batch_size=16,
+        accumulation=2,
+    )
+
+
+def batches(config, count):
+    """Documents of 1 to some 40 tokens that count upwards, so there is something to learn."""
+    rng = np.random.default_rng(0)
+    shape = (config.accumulation, config.microbatch_size, config.data.sequence_length)
+    for _ in range(count):
+        segment_ids = np.cumsum(rng.random(shape) < 0.05, axis=-1).astype(np.int32)
+        tokens = (rng.integers(0, 48, shape[:2])[..., None] + np.arange(shape[2] + 1)) % 48
+        tokens = tokens.astype(np.int32)
+        weights = (rng.random(shape) < 0.9).astype(np.float32)
+        yield {
+            "inputs": tokens[..., :-1],
+            "targets": tokens[..., 1:],
+            "segment_ids": segment_ids,
+            "weights": weights,
+        }
+
+
+@functools.cache
+def compiled_step(mesh):
+    return compile_train_step(configuration(), mesh)
+
+
+def steps_on(mesh):
+    """Metrics of each step, the first gradients (in AdamW's first moments) and all parameters."""
+    config = configuration()
+    shardings = state_shardings(config, mesh)
+    state = jax.jit(initial_state, static_argnums=0, out_shardings=shardings)(config)
+    metrics, gradients = [], None
+    for batch in batches(config, STEPS):
+        state, row = compiled_step(mesh)(state, put_batch(mesh, batch))
+        metrics.append(jax.device_get(row))
+        gradients = gradients or jax.device_get(state.opt_state[1][0].mu)
+    return metrics, gradients, jax.device_get(state.params)
+
+
+@functools.cache
+def on_one_device():
+    return steps_on(make_mesh(devices=jax.devices()[:1]))
+
+
+def assert_same(actual, expected, tolerance):
+    def compare(path, x, y):
+        error = np.linalg.norm(x - y) / np.linalg.norm(y)
+        assert error < tolerance, (jax.tree_util.keystr(path), error)
+
+    jax.tree_util.tree_map_with_path(compare, actual, expected)
+
+
+MESHES = {
+    "data 2, fsdp 4": MeshConfig(fsdp=4),
+    "sequence 8": MeshConfig(sequence=8),
+    "fsdp 2, sequence 2, tensor 2": MeshConfig(fsdp=2, sequence=2, tensor=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_twenty_steps_on_a_mesh_are_those_of_one_device(name):
+    """Spans of 8 tokens are shorter than the window of 12, and documents cross their borders."""
+    expected_metrics, expected_gradients, expected_params = on_one_device()
+    metrics, gradients, params = steps_on(make_mesh(MESHES[name]))
+    assert_same(gradients, expected_gradients, 1e-5)
+    np.testing.assert_allclose(metrics[0], expected_metrics[0], rtol=2e-6)
+    np.testing.assert_allclose(metrics, expected_metrics, rtol=2e-4)
+    assert expected_metrics[-1].loss < expected_metrics[0].loss - 0.3
+    assert_same(params, expected_params, 1e-3)
+
+
+@pytest.mark.slow
+def test_no_device_holds_a_whole_sequence_or_the_whole_of_a_split_parameter():
+    """Read off the shapes of the compiled program; a span has 32 tokens of 64."""
+    mesh = make_mesh(MESHES["fsdp 2, sequence 2, tensor 2"])
+    text = compiled_step(mesh).as_text()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\[(\d[\d,]*)\]", text)}
+    assert (4, 32, 16) in shapes
+    assert not [shape for shape in shapes if 64 in shape]
+
+    config = configuration()
+    state = abstract_state(config, mesh)
+    split = [x for x in jax.tree.leaves(state) if not x.sharding.is_fully_replicated]
+    assert sum(x.size for x in split) > 0.97 * sum(x.size for x in jax.tree.leaves(state))
+    for x in (x for x in split if x.size >= 128):
+        assert x.sharding.shard_shape(x.shape) in shapes
+        assert x.shape not in shapes
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "message"),
+    [
+        ({"num_heads": 3}, MeshConfig(tensor=2), "num_heads: expected a multiple of .*2, got 3"),
+        ({"mlp_dim": 30}, MeshConfig(tensor=4), "mlp_dim: expected a multiple of .*4, got 30"),
+        ({"attention_heads": 1}, MeshConfig(tensor=2), "attention_heads: .*2, got 1"),
+        ({"mixer": "mamba2", "ssm_inner_dim": 24}, MeshConfig(tensor=2), "head_dim: .*2, got 3"),
+        ({"d_model": 20}, MeshConfig(fsdp=8), "d_model: expected a multiple of .*fsdp 8, got 20"),
+        ({"mixer": "mamba2"}, MeshConfig(sequence=2), "sequence: expected 1 with mamba2, .* 2"),
+        ({"mixer": "attention"}, MeshConfig(sequence=2), "sequence: expected 1 with attention"),
+        ({"length": 63}, MeshConfig(sequence=2), "sequence_length: .* multiple .* 2, got 63"),
+        ({"rows": 4}, MeshConfig(fsdp=4), r"global_batch_size: .* of 16 .*= 8 .*, got 4"),
+        ({}, MeshConfig(tensor=3), "the 8 devices, got data .the rest. x fsdp 1 .* tensor 3"),
+        ({}, MeshConfig(data=2), "the 8 devices, got data 2 x fsdp 1 x sequence 1 x tensor 1"),
+    ],
+    ids=str,
+)
+def test_what_a_mesh_cannot_split_is_refused_by_name(changes, mesh, message):
+    config = configuration()
+    data = dataclasses.replace(config.data, sequence_length=changes.pop("length", 64))
+    rows = changes.pop("rows", 16)
+    model = dataclasses.replace(config.model, **changes)
+    config = dataclasses.replace(config, model=model, data=data, global_batch_size=rows)
+    with pytest.raises(ValueError, match=message):
+        check_mesh(config, make_mesh(mesh))
+
+
+def test_a_mesh_axis_has_at_least_one_device():
+    with pytest.raises(ValueError, match="mesh.tensor: expected at least 1, got 0"):
+        MeshConfig(tensor=0)
