@@ -194,7 +194,7 @@ def test_initial_parameters_fill_their_documented_ranges():
 @pytest.fixture
 def operator_inputs(make, monkeypatch):
     """A function that gives what a layer hands to the operator, and the layer's output."""
-    operator = module.gated_delta_rule_2
+    operator = module.gated_delta_rule_2_on_mesh
 
     def run(x, **options):
         seen = []
@@ -203,7 +203,7 @@ def operator_inputs(make, monkeypatch):
             seen.extend(arrays)
             return operator(*arrays, **keywords)
 
-        monkeypatch.setattr(module, "gated_delta_rule_2", spy)
+        monkeypatch.setattr(module, "gated_delta_rule_2_on_mesh", spy)
         layer, params = make(x, **options)
         seen.clear()
 
