@@ -1,12 +1,24 @@
-"""Backward of a chunk's products with the state and with the inverse (paper eqs. 49-66).
+"""Backward of everything inside a chunk, given the gradients of its states (paper eqs. 49-82).
 
-Four warpgroups for each chunk, head and block of value channels, a product or two each:
+With dZ = (I + T)^-T dR from `state_pass_backward`, R = (I + T)^-1 (Z - Eg S), and S, S' the states
+before and after the chunk:
 
-    0: dQg = dO S^T, dAqk = tril(dO R^T)    1: dKt = R dS'^T, dgamma_C = sum over V of dS' * S
-    2: dY = -dR S^T, dE = X dY              3: dZ = X dR, dT = -stril(dZ U^T + dE Y^T)
+    dQg = dO S^T    dEg = -dZ S^T    dKt = R dS'^T    dgamma_C = sum over V of S * dS'
+    dAqk = tril(dO R^T)    dT = -stril(dZ R^T)    dv = w dZ    dw = v dZ
 
-with dv = w dZ and dw = v dZ. Everything but dv and dw is a sum over value channels.
+Two warpgroups for each chunk and head own half of the key channels each. Sums over pairs of rows go block by block
+of 16 rows, as in the forward, relative to the running sum `a` of g at each block's middle row:
+
+    dk_s = exp(a - G_s) (dT^T [e exp(G - a)] + dAqk^T [q exp(G - a)])    a in r's block
+    de_r = exp(G_r - a) dT [k exp(a - G)]    dq_r = exp(G_r - a) dAqk [k exp(a - G)]    a in s's
+
+What is summed so far moves on from one block's reference to the next by one factor a channel.
+
+The gradient of g sums what depends on each G over the rows below. dAqk's diagonal stays out of it:
+those pairs do not decay, and their share of dg is zero only until it is rounded.
 """
+
+import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,204 +27,345 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas import mosaic
+from pallas.intra_chunk_forward import BLOCK, CLAMP, LOG2_E, UNDERFLOW
 from pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
 
+_WARPGROUPS = 2
+_BLOCKS = CHUNK // BLOCK
+_BLOCK_SWIZZLE = 2 * BLOCK
+_PIECE = 32
+_VALUES = 128
 
-def chunk_backward(d_o, r_t, d_r, states, d_states, u_t, y_t, x, v, w, masks):
-    """Computes the gradients of a chunk's operands.
+
+def chunk_backward(
+    q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, masks, *, scale: float
+):
+    """Computes the gradients of a chunk's inputs.
 
     Args:
+      q: [B, T, H, K] bf16, T a multiple of 64, K 64 or 128; also `k` and `b`.
+      k: keys.
+      v: [B, T, H, V] bf16, V a multiple of 64; also `w`.
+      g: [B, T, H, K] fp32, <= 0.
+      b: erase gate.
+      w: write gate.
       d_o: [B, T, H, V] bf16, cotangent of the outputs.
       r_t: [BH, N, V, 64] bf16, R^T.
-      d_r: [BH, T, V] bf16.
+      d_z: [BH, T, V] bf16.
       states: [BH, N, V, K] bf16, before each chunk.
       d_states: [BH, N, V, K] bf16, gradient of the state after each chunk.
-      u_t: [BH, N, V, 64] bf16.
-      y_t: [BH, N, K, 64] bf16.
-      x: [BH, N, 64, 64] fp16, the transposed inverse.
-      v: [B, T, H, V] bf16.
-      w: [B, T, H, V] bf16.
+      decay: [BH, N, K] fp32, of a whole chunk, zero where no segment spans it.
+      steps: [BH, N, 3, K] fp32, from `intra_chunk_forward`.
       masks: None, or `Masks` of the segments.
+      scale: factor on q.
 
     Returns:
-      dQg, dKt and dE [BH, T, K], and dAqk (below the diagonal) and dT [BH, N, 64, 64] in bf16; the
-      diagonal of dAqk [BH, T] and dgamma_C [BH, N, K] in fp32; dv and dw [B, T, H, V] in bf16.
+      dq, dk, dg and db [B, T, H, K]: bf16, dg fp32; dv and dw [B, T, H, V] in bf16.
     """
-    batch, length, heads, value_dim = v.shape
-    chunks, key_dim = y_t.shape[1:3]
-    block = 128 if value_dim % 128 == 0 else 64
-    blocks = value_dim // block
+    batch, length, heads, key_dim = q.shape
+    value_dim = v.shape[-1]
+    chunks = length // CHUNK
+    own_channels = key_dim // _WARPGROUPS
+    swizzle = 2 * own_channels
+    block = min(_VALUES, value_dim)
+    value_blocks = value_dim // block
+    own_values = block // _WARPGROUPS
+    shape, square, piece_shape = (CHUNK, own_channels), (CHUNK, CHUNK), (CHUNK, _PIECE)
     bf16, f32 = jnp.bfloat16, jnp.float32
-    square = (CHUNK, CHUNK)
-    key_shape, value_shape = (CHUNK, key_dim), (CHUNK, block)
 
     def chunk_backward_kernel(*refs):
-        d_o, r_t, d_r, states, d_states, u_t, y_t, x, v, w, *refs = refs
+        q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, sums, *refs = refs
         if masks is not None:
-            row_segment, column_segment, *refs = refs
-        dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay, dv, dw, *refs = refs
-        (d_o_area, r_ts, d_rs, hs, d_hs, u_ts, y_ts, xs, vs, ws, es, da_tile, dt_tile, *refs) = refs
-        (d_os,), (dq_tile,) = d_o_area
-        first, with_d_o, with_d_states, with_values, with_e, d_o_free = refs
-        row, head = lax.axis_index("b"), lax.axis_index("h")
-        part, chunk = lax.div(lax.axis_index("c"), chunks), lax.rem(lax.axis_index("c"), chunks)
-        warpgroup = lax.axis_index("wg")
-        rows, values = pl.ds(chunk * CHUNK, CHUNK), pl.ds(part * block, block)
+            row_segment, column_segment, reads, writes, *refs = refs
+        dq_out, dk_out, dg_out, db_out, dv_out, dw_out, *refs = refs
+        qs, ks, bs, h_area, d_h_area, left_area, r_area, v_area, w_area, *refs = refs
+        sum_tiles, decay_tile, steps_tile, diagonal, *refs = refs
+        with_keys, with_states, with_g, with_values, with_tables, with_left, free, pairs_ready = (
+            refs
+        )
+        # Slabs of equal size for each warpgroup, which alone uses them.
+        (hs,), (k_parts,) = h_area
+        (d_hs,), (gs,), (q_parts,) = d_h_area
+        (lefts,), (pairs, d_decays) = left_area
+        ((r_ts,), (d_tails,)), ((vs,), (dq_states,)), ((ws,), (de_states,)) = r_area, v_area, w_area
+        row, head, chunk = (lax.axis_index(name) for name in ("b", "h", "c"))
+        wg = lax.axis_index("wg")
+        rows, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(wg * own_channels, own_channels)
         index = row * heads + head
-        partial = part * (batch * heads) + index
+        place = (row, rows, head, channels)
         load = plgpu.copy_gmem_to_smem
+        ri, ci = mosaic.indices(square, 0), mosaic.indices(square, 1)
+        strip_row = mosaic.indices(shape, 0)
+        # Where many arrays meet, columns are taken few at a time: registers are what is scarce.
+        pieces = [(slice(None), pl.ds(start, _PIECE)) for start in range(0, own_channels, _PIECE)]
 
-        def stage(tile, value, target):
-            tile[...] = value
+        def vector(ref):
+            return mosaic.over_rows(plgpu.load(ref, layout=COLUMNS, optimized=False), shape)
+
+        def row_mask(ref, mask_shape=shape):
+            at = ref.at[row, rows]
+            return mosaic.over_columns(plgpu.load(at, layout=ROWS, optimized=False), mask_shape)
+
+        def load_piece(ref, piece):
+            return plgpu.load(ref.at[wg, *piece], layout=WGMMA).astype(f32)
+
+        def part_of(value, piece):
+            start = piece[1].start
+            return value[:, start : start + _PIECE]
+
+        def store_parts(ref, value, piece=()):
+            for i, part in enumerate(split(value)):
+                ref.at[wg, i, *piece][...] = part
+
+        for source, target in ((k, ks), (b, bs), (q, qs)):
+            load(source.at[place], target.at[wg], with_keys.at[wg])
+
+        @pl.when(wg == 0)
+        def _():
+            load(sums, sum_tiles, with_tables)
+            load(decay.at[index, chunk], decay_tile, with_tables)
+            load(steps.at[index, chunk], steps_tile, with_tables)
+
+        def load_values(n):
+            """Starts the copies of a block of value channels."""
+            values = pl.ds(n * block, block)
+
+            @pl.when(wg == 0)
+            def _():
+                load(d_o.at[row, rows, head, values], lefts.at[0], with_left)
+                load(d_z.at[index, rows, values], lefts.at[1], with_left)
+                load(r_t.at[index, chunk, values], r_ts, with_left)
+
+            for source, target in ((v, vs), (w, ws)):
+                load(source.at[value_place(n)], target.at[wg], with_values.at[wg])
+            for source, target in ((states, hs), (d_states, d_hs)):
+                source = source.at[index, chunk, values, channels]
+                load(source, target.at[wg, pl.ds(0, block)], with_states.at[wg])
+
+        def value_place(n):
+            return row, rows, head, pl.ds(n * block + wg * own_values, own_values)
+
+        def store_values(n):
+            """Writes this warpgroup's columns of dv and dw; returns S * dS' in 64 summands a channel."""
+            plgpu.barrier_wait(with_left)
+            plgpu.barrier_wait(with_values.at[wg])
+            for start in range(0, own_values, own_channels):
+                own = (wg, slice(None), pl.ds(start, own_channels))
+                columns = pl.ds(wg * own_values + start, own_channels)
+                dz, value, write = (
+                    plgpu.load(x, layout=WGMMA).astype(f32)
+                    for x in (lefts.at[1, :, columns], vs.at[own], ws.at[own])
+                )
+                vs.at[own][...] = (dz * write).astype(bf16)
+                ws.at[own][...] = (dz * value).astype(bf16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, target)
+            plgpu.copy_smem_to_gmem(vs.at[wg], dv_out.at[value_place(n)])
+            plgpu.copy_smem_to_gmem(ws.at[wg], dw_out.at[value_place(n)])
+            plgpu.barrier_wait(with_states.at[wg])
+            return sum(
+                math.prod(
+                    plgpu.load(x.at[wg, pl.ds(start, CHUNK)], layout=WGMMA).astype(f32)
+                    for x in (hs, d_hs)
+                )
+                for start in range(0, block, CHUNK)
+            )
 
-        def inverse():
-            return split(plgpu.load(xs, layout=WGMMA).astype(f32))
+        load_values(0)
+        d_decay = store_values(0)
+        plgpu.barrier_wait(with_tables)
 
-        def below_diagonal(value):
-            ri, ci = mosaic.indices(square, 0), mosaic.indices(square, 1)
-            value = jnp.where(ri > ci, value, 0.0)
-            if masks is None:
-                return value
-            same = mosaic.over_columns(
-                plgpu.load(row_segment.at[row, rows], layout=ROWS, optimized=False), square
-            ) == mosaic.over_rows(
+        def over_values(*accumulators):
+            """dKt, dQg, -dEg, dAqk or -dT, and the gradient of the chunk's decay."""
+            dk_acc, dq_acc, de_acc, pairs_acc = accumulators
+            total = d_decay
+            for n in range(value_blocks):
+                if n:
+                    plgpu.barrier_wait(free)
+                    load_values(n)
+                    total += store_values(n)
+                half = (wg, pl.ds(0, block))
+                pairs_acc.add(lefts.at[wg], r_ts)
+                dk_acc.add(r_ts.transpose((1, 0)), d_hs.at[half])
+                dq_acc.add(lefts.at[0], hs.at[half])
+                de_acc.add(lefts.at[1], hs.at[half])
+                results = [x.get() for x in accumulators]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(free)
+            return *results, total * vector(decay_tile.at[channels])
+
+        dk_tail, dq, de, pair, d_decay = mosaic.with_accumulators(
+            over_values, shape, shape, shape, square
+        )
+        load(g.at[place], gs.at[wg], with_g.at[wg])
+
+        @pl.when(wg == 0)
+        def _():
+            diagonal[...] = jnp.sum(jnp.where(ri == ci, pair, 0.0), axis=1)
+
+        pair = jnp.where(ri > ci, pair * jnp.where(wg == 0, 1.0, -1.0), 0.0)
+        if masks is not None:
+            same = row_mask(row_segment, square) == mosaic.over_rows(
                 plgpu.load(column_segment.at[row, rows], layout=COLUMNS, optimized=False), square
             )
-            return jnp.where(same, value, 0.0)
+            pair = jnp.where(same, pair, 0.0)
+        plgpu.barrier_wait(free)  # everybody has read dO and dZ
+        pairs.at[wg][...] = pair.astype(bf16)
+        # The 64 summands will be summed: their rounding averages out.
+        d_decays[wg] = d_decay.astype(bf16)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(pairs_ready)
 
-        @pl.when(warpgroup == 2)
-        def _():
-            load(d_r.at[index, rows, values], d_rs, first)
-            load(states.at[index, chunk, values], hs, first)
-            load(x.at[index, chunk], xs, first)
-            plgpu.barrier_wait(first)
-            es[...] = (-matmul(key_shape, (d_rs, hs))).astype(bf16)
+        # Sums of g: up to each row, beyond it, and from its block's middle row to it.
+        parts = [k_parts.at[wg, i] for i in range(2)]
+
+        def sum_g(limit, *matrices):
+            value = jnp.maximum(plgpu.load(gs.at[wg], layout=WGMMA), limit) * LOG2_E
+            store_parts(k_parts, value)
             plgpu.commit_smem()
-            e = matmul(key_shape, *((part, es) for part in inverse())).astype(bf16)
-            plgpu.commit_smem()  # every warp has read dY
-            es[...] = e
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(with_e)
-            plgpu.copy_smem_to_gmem(es, de_gamma.at[partial, rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return [matmul(shape, *((matrix, part) for part in parts)) for matrix in matrices]
 
-        @pl.when(warpgroup == 0)
-        def _():
-            load(d_o.at[row, rows, head, values], d_os, with_d_o)
-            load(r_t.at[index, chunk, values], r_ts, with_d_o)
-            plgpu.barrier_wait(with_d_o)
-            pairs = matmul(square, (d_os, r_ts))
-            stage(da_tile, below_diagonal(pairs).astype(bf16), da_qk.at[partial, chunk])
-            plgpu.barrier_wait(first)
-            dq = matmul(key_shape, (d_os, hs)).astype(bf16)
-            plgpu.commit_smem()
-            plgpu.barrier_wait(d_o_free)
-            stage(dq_tile, dq, dq_gamma.at[partial, rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_wait(with_g.at[wg])
+        to_row, from_row = sum_g(UNDERFLOW, sum_tiles.at[0], sum_tiles.at[0].transpose((1, 0)))
+        gamma = jnp.exp2(to_row)
+        tail = jnp.exp2(from_row - sum(plgpu.load(x, layout=WGMMA).astype(f32) for x in parts))
+        if masks is not None:
+            gamma, tail = gamma * row_mask(reads), tail * row_mask(writes)
+        for target, value in (
+            (dq_states, gamma * dq),
+            (de_states, -gamma * de),
+            (d_tails, tail * dk_tail),
+        ):
+            target[wg] = value.astype(bf16)
+        plgpu.commit_smem()
+        (to_middle,) = sum_g(CLAMP, sum_tiles.at[1])
+        plgpu.commit_smem()  # every warp is done with the parts of g
+        plgpu.barrier_wait(with_keys.at[wg])
+        for piece in pieces:
+            keys, gates, queries = (load_piece(x, piece) for x in (ks, bs, qs))
+            up = jnp.exp2(part_of(to_middle, piece))
+            store_parts(k_parts, keys * gates * up, piece)
+            store_parts(q_parts, queries * scale * up, piece)
+        plgpu.commit_smem()
+        plgpu.barrier_wait(pairs_ready)
 
-        @pl.when(warpgroup == 1)
-        def _():
-            load(d_states.at[index, chunk, values], d_hs, with_d_states)
-            plgpu.barrier_wait(with_d_o)
-            on_diagonal = mosaic.indices(square, 0) == mosaic.indices(square, 1)
-            pairs = jnp.where(on_diagonal, matmul(square, (d_os, r_ts)), 0.0)
-            plgpu.barrier_arrive(d_o_free)
-            diagonal.at[partial, rows][...] = jnp.sum(pairs, axis=1)
-            plgpu.barrier_wait(with_d_states)
-            dk = matmul(key_shape, (r_ts.transpose((1, 0)), d_hs)).astype(bf16)
-            plgpu.barrier_wait(first)
-            # Reductions share one scratch area: only this warpgroup may use them.
-            for start in range(0, key_dim, 64):
-                columns = pl.ds(start, 64)
-                products = [
-                    plgpu.load(d_hs.at[pl.ds(i, 64), columns], layout=WGMMA).astype(f32)
-                    * plgpu.load(hs.at[pl.ds(i, 64), columns], layout=WGMMA).astype(f32)
-                    for i in range(0, block, 64)
-                ]
-                d_decay.at[partial, chunk, columns][...] = jnp.sum(sum(products), axis=0)
-            plgpu.commit_smem()
-            stage(d_hs.at[pl.ds(0, CHUNK)], dk, dk_tail.at[partial, rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def step(i, moved):
+            """The factor from the reference of block i - 1 to that of block i, where `moved`."""
+            return jnp.where(moved, vector(steps_tile.at[i - 1, channels]), 1.0)
 
-        @pl.when(warpgroup == 3)
-        def _():
-            load(v.at[row, rows, head, values], vs, with_values)
-            load(w.at[row, rows, head, values], ws, with_values)
-            load(u_t.at[index, chunk, values], u_ts, with_values)
-            load(y_t.at[index, chunk], y_ts, with_values)
-            plgpu.barrier_wait(first)
-            dz = matmul(value_shape, *((part, d_rs) for part in inverse()))
-            plgpu.barrier_wait(with_values)
-            for start in range(0, block, 64):
-                columns = pl.ds(start, 64)
-                dz_part = dz[:, start : start + 64]
-                write = plgpu.load(ws.at[:, columns], layout=WGMMA).astype(f32)
-                value = plgpu.load(vs.at[:, columns], layout=WGMMA).astype(f32)
-                vs.at[:, columns][...] = (dz_part * write).astype(bf16)
-                ws.at[:, columns][...] = (dz_part * value).astype(bf16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(vs, dv.at[row, rows, head, values])
-            plgpu.copy_smem_to_gmem(ws, dw.at[row, rows, head, values])
-            dz16 = dz.astype(bf16)
+        def by_column(accumulator):
+            for i in reversed(range(_BLOCKS)):
+                at = pl.ds(BLOCK * i, BLOCK)
+                if i + 1 < _BLOCKS:
+                    factor = step(i + 1, strip_row < BLOCK * (i + 1))
+                    accumulator.set(accumulator.get() * factor)
+                for part in range(2):
+                    accumulator.add(pairs.at[1, at].transpose((1, 0)), k_parts.at[wg, part, at])
+                    accumulator.add(pairs.at[0, at].transpose((1, 0)), q_parts.at[wg, part, at])
+            return accumulator.get()
 
-            def erase(accumulator):
-                accumulator.add(dz16, u_ts)
-                plgpu.barrier_wait(with_e)
-                accumulator.add(es, y_ts)
-                return accumulator.get()
+        dk_pairs = mosaic.with_accumulators(by_column, shape)
+        plgpu.commit_smem()  # every warp is done with the parts of e and q
+        for piece in pieces:
+            down = jnp.exp2(-part_of(to_middle, piece))
+            store_parts(k_parts, load_piece(ks, piece) * down, piece)
+        plgpu.commit_smem()
 
-            pairs = below_diagonal(-mosaic.with_accumulators(erase, square))
-            stage(dt_tile, pairs.astype(bf16), dt.at[partial, chunk])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def by_row(for_e, for_q):
+            for i in range(_BLOCKS):
+                at = pl.ds(BLOCK * i, BLOCK)
+                if i:
+                    factor = step(i, strip_row >= BLOCK * i)
+                    for_e.set(for_e.get() * factor)
+                    for_q.set(for_q.get() * factor)
+                for part in range(2):
+                    for_e.add(pairs.at[1, :, at], k_parts.at[wg, part, at])
+                    for_q.add(pairs.at[0, :, at], k_parts.at[wg, part, at])
+            return for_e.get(), for_q.get()
 
-    def out(dtype, *shape):
-        return jax.ShapeDtypeStruct((blocks * batch * heads, *shape), dtype)
+        de_pairs, dq_pairs = mosaic.with_accumulators(by_row, shape, shape)
+        plgpu.commit_smem()  # every warp is done with the parts of k
+        on_diagonal = mosaic.over_columns(plgpu.load(diagonal, layout=ROWS), piece_shape)
+        for piece in pieces:
+            keys, gates, queries = (load_piece(x, piece) for x in (ks, bs, qs))
+            queries *= scale
+            to_row = part_of(to_middle, piece)
+            up, down = jnp.exp2(to_row), jnp.exp2(-to_row)
+            de = up * part_of(de_pairs, piece) + load_piece(de_states, piece)
+            dq = up * part_of(dq_pairs, piece) + load_piece(dq_states, piece)
+            dk = down * part_of(dk_pairs, piece)
+            d_tail, d_decay = load_piece(d_tails, piece), load_piece(d_decays, piece)
+            store_parts(q_parts, queries * dq + keys * gates * de - keys * dk + d_decay, piece)
+            store_parts(k_parts, keys * d_tail + d_decay, piece)
+            dk += d_tail + gates * de + on_diagonal * queries
+            for target, value in (
+                (qs, (dq + on_diagonal * keys) * scale),
+                (ks, dk),
+                (bs, keys * de),
+            ):
+                target.at[wg, *piece][...] = value.astype(bf16)
+        plgpu.commit_smem()
+        for source, target in ((qs, dq_out), (ks, dk_out), (bs, db_out)):
+            plgpu.copy_smem_to_gmem(source.at[wg], target.at[place])
+        # The sum over the rows below and the row itself, and over the rows above.
+        dg = matmul(
+            shape,
+            *((sum_tiles.at[0].transpose((1, 0)), q_parts.at[wg, i]) for i in range(2)),
+            *((sum_tiles.at[0], part) for part in parts),
+        ) - sum(plgpu.load(part, layout=WGMMA).astype(f32) for part in parts)
+        plgpu.commit_smem()
+        gs[wg] = dg
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(gs.at[wg], dg_out.at[place])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    key_tile, value_tile = tile(key_shape, bf16), tile(value_shape, bf16)
-    *partials, dv, dw = plgpu.kernel(
+    keys_tile = tile((_WARPGROUPS, *shape), bf16, 2 * _PIECE)
+    states_tile = tile((_WARPGROUPS, _VALUES, own_channels), bf16, swizzle)
+    parts_tile = tile((_WARPGROUPS, 2, *shape), bf16, _BLOCK_SWIZZLE)
+    values_tile = tile((_WARPGROUPS, CHUNK, own_values), bf16, swizzle)
+    square_tiles = tile((2, *square), bf16, _BLOCK_SWIZZLE)
+    per_warpgroup = {"num_barriers": _WARPGROUPS}
+    return plgpu.kernel(
         chunk_backward_kernel,
         out_type=(
-            *(out(bf16, length, key_dim),) * 3,
-            *(out(bf16, chunks, *square),) * 2,
-            out(f32, length),
-            out(f32, chunks, key_dim),
+            *(jax.ShapeDtypeStruct(q.shape, dtype) for dtype in (bf16, bf16, f32, bf16)),
             *(jax.ShapeDtypeStruct(v.shape, bf16),) * 2,
         ),
-        grid=(chunks * blocks, batch, heads),
+        grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
-        num_threads=4,
+        num_threads=_WARPGROUPS,
         thread_name="wg",
         scratch_types=[
-            plgpu.RefUnion((value_tile,), (key_tile,)),
-            tile((block, CHUNK), bf16),
-            value_tile,
-            tile((block, key_dim), bf16),
-            tile((block, key_dim), bf16),
-            tile((block, CHUNK), bf16),
-            tile((key_dim, CHUNK), bf16),
-            tile(square, jnp.float16),
-            value_tile,
-            value_tile,
-            key_tile,
-            tile(square, bf16),
-            tile(square, bf16),
+            *(keys_tile,) * 3,
+            plgpu.RefUnion((states_tile,), (parts_tile,)),
+            plgpu.RefUnion((states_tile,), (tile((_WARPGROUPS, *shape), f32),), (parts_tile,)),
+            plgpu.RefUnion((tile((2, CHUNK, block), bf16, swizzle),), (square_tiles, keys_tile)),
+            plgpu.RefUnion((tile((block, CHUNK), bf16, swizzle),), (keys_tile,)),
+            *(plgpu.RefUnion((values_tile,), (keys_tile,)),) * 2,
+            square_tiles,
+            plgpu.SMEM((key_dim,), f32),
+            plgpu.SMEM((_BLOCKS - 1, key_dim), f32),
+            plgpu.SMEM((CHUNK,), f32),
+            plgpu.Barrier(num_arrivals=3, **per_warpgroup),
+            plgpu.Barrier(num_arrivals=2, **per_warpgroup),
+            plgpu.Barrier(num_arrivals=1, **per_warpgroup),
+            plgpu.Barrier(num_arrivals=2, **per_warpgroup),
             plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=4),
-            plgpu.Barrier(),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_arrivals=_WARPGROUPS),
+            plgpu.Barrier(num_arrivals=_WARPGROUPS),
         ],
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
-        *(d_o, r_t, d_r, states, d_states, u_t, y_t, x, v, w),
-        *(() if masks is None else (masks.segment, masks.segment)),
+        *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps),
+        _sum_matrices(),
+        *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )
-    if blocks > 1:
-        partials = [
-            jnp.sum(y.reshape(blocks, -1, *y.shape[1:]), 0, dtype=f32).astype(y.dtype)
-            for y in partials
-        ]
-    return *partials, dv, dw
+
+
+def _sum_matrices():
+    """[2, 64, 64]: sums over the rows up to each, and from its block's middle row to it."""
+    rows = jnp.arange(CHUNK)
+    up_to = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.bfloat16))
+    middles = rows // BLOCK * BLOCK + BLOCK // 2 - 1
+    return jnp.stack([up_to, up_to - up_to[middles]])

@@ -11,6 +11,7 @@ log-decays below `CLAMP` count as `CLAMP` in T and Aqk, which changes no pair's 
 exp(-10) = 4.5e-5. The state's path (Qg, Kt, Y's decay, gamma_C) uses the true ones.
 """
 
+import itertools
 import math
 
 import jax
@@ -30,7 +31,10 @@ UNDERFLOW = -100.0
 
 LOG2_E = math.log2(math.e)
 
-_BLOCK = 16
+BLOCK = 16
+"""Rows of a chunk that share a reference row: their pairs' decays are bounded by the clamp."""
+
+_MIDDLE = BLOCK // 2 - 1
 _BLOCK_LAYOUT = plgpu.Layout.MMA_ACC(jnp.float16, m_warps=1)
 _SCAN_UNROLL = 8
 
@@ -47,12 +51,13 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
       w: write gate.
       masks: None, or `Masks` of the segments.
       scale: factor on q.
-      save: also return X, for the backward.
+      save: also return what only the backward needs.
 
     Returns:
       y_t [BH, N, K, 64], u_t [BH, N, V, 64], k_tail and q_gamma [BH, T, K], a_qk_t
-      [BH, N, 64, 64] in bf16, the decay of a whole chunk [BH, N, K] in fp32, whether a gate of the
-      chunk lies below `CLAMP` [BH, N] in int32, and X [BH, N, 64, 64] in fp16 or None.
+      [BH, N, 64, 64] in bf16, the decay of a whole chunk [BH, N, K] in fp32; and, or None, X in two
+      parts [BH, N, 2, 64, 64] in bf16 and the decays from each block's middle row to the next
+      one's [BH, N, 3, K] in fp32, of clamped gates.
     """
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[-1]
@@ -66,11 +71,11 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         q, k, v, g, b, w, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, *refs = refs
-        y_t, u_t, k_tail, q_gamma, a_qk_t, decay, clamped, *refs = refs
+        y_t, u_t, k_tail, q_gamma, a_qk_t, decay, *refs = refs
         if save:
-            x_out, *refs = refs
+            x_out, steps, *refs = refs
         (g_area, q_area, ks, bs, high, low, x_area, loaded, loaded_values, reloaded) = refs
-        (gs,), (vs, ws), (_, a_qk_tile, x_tile) = g_area
+        (gs,), (vs, ws), (_, a_qk_tile) = g_area
         (qs,), (y_tile,), (u_tile,) = q_area
         (xs, ps), (x_high, x_low) = x_area
         row = lax.axis_index("b")
@@ -109,27 +114,33 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         decay.at[index, chunk][...] = jnp.exp2(total)
         # A reduction over the layout that 64 channels need hangs: those always scan again.
         below = jnp.max(-lowest) > -CLAMP if key_dim == 128 else head >= 0
-        clamped[index, chunk] = jnp.where(below, 1, 0)
         plgpu.commit_smem()
+        if save:
+            middles = [
+                plgpu.load(gs.at[BLOCK * i + _MIDDLE], layout=scan_layout)
+                for i in range(CHUNK // BLOCK)
+            ]
+            for i, (before, after) in enumerate(itertools.pairwise(middles)):
+                steps.at[index, chunk, i][...] = jnp.exp2(after - before)
 
         accumulated = []
-        for i in range(CHUNK // _BLOCK):
+        for i in range(CHUNK // BLOCK):
             if i:
                 plgpu.commit_smem()  # a wait for wgmma covers one warp; the tile is everybody's
-            block = pl.ds(_BLOCK * i, _BLOCK)
-            middle = _BLOCK * i + _BLOCK // 2 - 1
+            block = pl.ds(BLOCK * i, BLOCK)
+            middle = BLOCK * i + _MIDDLE
 
             def load_block(ref, block=block):
                 return plgpu.load(ref.at[block], layout=_BLOCK_LAYOUT, optimized=False)
 
             reference = plgpu.load(gs.at[middle], layout=_BLOCK_LAYOUT.reduce(0), optimized=False)
-            factor = jnp.exp2(load_block(gs) - mosaic.over_rows(reference, (_BLOCK, key_dim)))
+            factor = jnp.exp2(load_block(gs) - mosaic.over_rows(reference, (BLOCK, key_dim)))
             e = load_block(ks).astype(jnp.float32) * load_block(bs).astype(jnp.float32) * factor
             scaled_q = load_block(qs).astype(jnp.float32) * factor * scale
-            for value, offset in ((e, 0), (scaled_q, _BLOCK)):
+            for value, offset in ((e, 0), (scaled_q, BLOCK)):
                 value_high, value_low = split(value)
-                high.at[pl.ds(offset, _BLOCK)][...] = value_high
-                low.at[pl.ds(offset, _BLOCK)][...] = value_low
+                high.at[pl.ds(offset, BLOCK)][...] = value_high
+                low.at[pl.ds(offset, BLOCK)][...] = value_low
             plgpu.commit_smem()
 
             def products(accumulator, middle=middle):
@@ -147,11 +158,11 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
                     accumulator.add(k_low, high.at[:, half].transpose((1, 0)))
                 return accumulator.get()
 
-            accumulated.append(mosaic.with_accumulators(products, (CHUNK, 2 * _BLOCK)))
+            accumulated.append(mosaic.with_accumulators(products, (CHUNK, 2 * BLOCK)))
         ri = mosaic.indices((CHUNK, CHUNK), 0)
         ci = mosaic.indices((CHUNK, CHUNK), 1)
-        erase = jnp.concatenate([x[:, :_BLOCK] for x in accumulated], axis=1)
-        read = jnp.concatenate([x[:, _BLOCK:] for x in accumulated], axis=1)
+        erase = jnp.concatenate([x[:, :BLOCK] for x in accumulated], axis=1)
+        read = jnp.concatenate([x[:, BLOCK:] for x in accumulated], axis=1)
         erase = jnp.where(ri < ci, erase, 0.0)
         read = jnp.where(ri <= ci, read, 0.0)
         if masks is not None:
@@ -229,15 +240,14 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             plgpu.commit_smem()
             if not start:
                 a_qk_tile[...] = read.astype(jnp.bfloat16)
-                if save:
-                    x_tile[...] = x.astype(jnp.float16)
                 e_t = bs.transpose((1, 0))
                 y = matmul((key_dim, CHUNK), (e_t, x_high), (e_t, x_low))
                 y_tile[...] = y.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(a_qk_tile, a_qk_t.at[index, chunk])
                 if save:
-                    plgpu.copy_smem_to_gmem(x_tile, x_out.at[index, chunk])
+                    for i, part in enumerate((x_high, x_low)):
+                        plgpu.copy_smem_to_gmem(part, x_out.at[index, chunk, i])
                 plgpu.copy_smem_to_gmem(y_tile, y_t.at[index, chunk])
             z_t = vs.transpose((1, 0))
             u = matmul((value_block, CHUNK), (z_t, x_high), (z_t, x_low))
@@ -262,8 +272,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             out(bf16, length, key_dim),
             out(bf16, chunks, *square),
             out(f32, chunks, key_dim),
-            out(jnp.int32, chunks),
-            *([out(f16, chunks, *square)] if save else []),
+            *([out(bf16, chunks, 2, *square), out(f32, chunks, 3, key_dim)] if save else []),
         ),
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
@@ -271,15 +280,15 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             plgpu.RefUnion(
                 (plgpu.SMEM((CHUNK, key_dim), f32),),
                 (value_tile, value_tile),
-                (value_tile, tile(square, bf16), tile(square, f16)),
+                (value_tile, tile(square, bf16)),
             ),
             plgpu.RefUnion(
                 (key_tile,), (tile((key_dim, CHUNK), bf16),), (tile((value_block, CHUNK), bf16),)
             ),
             key_tile,
             key_tile,
-            tile((2 * _BLOCK, key_dim), bf16),
-            tile((2 * _BLOCK, key_dim), bf16),
+            tile((2 * BLOCK, key_dim), bf16),
+            tile((2 * BLOCK, key_dim), bf16),
             plgpu.RefUnion((tile(square, f16),) * 2, (tile(square, bf16),) * 2),
             plgpu.Barrier(num_arrivals=4),
             plgpu.Barrier(num_arrivals=2),
@@ -295,4 +304,4 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         w,
         *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )
-    return results if save else (*results, None)
+    return results if save else (*results, None, None)

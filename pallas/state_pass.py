@@ -4,7 +4,7 @@ A block owns 64 value rows of one head's transposed state S^T [V, K], in fp32 ac
 whole sequence; a second warpgroup fetches the chunks' operands ahead of it.
 
     forward:   R = U - Y S    O = Qg S + Aqk R    S' = gamma_C S + Kt^T R
-    backward:  dR = Aqk^T dO + Kt dS'    dS = gamma_C dS' + Qg^T dO - Y^T dR
+    backward:  dR = Aqk^T dO + Kt dS'    dS = gamma_C dS' + Qg^T dO - Y^T dR    dZ = X dR
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas import mosaic
-from pallas.mosaic import CHUNK, COLUMNS, WGMMA, tile
+from pallas.mosaic import CHUNK, COLUMNS, WGMMA, split, tile
 
 _STAGES = 2
 _VALUE_ROWS = 64
@@ -119,7 +119,7 @@ def state_pass_forward(y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, *, save:
     return outputs, final_state, *(saved if save else (None, None))
 
 
-def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, d_state):
+def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state):
     """Runs the gradients of the states back through a sequence.
 
     Args:
@@ -129,10 +129,11 @@ def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, d_state):
       q_gamma: [BH, T, K].
       a_qk_t: [BH, N, 64, 64].
       decay: [BH, N, K] fp32.
+      x: [BH, N, 2, 64, 64] bf16, in two parts.
       d_state: [B, H, V, K] fp32, cotangent of the final state.
 
     Returns:
-      dR [BH, T, V] bf16, the gradient of each chunk's outgoing state [BH, N, V, K] bf16, and that
+      dZ [BH, T, V] bf16, the gradient of each chunk's outgoing state [BH, N, V, K] bf16, and that
       of the initial state [B, H, V, K] fp32.
     """
     batch, heads, value_dim, key_dim = d_state.shape
@@ -141,7 +142,7 @@ def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, d_state):
     bf16 = jnp.bfloat16
 
     def prefetch(refs, tiles, barrier, index, row, head, values, chunk):
-        y_t, d_o, k_tail, q_gamma, a_qk_t, decay = refs
+        y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x = refs
         rows = pl.ds(chunk * CHUNK, CHUNK)
         sources = (
             y_t.at[index, chunk],
@@ -150,41 +151,46 @@ def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, d_state):
             q_gamma.at[index, rows],
             a_qk_t.at[index, chunk],
             decay.at[index, chunk],
+            x.at[index, chunk],
         )
         for source, target in zip(sources, tiles):
             plgpu.copy_gmem_to_smem(source, target, barrier)
 
     def advance(d_state, tiles, staging):
-        y_t, d_o, k_tail, q_gamma, a_qk_t, decay = tiles
-        d_r_tile, d_state_tile = staging
+        y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x = tiles
+        d_z_tile, d_state_tile = staging
         d_state16 = d_state.astype(bf16)
         d_o_t = d_o.transpose((1, 0))
 
-        def products(d_residual, previous):
+        def products(d_residual, previous, d_z):
             d_residual.add(d_state16, k_tail.transpose((1, 0)))
             d_residual.add(d_o_t, a_qk_t.transpose((1, 0)))
             gamma = plgpu.load(decay, layout=COLUMNS)
             previous.set(d_state * mosaic.over_rows(gamma, (_VALUE_ROWS, key_dim)))
             previous.add(d_o_t, q_gamma)
-            d_r = d_residual.get(1)
-            previous.add((-d_r).astype(bf16), y_t.transpose((1, 0)))
+            high, low = split(d_residual.get(1))
+            previous.add(-high, y_t.transpose((1, 0)))
+            # With repeated keys X takes differences of rows: rounded, they would be lost.
+            for part, x_part in ((high, x.at[0]), (low, x.at[0]), (high, x.at[1])):
+                d_z.add(part, x_part.transpose((1, 0)))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             d_state_tile[...] = d_state16
-            d_r_tile.transpose((1, 0))[...] = d_r.astype(bf16)
-            advanced = previous.get()
+            advanced = previous.get(3)
+            d_z_tile.transpose((1, 0))[...] = d_z.get().astype(bf16)
             plgpu.commit_smem()
             return advanced
 
-        return mosaic.with_accumulators(products, (_VALUE_ROWS, CHUNK), (_VALUE_ROWS, key_dim))
+        square = (_VALUE_ROWS, CHUNK)
+        return mosaic.with_accumulators(products, square, (_VALUE_ROWS, key_dim), square)
 
     def store(outputs, staging, index, row, head, values, chunk):
-        d_r, d_states = outputs
-        d_r_tile, d_state_tile = staging
-        plgpu.copy_smem_to_gmem(d_r_tile, d_r.at[index, pl.ds(chunk * CHUNK, CHUNK), values])
+        d_z, d_states = outputs
+        d_z_tile, d_state_tile = staging
+        plgpu.copy_smem_to_gmem(d_z_tile, d_z.at[index, pl.ds(chunk * CHUNK, CHUNK), values])
         plgpu.copy_smem_to_gmem(d_state_tile, d_states.at[index, chunk, values])
 
-    d_initial_state, d_r, d_states = _run(
-        (y_t, d_o, k_tail, q_gamma, a_qk_t, decay),
+    d_initial_state, d_z, d_states = _run(
+        (y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x),
         d_state,
         chunks,
         (prefetch, advance, store),
@@ -195,6 +201,7 @@ def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, d_state):
             tile((_STAGES, CHUNK, key_dim), bf16),
             tile((_STAGES, CHUNK, CHUNK), bf16),
             plgpu.SMEM((_STAGES, key_dim), jnp.float32),
+            tile((_STAGES, 2, CHUNK, CHUNK), bf16),
         ),
         staging=(tile((CHUNK, _VALUE_ROWS), bf16), tile((_VALUE_ROWS, key_dim), bf16)),
         out_type=(
@@ -203,7 +210,7 @@ def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, d_state):
         ),
         reverse=True,
     )
-    return d_r, d_states, d_initial_state
+    return d_z, d_states, d_initial_state
 
 
 def _run(

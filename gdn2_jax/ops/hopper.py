@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas.chunk_backward import chunk_backward
-from pallas.intra_chunk_backward import intra_chunk_backward
 from pallas.intra_chunk_forward import intra_chunk_forward
 from pallas.mosaic import CHUNK
 from pallas.segments import segment_masks
@@ -75,29 +74,28 @@ def _forward(scale, *arguments):
 
 
 def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
-    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, clamped, x = intra_chunk_forward(
+    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps = intra_chunk_forward(
         q, k, v, g, b, w, masks, scale=scale, save=save
     )
     decay = _carried(decay, masks)
-    operands = y_t, u_t, k_tail, q_gamma, a_qk_t, decay
-    outputs, final_state, states, r_t = state_pass_forward(*operands, state, save=save)
+    outputs, final_state, states, r_t = state_pass_forward(
+        y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, save=save
+    )
     inputs = q, k, v, g, b, w, masks
-    return (outputs, final_state), (inputs, operands, clamped, x, states, r_t)
+    operands = y_t, k_tail, q_gamma, a_qk_t, decay, x
+    return (outputs, final_state), (inputs, operands, steps, states, r_t)
 
 
 def _backward(scale, residuals, cotangents):
-    (q, k, v, g, b, w, masks), operands, clamped, x, states, r_t = residuals
-    y_t, u_t, k_tail, q_gamma, a_qk_t, decay = operands
+    (*inputs, masks), operands, steps, states, r_t = residuals
+    y_t, k_tail, q_gamma, a_qk_t, decay, x = operands
     d_o, d_state = cotangents
-    d_r, d_states, d_initial_state = state_pass_backward(
-        y_t, d_o, k_tail, q_gamma, a_qk_t, decay, d_state
+    d_z, d_states, d_initial_state = state_pass_backward(
+        y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state
     )
-    dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay, dv, dw = chunk_backward(
-        d_o, r_t, d_r, states, d_states, u_t, y_t, x, v, w, masks
+    dq, dk, dg, db, dv, dw = chunk_backward(
+        *inputs, d_o, r_t, d_z, states, d_states, decay, steps, masks, scale=scale
     )
-    d_decay = _carried(d_decay, masks)
-    gradients = dq_gamma, dk_tail, de_gamma, da_qk, dt, diagonal, d_decay
-    dq, dk, dg, db = intra_chunk_backward(q, k, g, b, *gradients, clamped, masks, scale=scale)
     return dq, dk, dv, dg, db, dw, d_initial_state, None
 
 

@@ -17,15 +17,7 @@ kernels = functools.partial(gated_delta_rule_2, implementation="pallas")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(
-    "regime",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(reason="db: dR is rounded to bf16"))
-        if name == "repeated_keys"
-        else name
-        for name in REGIMES
-    ],
-)
+@pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize(
     "layout", [{"segments": 5, "value_heads": 4}, {}], ids=["segments, grouped", "plain"]
 )
