@@ -29,6 +29,8 @@ lint: .venv/.installed
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 12) and "gdn2-jax needs Python >= 3.12, but $(PYTHON) is %d.%d" % v[:2])'
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --editable ".[train,test$(CUDA)]" --constraint $(filter constraints%,$^)
+	@# For the guide to other people's models. Its bounds exclude current numpy and typeguard, with which it works.
+	$*/bin/python -m pip install --quiet --no-deps recurrentgemma==1.0.1 --constraint $(filter constraints%,$^)
 	@touch $@
 
 clean:

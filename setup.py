@@ -18,7 +18,17 @@ TRAIN = [
     "tyro",
 ]
 INTEROP = ["flatbuffers", "safetensors"]
-TEST = [*INTEROP, "chex", "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
+TEST = [
+    *INTEROP,
+    "chex",
+    "einops",
+    "hypothesis",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "ruff",
+    "sentencepiece",
+]
 
 setup(
     name="gdn2-jax",
