@@ -61,7 +61,8 @@ class Mixer(nnx.Module):
         self.in_features = in_features
         self.decode = decode
         x = jax.ShapeDtypeStruct((1, 1, in_features), jnp.float32)
-        _attach(self, nnx.Param, self.linen.lazy_init(rngs.params(), x)["params"])
+        # Boxed with linen's names of axes where linen's rules for them are in force.
+        _attach(self, nnx.Param, nn.unbox(self.linen.lazy_init(rngs.params(), x)["params"]))
 
     def __call__(
         self,

@@ -1,5 +1,6 @@
 """The nnx modules: the linen layers' numbers, and natural parts of an nnx transformer."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +78,13 @@ def test_parameters_and_cache_are_attributes_and_variables():
     # Writing an attribute is all it takes to change a weight.
     module.o_proj.kernel[...] = jnp.zeros_like(module.o_proj.kernel[...])
     assert not jnp.any(module(x))
+
+
+def test_parameters_are_arrays_under_axis_rules_too():
+    with nn.logical_axis_rules((("embed", None), ("heads", None))):
+        module = make()
+        assert isinstance(module.q_proj.kernel[...], jax.Array)
+    assert module(inputs(1, 2, WIDTH)).shape == (1, 2, WIDTH)
 
 
 def test_gradients_are_those_of_linen():

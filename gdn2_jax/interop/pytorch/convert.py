@@ -92,13 +92,13 @@ def tensors_of_leaves(
 
 
 def params_of_leaves(
-    leaves: Mapping[Leaf, StoredTensor], sharding: Sharding | None = None
+    leaves: Mapping[Leaf, StoredTensor], sharding: Sharding | dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Returns the tree of parameters; each goes to the device before the next is read.
 
     Args:
       leaves: all of the tree, and all layers of each.
-      sharding: of every parameter; on the default device if None.
+      sharding: of every parameter, or a tree of them; on the default device if None.
 
     Raises:
       ValueError: the layers of a parameter differ in dtype, or JAX would narrow its dtype.
@@ -106,6 +106,7 @@ def params_of_leaves(
     parts: dict[Path, dict[int | None, StoredTensor]] = {}
     for (path, index), stored in leaves.items():
         parts.setdefault(path, {})[index] = stored
+    shardings = flatten(sharding) if isinstance(sharding, dict) else dict.fromkeys(parts, sharding)
     params = {}
     for path, layers in parts.items():
         dtype, *others = {stored.dtype for stored in layers.values()}
@@ -123,7 +124,7 @@ def params_of_leaves(
         tree = params
         for key in path[:-1]:
             tree = tree.setdefault(key, {})
-        tree[path[-1]] = jax.device_put(array, sharding)
+        tree[path[-1]] = jax.device_put(array, shardings[path])
     return params
 
 

@@ -50,7 +50,10 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(
-    path: str | Path, *, config: ModelConfig | None = None, sharding: Sharding | None = None
+    path: str | Path,
+    *,
+    config: ModelConfig | None = None,
+    sharding: Sharding | dict[str, Any] | None = None,
 ) -> Pretrained:
     """Loads a PyTorch checkpoint of either style, one stacked parameter at a time.
 
@@ -59,7 +62,8 @@ def load_pretrained(
         config.json beside it.
       config: of the model; if None, that of the config.json, or what the shapes of the paper's
         style tell (attention then has heads of width 128 and windows of 2048, as in the paper).
-      sharding: of every parameter; on the default device if None.
+      sharding: of every parameter, or a tree of them as `gdn2_jax.parallel.param_shardings` gives;
+        on the default device if None.
 
     Returns:
       The model, its parameters in the dtypes of the checkpoint.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gdn2_jax.interop.pytorch import (
     StoredTensor,
@@ -262,6 +263,20 @@ def test_configurations_of_models_that_are_not_here_are_refused(tmp_path, make, 
     path.write_text(json.dumps({n: v for n, v in content.items() if n != "head_dim" or v}))
     with pytest.raises(ValueError, match=named):
         load_pretrained(tmp_path)
+
+
+def test_parameters_go_where_they_are_sent(tmp_path, make):
+    config, params = make(output_gate="sigmoid")
+    save_pretrained(tmp_path, config, params)
+    mesh = jax.make_mesh((2,), ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    loaded = load_pretrained(tmp_path, sharding=replicated).params
+    assert all(leaf.sharding == replicated for leaf in jax.tree.leaves(loaded))
+    shardings = jax.tree.map(lambda leaf: replicated, params)
+    shardings["embed"]["embedding"] = NamedSharding(mesh, PartitionSpec(None, "data"))
+    loaded = load_pretrained(tmp_path, sharding=shardings).params
+    assert jax.tree.map(lambda leaf: leaf.sharding, loaded) == shardings
+    assert_same(loaded, params)
 
 
 def test_a_kda_and_a_gdn_model_of_fla_are_loaded(tmp_path, make):
