@@ -45,6 +45,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Gradients of a greater global norm are scaled down to it."""
 
+    mean_dtype: Literal["bfloat16", "float32"] | None = None
+    """Of the average of gradients; None: the parameters'. The squares' is always theirs."""
+
     def __post_init__(self):
         for name in ("learning_rate", "epsilon", "clip_norm"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
@@ -54,6 +57,8 @@ class OptimizerConfig:
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         masks = ("all", "exclude_A_log_dt_bias", "matrices_only")
         self._require("decay_mask", self.decay_mask in masks, f"one of {masks}")
+        dtypes = (None, "bfloat16", "float32")
+        self._require("mean_dtype", self.mean_dtype in dtypes, f"one of {dtypes}")
 
     def _require(self, name: str, fulfilled: bool, expected: str) -> None:
         if not fulfilled:

@@ -69,6 +69,7 @@ def make_optimizer(
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,
+            mu_dtype=config.mean_dtype,
             weight_decay=config.weight_decay,
             mask=lambda params: decay_mask(params, config.decay_mask),
         ),

@@ -83,9 +83,36 @@ def test_update_is_adamw_of_the_clipped_gradient():
     np.testing.assert_allclose(updates["lm_head"]["kernel"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mean_dtype", [None, "float32", "bfloat16"])
+def test_averages_have_the_dtypes_asked_for_and_follow_those_of_float32(param_dtype, mean_dtype):
+    grads = {"kernel": jnp.linspace(-0.3, 0.3, 64).astype(param_dtype)}
+    params = {"kernel": jnp.linspace(1, 2, 64).astype(param_dtype)}
+
+    def moments(mean_dtype, dtype):
+        optimizer = make_optimizer(OptimizerConfig(mean_dtype=mean_dtype), lambda step: 0.1)
+        cast = [jax.tree.map(lambda x: x.astype(dtype), tree) for tree in (grads, params)]
+        state = optimizer.init(cast[1])
+        for _ in range(3):
+            updates, state = optimizer.update(cast[0], state, cast[1])
+        return updates["kernel"], state[1][0].mu["kernel"], state[1][0].nu["kernel"]
+
+    actual, exact = moments(mean_dtype, param_dtype), moments(None, "float32")
+    assert actual[1].dtype == (mean_dtype or param_dtype)
+    assert actual[2].dtype == param_dtype
+    for a, b in zip(actual, exact, strict=True):
+        np.testing.assert_allclose(a.astype("float32"), b, rtol=0.03, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("learning_rate", 0.0), ("warmup", 1.0), ("clip_norm", float("nan")), ("decay_mask", "none")],
+    [
+        ("learning_rate", 0.0),
+        ("warmup", 1.0),
+        ("clip_norm", float("nan")),
+        ("decay_mask", "none"),
+        ("mean_dtype", "int8"),
+    ],
 )
 def test_optimizer_config_names_the_field_that_is_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"optimizer.{field}: expected .* got {value}|'{value}'"):
