@@ -11,7 +11,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from gdn2_jax.layers.initializers import small_xavier_uniform
-from gdn2_jax.layers.short_convolution import ShortConvolution
+from gdn2_jax.layers.short_convolution import ShortConvolution, to_unit_length
 from gdn2_jax.ops import Implementation, gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.parallel import gated_delta_rule_2_on_mesh, partitioned
 
@@ -76,18 +76,23 @@ class DeltaRuleLayer(nn.Module):
 
     def _queries_keys_values(self, x: Float[Array, "B T D"], segment_ids: Array | None) -> tuple:
         """Queries and keys [B, T, H, K] of unit length, values [B, T, Hv, V]."""
-        q = self._convolved("q", x, self.num_heads * self.head_dim, segment_ids)
-        k = self._convolved("k", x, self.num_heads * self.head_dim, segment_ids)
-        v = self._convolved("v", x, self._value_heads * self._value_dim, segment_ids)
-        q, k = (_l2_normalize(split_heads(u, self.num_heads)) for u in (q, k))
-        return q, k, split_heads(v, self._value_heads)
+        key_features = self.num_heads * self.head_dim
+        value_features = self._value_heads * self._value_dim
+        q = self._convolved("q", x, key_features, segment_ids, unit_dim=self.head_dim)
+        k = self._convolved("k", x, key_features, segment_ids, unit_dim=self.head_dim)
+        v = self._convolved("v", x, value_features, segment_ids, unit_dim=None)
+        return *(split_heads(u, self.num_heads) for u in (q, k)), split_heads(v, self._value_heads)
 
-    def _convolved(self, name: str, x: Array, features: int, segment_ids: Array | None) -> Array:
+    def _convolved(
+        self, name: str, x: Array, features: int, segment_ids: Array | None, unit_dim: int | None
+    ) -> Array:
         y = self._dense(f"{name}_proj", features)(x)
         if not self.use_short_conv:
-            return jax.nn.silu(y)
+            y = jax.nn.silu(y)
+            return y if unit_dim is None else _heads_to_unit_length(y, unit_dim)
         convolution = ShortConvolution(
             self.conv_size,
+            unit_dim=unit_dim,
             param_dtype=self.param_dtype,
             decode=self.decode,
             name=f"{name}_conv1d",
@@ -201,12 +206,12 @@ def log_decay(
     return lower_bound * jax.nn.sigmoid(rate * f)
 
 
-@jax.checkpoint
-def _l2_normalize(x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
-    """Divides by sqrt(sum x^2 + 1e-6) over channels, computed in float32 or wider."""
+@functools.partial(jax.checkpoint, static_argnums=(1,))
+def _heads_to_unit_length(x: Float[Array, "B T D"], head_dim: int) -> Float[Array, "B T D"]:
+    """Divides every `head_dim` channels by their length, computed in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square_sum = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(square_sum + 1e-6)).astype(x.dtype)
+    heads = wide.reshape(*x.shape[:2], -1, head_dim)
+    return to_unit_length(heads).reshape(x.shape).astype(x.dtype)
 
 
 def check_decay_lower_bound(bound: float | None) -> None:

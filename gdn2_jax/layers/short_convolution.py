@@ -1,5 +1,6 @@
 """A causal depthwise convolution over a few tokens, which keeps documents apart and decodes."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ def _uniform_fan_in_taps(key, shape, dtype=jnp.float32) -> jax.Array:
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution followed by SiLU.
+    """Causal depthwise convolution followed by SiLU, and by division by each head's length.
 
         y[t, c] = SiLU(sum_i kernel[i, c] x[t - (kernel_size - 1) + i, c] + bias[c])
 
@@ -27,6 +28,7 @@ class ShortConvolution(nn.Module):
     Attributes:
       kernel_size: number of tokens seen, the current one included.
       use_bias: add a bias, initialised like the kernel.
+      unit_dim: scale every so many channels of y, a head, to unit length; not if None.
       param_dtype: dtype of the kernel [kernel_size, channels] and the bias [channels].
       kernel_init: by default uniform within +-1 / sqrt(kernel_size).
       decode: keep the last kernel_size - 1 inputs, and their documents, in the "cache"
@@ -35,6 +37,7 @@ class ShortConvolution(nn.Module):
 
     kernel_size: int = 4
     use_bias: bool = False
+    unit_dim: int | None = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = _uniform_fan_in_taps
     decode: bool = False
@@ -56,6 +59,7 @@ class ShortConvolution(nn.Module):
                 lambda key, dtype: self.kernel_init(key, taps, dtype)[0], "heads"
             )
             bias = self.param("bias", bias_init, self.param_dtype)
+        padding = 0
         if self.decode:
             window = self.variable("cache", "inputs", jnp.zeros, (batch, past, channels), x.dtype)
             documents = self.variable("cache", "segment_ids", jnp.zeros, (batch, past), jnp.int32)
@@ -70,34 +74,41 @@ class ShortConvolution(nn.Module):
         elif axis_size("sequence") > 1:
             rows = ("batch", "sequence")
             inputs = ((*rows, "heads"), (None, "heads"), ("heads",), rows)
-            convolve = per_device(_convolve_span, inputs, (*rows, "heads"))
+            span = functools.partial(_convolve_span, unit_dim=self.unit_dim)
+            convolve = per_device(span, inputs, (*rows, "heads"))
             return convolve(x, kernel, bias, segment_ids)
         else:
-            inputs = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
-            if segment_ids is not None:
-                segment_ids = jnp.pad(segment_ids, ((0, 0), (past, 0)))
-
-        return _convolve(inputs, kernel, bias, segment_ids)
+            inputs, padding = x, past
+        return _convolve(inputs, kernel, bias, segment_ids, padding, self.unit_dim)
 
 
-def _convolve_span(x, kernel, bias, segment_ids) -> Float[Array, "B T D"]:
+def _convolve_span(x, kernel, bias, segment_ids, unit_dim) -> Float[Array, "B T D"]:
     """`_convolve` of a device's span, after the inputs of the spans before."""
     past = kernel.shape[0] - 1
     x = with_previous_tokens(x, past)
     if segment_ids is not None:
         segment_ids = with_previous_tokens(segment_ids, past)
-    return _convolve(x, kernel, bias, segment_ids)
+    return _convolve(x, kernel, bias, segment_ids, 0, unit_dim)
 
 
-@jax.checkpoint  # The shifted float32 copies would outweigh every other array kept for the backward.
+# The shifted float32 copies would outweigh every other array kept for the backward.
+@functools.partial(jax.checkpoint, static_argnums=(4, 5))
 def _convolve(
-    inputs: Float[Array, "B P+T D"],
+    inputs: Float[Array, "B P+T-padding D"],
     kernel: Float[Array, "P+1 D"],
     bias: Float[Array, "D"] | None,
-    segment_ids: Int[Array, "B P+T"] | None,
+    segment_ids: Int[Array, "B P+T-padding"] | None,
+    padding: int,
+    unit_dim: int | None,
 ) -> Float[Array, "B T D"]:
-    """The convolution and SiLU of tokens that follow P = kernel_size - 1 others."""
+    """Convolution, SiLU and unit length of tokens that follow P = kernel_size - 1 others.
+
+    The first `padding` of those others are zeros, and not in `inputs`.
+    """
     past = kernel.shape[0] - 1
+    inputs = jnp.pad(inputs, ((0, 0), (padding, 0), (0, 0)))
+    if segment_ids is not None:
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (padding, 0)))
     length = inputs.shape[1] - past
     dtype = jnp.promote_types(inputs.dtype, jnp.float32)
     output = 0 if bias is None else bias.astype(dtype)
@@ -107,4 +118,13 @@ def _convolve(
             same = segment_ids[:, tap : tap + length] == segment_ids[:, past:]
             seen = jnp.where(same[..., None], seen, 0)
         output += kernel[tap].astype(dtype) * seen
-    return jax.nn.silu(output).astype(inputs.dtype)
+    output = jax.nn.silu(output)
+    if unit_dim is not None:
+        heads = output.reshape(*output.shape[:2], -1, unit_dim)
+        output = to_unit_length(heads).reshape(output.shape)
+    return output.astype(inputs.dtype)
+
+
+def to_unit_length(x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+    """Divides by sqrt(sum x^2 + 1e-6) over the last axis."""
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)

@@ -60,3 +60,16 @@ def test_the_window_holds_raw_inputs_in_their_own_dtype():
     _, cache = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["cache"])
     assert cache["cache"]["inputs"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(cache["cache"]["inputs"][0, :, 0], [0, 1, 1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads_have_unit_length_before_they_are_rounded(dtype):
+    x = 3 * jax.random.normal(jax.random.key(0), (2, 7, 12), dtype)
+    plain, unit = ShortConvolution(), ShortConvolution(unit_dim=4)
+    params = plain.init(jax.random.key(1), x)
+    heads = plain.apply(params, x.astype("float32")).reshape(2, 7, 3, 4)
+    squares = jnp.sum(heads**2, -1, keepdims=True)
+    expected = (heads / jnp.sqrt(squares + 1e-6)).reshape(x.shape)
+    actual = unit.apply(params, x)
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(actual, expected.astype(dtype), atol=1e-6)
