@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.language_model import LanguageModel
+from gdn2_jax.parallel import constrain
 
 
 def next_token_loss(
@@ -31,8 +32,10 @@ def next_token_loss(
     hidden = LanguageModel(config).apply(
         {"params": params}, batch["inputs"], batch["segment_ids"], head=False, rngs=rngs
     )
-    kernel = params["lm_head"]["kernel"]
+    hidden = constrain(hidden, "batch", "sequence", None)
     with jax.named_scope("loss"):
+        # Gathered over "fsdp" once, not for every block.
+        kernel = constrain(params["lm_head"]["kernel"], None, "vocab")
         return cross_entropy(config.loss_blocks, hidden, kernel, batch["targets"], batch["weights"])
 
 

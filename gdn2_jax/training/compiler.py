@@ -1,6 +1,6 @@
 """XLA's options for a training step on several GPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 
@@ -15,7 +15,13 @@ _OVERLAP = {
 }
 
 
-def compiler_options(devices: Sequence[jax.Device], overlap: bool) -> dict[str, bool | int] | None:
-    """Returns what to give `jax.jit`, None for a single device or other platforms than GPUs."""
-    several_gpus = len(devices) > 1 and devices[0].platform == "gpu"
+def compiler_options(devices: Iterable[jax.Device], overlap: bool) -> dict[str, bool | int] | None:
+    """Returns what to give `jax.jit`; None for a single device and for other platforms than GPUs.
+
+    Args:
+      devices: that the step runs on.
+      overlap: hide the time of collectives behind computation.
+    """
+    platforms = [device.platform for device in devices]
+    several_gpus = len(platforms) > 1 and platforms[0] == "gpu"
     return dict(_OVERLAP) if overlap and several_gpus else None

@@ -87,6 +87,9 @@ class TrainingConfig:
     accumulation: int = 1
     """Microbatches into which each batch is split, to save memory; their gradients are averaged."""
 
+    overlap: bool = True
+    """On several GPUs: options of XLA that hide collectives behind computation."""
+
     seed: int = 0
     """Of the parameters' initial values and the model's random numbers."""
 

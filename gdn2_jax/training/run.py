@@ -30,7 +30,7 @@ _FREE = {
     *("steps", "log_every", "validate_every", "validation_batches", "checkpoint_every"),
     *("checkpoints_kept", "sample_prompt", "sample_tokens"),
     *("data.paths", "data.num_workers", "data.cache_directory"),
-    *("model.remat", "model.unroll", "model.loss_blocks", "model.implementation"),
+    *("model.remat", "model.unroll", "overlap", "model.loss_blocks", "model.implementation"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"),
 }
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from gdn2_jax.models import LanguageModel, next_token_loss
 from gdn2_jax.parallel import batch_sharding, on_mesh, param_shardings
+from gdn2_jax.training.compiler import compiler_options
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.optimizer import learning_rate_schedule, make_optimizer
 
@@ -150,6 +151,7 @@ def jit_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
     shardings = state_shardings(config, mesh)
     return jax.jit(
         step,
+        compiler_options=compiler_options(mesh.devices.flat, config.overlap),
         in_shardings=(shardings, batch_sharding(mesh, 1)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
