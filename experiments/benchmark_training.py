@@ -23,6 +23,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ from gdn2_jax.parallel import batch_sharding, make_mesh
 from gdn2_jax.timing import Event, device_events, matmul_rate, peak_gib, spread
 from gdn2_jax.training import TrainingConfig
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
-from gdn2_jax.training.step import initial_state, jit_train_step, replicated
+from gdn2_jax.training.step import abstract_state, initial_state, jit_train_step, state_shardings
 
 PARTS = ("mixer", "attention", "MLP", "embedding + loss", "optimizer", "other")
 
@@ -65,7 +66,8 @@ class Config:
       implementation: of the operators.
       steps: of a timed sample.
       repeats: samples.
-      profile: profile three more steps for the parts.
+      profile: profile three more steps for the parts. Without it, kernels are launched as CUDA
+        graphs as in training, which are a little faster but hide the names of their operations.
       operations: the slowest so many to print with the parts.
       again: measure also what the output holds.
       output: file for the rows, as JSON lines; by default
@@ -108,47 +110,67 @@ def main(config: Config) -> None:
     print(f"{device}, jax {jax.__version__}, bf16 product {rate / 1e12:.4g} TFLOP/s")
     print(f"{tokens} tokens a step; rows go to {output}\n{HEADER}", flush=True)
     rows = read_rows(output)
-    for name in names:
-        model = PRESETS[name]
-        options = ("remat", "unroll", "implementation")
-        changes = {name: getattr(config, name) for name in options}
-        model = dataclasses.replace(model, **{k: v for k, v in changes.items() if v is not None})
-        for length in lengths:
-            key = {"device": device, "jax": jax.__version__, "model": name}
-            key |= {"length": length, "batch": tokens // length}
-            key |= {option: getattr(model, option) for option in options}
-            done = [row for row in rows if key.items() <= row.items() and "error" not in row]
-            if done and not config.again:
-                row = done[-1]
-            else:
-                row = key | {"bf16_product_flops": rate} | measure(config, model, length, tokens)
+    options = ("remat", "unroll", "implementation")
+    changes = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        for name in names:
+            model = dataclasses.replace(PRESETS[name], **changes)
+            todo = []
+            for length in lengths:
+                key = {"device": device, "jax": jax.__version__, "model": name}
+                key |= {"length": length, "batch": tokens // length, "graphs": not config.profile}
+                key |= {option: getattr(model, option) for option in options}
+                done = [row for row in rows if key.items() <= row.items() and "error" not in row]
+                if done and not config.again:
+                    print_row(done[-1], config.operations)
+                else:
+                    todo.append((key, training_config(model, length, tokens)))
+            # The lengths of a model compile at once, before any of them runs.
+            steps = [pool.submit(compile_step, config, training) for _, training in todo]
+            wait(steps)
+            for (key, training), step in zip(todo, steps, strict=True):
+                row = key | {"bf16_product_flops": rate} | measure(config, training, step)
                 rows.append(row)
                 with output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-            print_row(row, config.operations)
+                print_row(row, config.operations)
     figure = output.with_suffix(".png")
     draw(rows, figure)
     print(f"rows appended to {output}, figure in {figure}")
 
 
-def measure(config: Config, model: ModelConfig, length: int, tokens: int) -> dict[str, Any]:
-    """Time, rates and memory of the step, and what its parts take."""
-    training = TrainingConfig(
+def training_config(model: ModelConfig, length: int, tokens: int) -> TrainingConfig:
+    """A run of `tokens` a step in sequences of `length`; none of its data are read."""
+    return TrainingConfig(
         model=model,
         data=DataConfig(sequence_length=length),
         steps=1000,
         global_batch_size=tokens // length,
     )
+
+
+def compile_step(config: Config, training: TrainingConfig) -> tuple[jax.stages.Compiled, float]:
+    """The step, and the seconds that it took to compile beside the other lengths."""
     mesh = make_mesh()
-    say(f"{length} x {tokens // length}: compiling")
+    size = f"{training.data.sequence_length} x {training.global_batch_size}"
+    say(f"{size}: compiling")
+    start = time.perf_counter()
+    batch = jax.eval_shape(functools.partial(random_batch, training))
+    lowered = jit_train_step(training, mesh).lower(abstract_state(training, mesh), batch)
+    graphs = {"xla_gpu_enable_command_buffer": ""} if config.profile else None
+    step = lowered.compile(compiler_options=graphs)
+    seconds = time.perf_counter() - start
+    say(f"{size}: compiled in {seconds:.0f} s")
+    return step, seconds
+
+
+def measure(config: Config, training: TrainingConfig, compiled: Future) -> dict[str, Any]:
+    """Time, rates and memory of the step, and what its parts take."""
+    mesh, model, length = make_mesh(), training.model, training.data.sequence_length
     try:
-        state, batch = state_maker(model)(), random_batch(training, mesh)
-        start = time.perf_counter()
-        lowered = jit_train_step(training, mesh).lower(state, batch)
-        # Launched as CUDA graphs, kernels would lose the names of their operations.
-        step = lowered.compile(compiler_options={"xla_gpu_enable_command_buffer": ""})
-        compile_s = time.perf_counter() - start
-        say(f"compiled in {compile_s:.0f} s")
+        step, compile_s = compiled.result()
+        make_batch = jax.jit(random_batch, static_argnums=0, out_shardings=batch_sharding(mesh, 1))
+        state, batch = state_maker(model)(), make_batch(training)
 
         def run(steps: int):
             nonlocal state
@@ -167,7 +189,7 @@ def measure(config: Config, model: ModelConfig, length: int, tokens: int) -> dic
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     row = {**spread(samples), "compile_s": compile_s, "peak_gib": peak_gib(step), "losses": losses}
-    row["tokens_per_second"] = tokens / row["median_ms"] * 1e3
+    row["tokens_per_second"] = training.tokens_per_step / row["median_ms"] * 1e3
     flops = training_flops_per_token(model, length) * row["tokens_per_second"]
     row["model_flops"] = flops / jax.device_count()
     if events:
@@ -178,28 +200,22 @@ def measure(config: Config, model: ModelConfig, length: int, tokens: int) -> dic
 @functools.cache
 def state_maker(model: ModelConfig) -> Callable:
     """A compiled function without arguments; the state is the same for every length."""
-    training = TrainingConfig(model=model, steps=1000, global_batch_size=1)
+    training, mesh = training_config(model, 1, jax.device_count()), make_mesh()
     make = functools.partial(initial_state, training)
-    return jax.jit(make, out_shardings=replicated(make_mesh()))
+    return jax.jit(make, out_shardings=state_shardings(training, mesh))
 
 
-def random_batch(training: TrainingConfig, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """A batch as the data pipeline gives it, made on the devices."""
-
-    def make():
-        shape = (1, training.global_batch_size, training.data.sequence_length)
-        keys = jax.random.split(jax.random.key(1))
-        inputs, targets = (
-            jax.random.randint(key, shape, 0, training.model.vocab_size) for key in keys
-        )
-        return {
-            "inputs": inputs,
-            "targets": targets,
-            "segment_ids": jnp.ones(shape, jnp.int32),
-            "weights": jnp.ones(shape, jnp.float32),
-        }
-
-    return jax.jit(make, out_shardings=batch_sharding(mesh, 1))()
+def random_batch(training: TrainingConfig) -> dict[str, jax.Array]:
+    """A batch such as the data pipeline gives."""
+    shape = (1, training.global_batch_size, training.data.sequence_length)
+    keys = jax.random.split(jax.random.key(1))
+    inputs, targets = (jax.random.randint(key, shape, 0, training.model.vocab_size) for key in keys)
+    return {
+        "inputs": inputs,
+        "targets": targets,
+        "segment_ids": jnp.ones(shape, jnp.int32),
+        "weights": jnp.ones(shape, jnp.float32),
+    }
 
 
 def operation_names(compiled: str) -> dict[str, str]:
@@ -331,7 +347,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def say(text: str) -> None:
-    """Shows progress beside the table."""
+    """Shows progress, apart from the table."""
     print(f"  {text}", file=sys.stderr, flush=True)
 
 

@@ -54,10 +54,10 @@ def test_lengths_must_divide_the_tokens(script, tmp_path):
 
 
 def test_an_error_is_a_row_and_is_tried_again(script, tmp_path, capsys, monkeypatch):
-    def fail(model):
+    def fail(config, training):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nmore")
 
-    monkeypatch.setattr(script, "state_maker", fail)
+    monkeypatch.setattr(script, "compile_step", fail)
     output = tmp_path / "rows.jsonl"
     for _ in range(2):
         script.main(arguments(script, output))
