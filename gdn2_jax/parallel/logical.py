@@ -55,8 +55,8 @@ def partitioned(init: Initializer, *names: str | None) -> Callable:
     model needs no unboxing.
     """
 
-    def initialize(*args):
-        value = init(*args)
+    def initialize(*args, **kwargs):
+        value = init(*args, **kwargs)
         return nn.LogicallyPartitioned(value, names) if nn.get_logical_axis_rules() else value
 
     return initialize

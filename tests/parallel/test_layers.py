@@ -10,7 +10,13 @@ from jax.sharding import PartitionSpec as P
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.models.blocks import MIXERS
 from gdn2_jax.models.config import SEQUENCE_PARALLEL_MIXERS
-from gdn2_jax.parallel import MeshConfig, batch_sharding, make_mesh, param_shardings
+from gdn2_jax.parallel import (
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    partitioned,
+)
 
 SIZES = {
     "d_model": 16,
@@ -67,3 +73,9 @@ def test_outputs_and_gradients_on_a_mesh_are_those_of_one_device(mixer):
         assert error < 1e-5, (jax.tree_util.keystr(path), error)
 
     jax.tree_util.tree_map_with_path(compare, actual, expected)
+
+
+def test_named_initialisers_take_their_dtype_by_keyword_too():
+    """As packages that patch linen's `param` pass it."""
+    init = partitioned(jax.nn.initializers.ones, "heads")
+    assert init(jax.random.key(0), (3,), dtype=jnp.bfloat16).dtype == jnp.bfloat16
