@@ -13,16 +13,15 @@ import collections
 import dataclasses
 import json
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import tyro
-from benchmark_operator import Shape, both, copy_bandwidth, forward, inputs, measure, parse_shape
+from benchmark_operator import Shape, both, forward, inputs, parse_shape
 
 from gdn2_jax.ops import Implementation
+from gdn2_jax.timing import copy_bandwidth, device_events, matmul_rate
 
 CHUNK = 64
 KERNELS = (
@@ -84,18 +83,15 @@ def profile(function: Callable, operands: tuple, shape: Shape, repeats: int) -> 
     """Median time of each stage over the calls, with its bytes and operations."""
     compiled = function.lower(*operands).compile()
     jax.block_until_ready(compiled(*operands))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(repeats):
-                jax.block_until_ready(compiled(*operands))
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        events = device_events(jax.profiler.ProfileData.from_file(str(file)))
+    events = device_events(
+        lambda: [jax.block_until_ready(compiled(*operands)) for _ in range(repeats)]
+    )
     times = collections.defaultdict(list)
-    for name, milliseconds in events:
+    for event in events:
         stage = next(
-            (kernel for kernel in sorted(KERNELS, key=len)[::-1] if kernel in name), "other"
+            (kernel for kernel in sorted(KERNELS, key=len)[::-1] if kernel in event.name), "other"
         )
-        times[stage].append(milliseconds)
+        times[stage].append(event.milliseconds)
     moved = kernel_bytes(jax.make_jaxpr(function)(*operands).jaxpr)
     rows = []
     for stage in (*KERNELS, "other"):
@@ -105,18 +101,6 @@ def profile(function: Callable, operands: tuple, shape: Shape, repeats: int) -> 
             row = {"stage": stage, "ms": statistics.median(times[stage])}
             rows.append(row | {"bytes": moved[stage], "flop": operations(stage, shape)})
     return rows
-
-
-def device_events(data: jax.profiler.ProfileData) -> list[tuple[str, float]]:
-    """Name and duration in ms of everything that ran on the GPU's streams."""
-    return [
-        (event.name, event.duration_ns / 1e6)
-        for plane in data.planes
-        if plane.name.startswith("/device:GPU")
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]
 
 
 def kernel_bytes(jaxpr: jax.extend.core.Jaxpr) -> dict[str, int]:
@@ -147,13 +131,6 @@ def operations(stage: str, shape: Shape) -> int:
         "intra_chunk_backward": 4 * CHUNK**2 * d + 3 * CHUNK**2 * d,
     }
     return 2 * per_chunk[stage] * batch * heads * -(-length // CHUNK)
-
-
-def matmul_rate() -> float:
-    """Operations a second of a bf16 product of two 8192 x 8192 matrices."""
-    x = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    seconds = measure(jax.jit(jnp.matmul), (x, x), 5)["median_ms"] / 1e3
-    return 2 * len(x) ** 3 / seconds
 
 
 def print_row(row: dict, bandwidth: float) -> None:
