@@ -15,7 +15,6 @@ def policy(remat: str) -> Callable[..., bool]:
     # Layers name what kernels and matrix products take, and blocks what mixers give.
     names = ("mixer_output", "operand") if remat == "intermediates" else ("mixer_output",)
     named = jax.checkpoint_policies.save_only_these_names(*names)
-    product = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
     def keep(primitive: Any, *avals: Any, **params: Any) -> bool:
         if remat == "full":
@@ -24,9 +23,14 @@ def policy(remat: str) -> Callable[..., bool]:
             return True
         if remat == "mixer":
             return False
-        return product(primitive, *avals, **params) or _casts_a_kernel(primitive, *avals, **params)
+        return _projects(primitive, *avals) or _casts_a_kernel(primitive, *avals, **params)
 
     return keep
+
+
+def _projects(primitive: Any, *avals: Any) -> bool:
+    """Of activations [B, T, D] by a matrix; the operators' own products have other shapes."""
+    return primitive is jax.lax.dot_general_p and [x.ndim for x in avals] == [3, 2]
 
 
 def _casts_a_kernel(primitive: Any, *avals: Any, **params: Any) -> bool:
