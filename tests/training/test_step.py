@@ -118,3 +118,30 @@ def test_batch_that_the_devices_do_not_divide_is_refused(config):
     uneven = dataclasses.replace(config, global_batch_size=24, accumulation=2)
     with pytest.raises(ValueError, match="global_batch_size: expected a multiple of 16 .* got 24"):
         check_mesh(uneven, mesh)
+
+
+@pytest.mark.parametrize(
+    ("param_dtype", "mean_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")]
+)
+def test_a_step_keeps_every_dtype_and_its_state_in_place(config, param_dtype, mean_dtype):
+    narrow = dataclasses.replace(
+        config,
+        accumulation=2,
+        global_batch_size=16,
+        model=dataclasses.replace(config.model, dtype="bfloat16", param_dtype=param_dtype),
+        optimizer=dataclasses.replace(config.optimizer, mean_dtype=mean_dtype),
+    )
+    state = jax.eval_shape(functools.partial(initial_state, narrow))
+    batch = random_batch(narrow)
+    after, metrics = jax.eval_shape(functools.partial(train_step, narrow), state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics.loss.dtype == jnp.float32
+    moments = state.opt_state[1][0]
+    kernel = state.params["lm_head"]["kernel"], moments.mu["lm_head"]["kernel"]
+    assert [x.dtype for x in kernel] == [param_dtype, mean_dtype]
+
+    step = jit_train_step(narrow, make_mesh()).lower(state, batch).compile()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, moments)))
+    assert step.memory_analysis().alias_size_in_bytes >= size
