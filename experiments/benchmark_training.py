@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -149,6 +150,10 @@ def training_config(model: ModelConfig, length: int, tokens: int) -> TrainingCon
     )
 
 
+# Python runs one thread at a time anyway.
+TRACING = threading.Lock()
+
+
 def compile_step(config: Config, training: TrainingConfig) -> tuple[jax.stages.Compiled, float]:
     """The step, and the seconds that it took to compile beside the other lengths."""
     mesh = make_mesh()
@@ -156,7 +161,8 @@ def compile_step(config: Config, training: TrainingConfig) -> tuple[jax.stages.C
     say(f"{size}: compiling")
     start = time.perf_counter()
     batch = jax.eval_shape(functools.partial(random_batch, training))
-    lowered = jit_train_step(training, mesh).lower(abstract_state(training, mesh), batch)
+    with TRACING:
+        lowered = jit_train_step(training, mesh).lower(abstract_state(training, mesh), batch)
     graphs = {"xla_gpu_enable_command_buffer": ""} if config.profile else None
     step = lowered.compile(compiler_options=graphs)
     seconds = time.perf_counter() - start
@@ -239,8 +245,10 @@ def breakdown(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds a step of each part, of its passes, and of the 60 slowest operations."""
     parts, passes, operations = (collections.Counter() for _ in range(3))
+    # Kernels that XLA itself writes are called after their instruction.
+    kernels = {re.sub(r"\W", "_", name): path for name, path in names.items()}
     for event in events:
-        path = names.get(event.operation, "")
+        path = names.get(event.operation) or kernels.get(event.name, "")
         if not path and jax.default_backend() != "gpu":
             continue
         milliseconds = event.milliseconds / steps / jax.device_count()

@@ -99,9 +99,11 @@ def test_time_goes_to_the_part_and_pass_that_an_operation_names(script, monkeypa
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     events = [Event("kernel", name, 2.0 * 2**i) for i, name in enumerate(paths)]
     events.append(Event("memcpy", "", 2.0 * 2**7))
+    paths["loop_fusion.9"] = paths["embed"]
+    events.append(Event("loop_fusion_9", "", 2.0 * 2**8))
     found = script.breakdown(events, paths, "gdn2", 2)
     assert found["parts_ms"] == {
-        "embedding + loss": 1 + 32,
+        "embedding + loss": 1 + 32 + 256,
         "mixer": 2 + 4,
         "attention": 8,
         "MLP": 16,
@@ -109,7 +111,7 @@ def test_time_goes_to_the_part_and_pass_that_an_operation_names(script, monkeypa
         "other": 128,
     }
     assert found["passes_ms"] == {
-        "forward": 1 + 2 + 32,
+        "forward": 1 + 2 + 32 + 256,
         "backward": 4 + 8,
         "recomputation": 16,
         "optimizer": 64,
