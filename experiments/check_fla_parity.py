@@ -54,7 +54,7 @@ class Options:
     device: Literal["cpu", "cuda"] = "cpu"
     """Of both layers."""
 
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("bfloat16", "float32")
     """Of inputs and weights; A_log and dt_bias are always float32."""
 
     batch: int = 2
@@ -115,7 +115,10 @@ def main(options: Options) -> int:
             theirs.g_proj[1].bias.normal_()
         failed += compare(options, dtype, theirs)
         changed = round_trip(theirs, layer(options))
-        print(f"{dtype}: {len(theirs.state_dict())} weights there and back, changed: {changed}\n")
+        print(
+            f"{dtype}: {len(theirs.state_dict())} weights there and back, changed: {changed}\n",
+            flush=True,
+        )
         failed += len(changed)
     if failed:
         print(f"FAILED: {failed} tensors differ", file=sys.stderr)
@@ -168,7 +171,9 @@ def compare(options: Options, dtype: str, theirs) -> int:
         passed = between <= bound
         failed += not passed
         cells = f"{difference(ours[name], exact[name]):>14.1e}{difference(fla[name], exact[name]):>13.1e}"
-        print(f"{name:<24}{between:>12.1e}{cells}{bound:>9.0e}{'' if passed else '  NO'}")
+        print(
+            f"{name:<24}{between:>12.1e}{cells}{bound:>9.0e}{'' if passed else '  NO'}", flush=True
+        )
     return failed
 
 
