@@ -4,7 +4,7 @@
     python experiments/check_fla_parity.py --device cuda     # by fla's Triton kernels
     python experiments/check_fla_parity.py --device cuda --no-backward    # tunes fewer of them
 
-Needs torch, einops, fla-core and flash-linear-attention (its other dependencies are not used). One
+Needs torch, einops, packaging, fla-core and flash-linear-attention (not its other dependencies). One
 line a tensor: the relative difference of the two layers (Frobenius norm), and of each from ours in
 float64 by the token-by-token recurrence. Then weights go to PyTorch and back: not a bit may change. The
 exit status is 1 when anything failed.
@@ -95,7 +95,7 @@ def main(options: Options) -> int:
         print(f"check_fla_parity.py: {error}", file=sys.stderr)
         return 1
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_platforms", options.device)
+    jax.config.update("jax_platforms", "cpu" if options.device == "cpu" else "cuda,cpu")
     print(f"torch {torch.__version__}, jax {jax.__version__} on {jax.devices()[0].device_kind}")
     failed = 0
     for dtype in options.dtypes:
@@ -229,10 +229,11 @@ def import_fla(device: str) -> types.ModuleType:
     folders = [str(folder) for folder in folders if (folder / "gdn2.py").is_file()]
     if not folders:
         raise ImportError("flash-linear-attention with its layer gdn2 is not installed")
-    # The package itself would import all layers, and they the library of models.
-    package = types.ModuleType("fla.layers")
-    package.__path__ = folders
-    sys.modules["fla.layers"] = package
+    if importlib.util.find_spec("transformers") is None:
+        # The package itself would import all layers, and some of them that library.
+        package = types.ModuleType("fla.layers")
+        package.__path__ = folders
+        sys.modules["fla.layers"] = package
     module = importlib.import_module("fla.layers.gdn2")
     if device == "cpu":
         use_naive(module)

@@ -6,8 +6,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
-from jaxtyping import Array
 
 from gdn2_jax.interop.pytorch.convert import (
     flatten,
@@ -44,7 +44,7 @@ def layer_from_pytorch(
 
     Args:
       layer: a `GatedDeltaNet2`, `KimiDeltaAttention`, `GatedDeltaNet` or attention module.
-      tensors: NumPy arrays, PyTorch tensors on the CPU, or the result of `open_tensors`.
+      tensors: NumPy arrays, PyTorch tensors, or the result of `open_tensors`.
       prefix: what the names of the layer's tensors begin with, as "model.layers.0.attn."; others
         are ignored.
 
@@ -110,9 +110,15 @@ def _entries(layer: nn.Module, params: Any) -> list[Entry]:
 def _stored(tensor: Any) -> StoredTensor:
     if isinstance(tensor, StoredTensor):
         return tensor
-    # NumPy has no view of PyTorch's bfloat16, JAX has.
-    array: Array | np.ndarray = tensor
-    if hasattr(tensor, "detach"):
-        array = jax.dlpack.from_dlpack(tensor.detach().contiguous())
-    array = np.asarray(array)
+    array = _numpy(tensor) if hasattr(tensor, "detach") else np.asarray(tensor)
     return StoredTensor(array.shape, array.dtype, lambda: array)
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    """The numbers of a PyTorch tensor; its own conversion does not know bfloat16."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
