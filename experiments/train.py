@@ -10,6 +10,8 @@ The first argument, if it is no option, is the preset: {presets}. --mixer takes 
 scale with another mixer: gdn2, kda, gdn, deltanet, mamba2, mamba3, mamba3_mimo, attention and, where
 no layer has it already, sliding_window_attention. --data is short for --data.paths.
 A run that was stopped or killed continues when started again. Everything lands in --run-dir.
+--mesh.fsdp, --mesh.tensor and --mesh.sequence split model, batch and sequences over all devices of all
+processes, started by srun, mpirun or with JAX_NUM_PROCESSES, JAX_PROCESS_ID, JAX_COORDINATOR_ADDRESS.
 """
 
 import argparse
@@ -19,11 +21,13 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 from absl import flags
 
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import matched_preset
+from gdn2_jax.parallel import join_processes
 from gdn2_jax.training import (
     PRESETS,
     CheckpointError,
@@ -42,6 +46,7 @@ def main(arguments: list[str]) -> int | str:
     flags.FLAGS.mark_as_parsed()
     try:
         config, directory = parse(arguments)
+        join_processes()
         run = open_run(config, directory)
     except (ValueError, OSError, CheckpointError) as error:
         return f"train.py: {error}"
@@ -49,6 +54,15 @@ def main(arguments: list[str]) -> int | str:
         train(run)
     except DivergenceError as error:
         return f"train.py: {error}"
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"train.py: process {jax.process_index()} failed, or one it waited for: {error}")
+        print(
+            "train.py: the job ends; started again, it goes on from its last checkpoint", flush=True
+        )
+        # An orderly exit would wait for the process that is gone.
+        os._exit(1)
     return 0
 
 

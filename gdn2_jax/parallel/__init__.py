@@ -18,15 +18,18 @@ from gdn2_jax.parallel.mesh import (
     make_mesh,
     put_batch,
 )
+from gdn2_jax.parallel.processes import any_process, join_processes
 
 __all__ = [
     "MeshConfig",
+    "any_process",
     "axis_size",
     "batch_reader",
     "batch_sharding",
     "batch_shards",
     "constrain",
     "gated_delta_rule_2_on_mesh",
+    "join_processes",
     "make_mesh",
     "on_mesh",
     "param_shardings",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from gdn2_jax.data import train_iterator
 from gdn2_jax.evaluation import evaluate_perplexity, sample_text
-from gdn2_jax.parallel import batch_reader, put_batch
+from gdn2_jax.parallel import any_process, batch_reader, put_batch
 from gdn2_jax.training.checkpoint import save_checkpoint
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
@@ -27,6 +27,7 @@ from gdn2_jax.training.step import (
     TrainState,
     compile_train_step,
     initial_state,
+    replicated,
     state_shardings,
 )
 
@@ -40,7 +41,8 @@ def train(run: Run, step_fn: Callable | None = None) -> bool:
 
     Writes the files of `RunFiles`. A run that is killed at any point and started again ends with
     the same parameters, and the same metrics apart from times, as one that is not. SIGTERM and
-    SIGINT end a run after the next step, with a checkpoint.
+    SIGINT end a run after the next step, with a checkpoint; of several processes, one that receives
+    it ends all after the next step that is logged.
 
     Args:
       run: from `open_run`.
@@ -95,10 +97,13 @@ def _take_steps(
         for step in range(start + 1, config.steps + 1):
             state, metrics = step_fn(state, _device_batch(run, next(batches)))
             bar.update()
-            last, stops = step == config.steps, stop.received
+            last = step == config.steps
             validates = last or step % config.validate_every == 0
-            saves = last or stops or step % config.checkpoint_every == 0
             logs = last or step == 1 or step % config.log_every == 0
+            # Of several processes, all must stop after the same step.
+            asks = logs or jax.process_count() == 1
+            stops = asks and any_process(stop.received)
+            saves = last or stops or step % config.checkpoint_every == 0
             if logs or validates or saves:
                 row = {"step": step, "tokens": step * config.tokens_per_step}
                 row |= _checked(metrics, run, step)
@@ -225,9 +230,14 @@ def _finish(run: Run, state: TrainState) -> None:
 
 def _sample(run: Run, state: TrainState) -> str:
     _say("\na sample:")
+    params = state.params
+    if run.mesh.size > 1:
+        # Sampling has one row for one device.
+        whole = jax.device_put(params, replicated(run.mesh))
+        params = jax.tree.map(lambda x: x.addressable_data(0), whole)
     (text,) = sample_text(
         run.config.model,
-        state.params,
+        params,
         run.corpus.tokenizer,
         run.config.sample_prompt,
         max_new_tokens=run.config.sample_tokens,

@@ -1,0 +1,139 @@
+"""experiments/train.py as a job of several processes on one CPU: killed, continued, stopped."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gdn2_jax.parallel import join_processes
+from gdn2_jax.training import run_files
+from gdn2_jax.training.metrics import read_metrics
+
+TRAIN = Path(__file__).parents[2] / "experiments" / "train.py"
+STEPS, KILLED_AFTER = 40, 13
+OPTIONS = {
+    "steps": STEPS,
+    "checkpoint-every": 10,
+    "validate-every": 20,
+    "validation-batches": 2,
+    "log-every": 1,
+    "sample-tokens": 2,
+    "global-batch-size": 8,
+    "accumulation": 2,
+    "data.sequence-length": 64,
+    "model.d-model": 16,
+    "model.num-layers": 1,
+    "model.hybrid": False,
+    "model.num-heads": 2,
+    "model.head-dim": 8,
+    "model.mlp-dim": 32,
+    "model.implementation": "recurrent",
+}
+
+
+class Job:
+    """The processes of a job, each with its output in a file."""
+
+    def __init__(self, directory, processes, devices, *arguments):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        self.files = run_files(directory)
+        self._paths = [directory.with_suffix(f".{time.time()}-{i}") for i in range(processes)]
+        self.processes = []
+        for i, path in enumerate(self._paths):
+            environment = {
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "JAX_NUM_PROCESSES": str(processes),
+                "JAX_PROCESS_ID": str(i),
+                "JAX_COORDINATOR_ADDRESS": address,
+            }
+            command = [sys.executable, TRAIN, *map(str, arguments), "--run-dir", str(directory)]
+            with path.open("w") as output:
+                streams = {"stdout": output, "stderr": subprocess.STDOUT}
+                self.processes.append(subprocess.Popen(command, env=environment, **streams))
+
+    def wait(self):
+        """Returns the exit statuses; a process that ends badly does not end the others."""
+        return [process.wait(timeout=300) for process in self.processes]
+
+    def wait_for_step(self, step):
+        deadline = time.monotonic() + 300
+        while self.logged_step() < step:
+            ended = [process.poll() for process in self.processes]
+            assert ended == [None] * len(ended), self.outputs()
+            assert time.monotonic() < deadline, self.outputs()
+            time.sleep(0.001)
+
+    def logged_step(self):
+        return max((row["step"] for row in read_metrics(self.files.metrics)), default=0)
+
+    def outputs(self):
+        return [path.read_text() for path in self._paths]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    for i in range(20):
+        words = draw.choices(["the", "red", "cat", "sits", "under", "a", "green", "tree"], k=400)
+        (directory / f"{i}.txt").write_text(" ".join(words))
+    options = [f"--{name}={value}" for name, value in OPTIONS.items()]
+    return [*options, f"--data.cache-directory={directory / 'cache'}", "--data", directory]
+
+
+def losses(files):
+    names = ("step", "tokens", "loss", "grad_norm", "validation_loss")
+    return [[row.get(name, 0) for name in names] for row in read_metrics(files.metrics)]
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_a_process_fails_and_goes_on_exactly_also_with_others(arguments, tmp_path):
+    """2 processes of 2 devices; one killed. Continued so, and by 4 processes on another mesh."""
+    job = Job(tmp_path / "two", 2, 2, *arguments, "--mesh.fsdp", 4)
+    job.wait_for_step(KILLED_AFTER)
+    job.processes[1].kill()
+    assert job.wait() == [1, -signal.SIGKILL], job.outputs()
+    assert "started again, it goes on from its last checkpoint" in job.outputs()[0]
+    saved = sorted(int(path.name) for path in job.files.checkpoints.iterdir())
+    assert saved[-1] in (10, 20) and saved[-1] <= job.logged_step() < STEPS
+    before = losses(job.files)
+    shutil.copytree(tmp_path / "two", tmp_path / "four")
+
+    job = Job(tmp_path / "two", 2, 2, *arguments, "--mesh.fsdp", 4)
+    assert job.wait() == [0, 0], job.outputs()
+    main, other = job.outputs()
+    assert f"continuing from the checkpoint of step {saved[-1]}" in main
+    assert "continuing" not in other and "a sample:" not in other
+    after = losses(job.files)
+    assert after[: len(before)] == before
+    assert after[-1][0] == STEPS and after[-1][4] > 0
+
+    mesh = ("--mesh.sequence", 2, "--mesh.tensor", 2)
+    job = Job(tmp_path / "four", 4, 1, *arguments, *mesh)
+    job.wait_for_step(saved[-1] + 5)
+    job.processes[2].send_signal(signal.SIGTERM)
+    assert job.wait() == [0] * 4, job.outputs()
+    step = job.logged_step()
+    assert f"stopped after step {step} with a checkpoint" in job.outputs()[0]
+    assert (job.files.checkpoints / str(step)).is_dir()
+    np.testing.assert_allclose(losses(job.files), after[: len(losses(job.files))], rtol=1e-4)
+
+
+def test_a_job_started_by_hand_must_say_all_of_itself(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS: expected to be set"):
+        join_processes()
