@@ -1,0 +1,88 @@
+"""Predicts the memory of a training step on each device, for presets and meshes, without a GPU.
+
+    python experiments/plan_memory.py                                   # gdn2 hybrids, 8 devices
+    python experiments/plan_memory.py --models swa_gdn2_1.3B --devices 16 --length 4096 --rows 4
+    python experiments/plan_memory.py --models tiny --devices 8 --check True
+
+--check compiles each step for simulated CPU devices, too, and shows the compiler's own count.
+"""
+
+import dataclasses
+import os
+from typing import Literal
+
+import jax
+import tyro
+
+from gdn2_jax.data import DataConfig
+from gdn2_jax.models import PRESETS
+from gdn2_jax.parallel import MeshConfig, batch_shards, make_mesh
+from gdn2_jax.timing import peak_gib
+from gdn2_jax.training import TrainingConfig, check_mesh
+from gdn2_jax.training.memory import Memory, predict_memory
+from gdn2_jax.training.step import compile_train_step
+
+DEFAULT = ("swa_gdn2_tiny", "swa_gdn2_30M", "swa_gdn2_100M", "swa_gdn2_305M", "swa_gdn2_1.3B")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to plan.
+
+    Attributes:
+      models: names of presets.
+      devices: of all processes.
+      length: tokens of a sequence.
+      rows: sequences for each data x fsdp device at once.
+      check: compile, too, and compare.
+    """
+
+    models: tuple[Literal[*PRESETS], ...] = DEFAULT
+    devices: int = 8
+    length: int = 4096
+    rows: int = 1
+    check: bool = False
+
+
+def main(config: Config) -> None:
+    """Prints a line for each model and mesh."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", config.devices)
+    print(f"GiB on each of {config.devices} devices, {config.length} tokens x {config.rows} rows")
+    names = "".join(f"{name:>13}" for name in Memory._fields)
+    print(f"{'model':<16}{'mesh':<20}{names}{'total':>9}", flush=True)
+    for name in config.models:
+        for label, sizes in meshes(config.devices).items():
+            mesh = make_mesh(sizes)
+            training = TrainingConfig(
+                model=PRESETS[name],
+                data=DataConfig(sequence_length=config.length),
+                steps=1000,
+                global_batch_size=config.rows * batch_shards(mesh),
+            )
+            try:
+                check_mesh(training, mesh)
+            except ValueError as error:
+                print(f"{name:<16}{label:<20}  {error}")
+                continue
+            memory = [size / 2**30 for size in predict_memory(training, mesh)]
+            line = f"{name:<16}{label:<20}" + "".join(f"{size:13.3f}" for size in memory)
+            line += f"{sum(memory):9.3f}"
+            if config.check:
+                compiled = peak_gib(compile_train_step(training, mesh))
+                line += f"  compiled {compiled:.3f}, predicted {sum(memory) / compiled:.2f} of it"
+            print(line, flush=True)
+
+
+def meshes(devices: int) -> dict[str, MeshConfig]:
+    """One for each axis, and one that mixes them."""
+    plans = {"data": MeshConfig(), "fsdp": MeshConfig(fsdp=devices)}
+    if devices > 1:
+        plans["tensor 2, fsdp"] = MeshConfig(tensor=2, fsdp=devices // 2)
+        plans["sequence"] = MeshConfig(sequence=devices)
+    return plans
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
