@@ -79,7 +79,7 @@ def chunk_backward(
             row_segment, column_segment, reads, writes, *refs = refs
         dq_out, dk_out, dg_out, db_out, dv_out, dw_out, *refs = refs
         qs, ks, bs, h_area, d_h_area, left_area, r_area, v_area, w_area, *refs = refs
-        sum_tiles, decay_tile, steps_tile, diagonal, *refs = refs
+        dt_low, sum_tiles, decay_tile, steps_tile, diagonal, *refs = refs
         with_keys, with_states, with_g, with_values, with_tables, with_left, free, pairs_ready = (
             refs
         )
@@ -210,7 +210,14 @@ def chunk_backward(
             )
             pair = jnp.where(same, pair, 0.0)
         plgpu.barrier_wait(free)  # everybody has read dO and dZ
-        pairs.at[wg][...] = pair.astype(bf16)
+        pair_high, pair_low = split(pair)
+        pairs.at[wg][...] = pair_high
+
+        @pl.when(wg == 1)
+        def _():
+            # With repeated keys sums over dT telescope: rounded, it would be too coarse.
+            dt_low[...] = pair_low
+
         # The 64 summands will be summed: their rounding averages out.
         d_decays[wg] = d_decay.astype(bf16)
         plgpu.commit_smem()
@@ -262,6 +269,7 @@ def chunk_backward(
                 for part in range(2):
                     accumulator.add(pairs.at[1, at].transpose((1, 0)), k_parts.at[wg, part, at])
                     accumulator.add(pairs.at[0, at].transpose((1, 0)), q_parts.at[wg, part, at])
+                accumulator.add(dt_low.at[at].transpose((1, 0)), k_parts.at[wg, 0, at])
             return accumulator.get()
 
         dk_pairs = mosaic.with_accumulators(by_column, shape)
@@ -281,6 +289,7 @@ def chunk_backward(
                 for part in range(2):
                     for_e.add(pairs.at[1, :, at], k_parts.at[wg, part, at])
                     for_q.add(pairs.at[0, :, at], k_parts.at[wg, part, at])
+                for_e.add(dt_low.at[:, at], k_parts.at[wg, 0, at])
             return for_e.get(), for_q.get()
 
         de_pairs, dq_pairs = mosaic.with_accumulators(by_row, shape, shape)
@@ -342,6 +351,7 @@ def chunk_backward(
             plgpu.RefUnion((tile((2, CHUNK, block), bf16, swizzle),), (square_tiles, keys_tile)),
             plgpu.RefUnion((tile((block, CHUNK), bf16, swizzle),), (keys_tile,)),
             *(plgpu.RefUnion((values_tile,), (keys_tile,)),) * 2,
+            tile(square, bf16, _BLOCK_SWIZZLE),
             square_tiles,
             plgpu.SMEM((key_dim,), f32),
             plgpu.SMEM((_BLOCKS - 1, key_dim), f32),

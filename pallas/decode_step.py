@@ -58,7 +58,8 @@ def decode_step(
 ) -> tuple[Float[Array, "B Hv K V"], Float[Array, "B Hv V"]]:
     """Advances the state by one token and reads it.
 
-    The state's buffer is updated in place where the caller donates it, and copied first where not.
+    The state's buffer is updated in place where the caller donates it, and copied first where not;
+    inside shard_map it is never updated in place.
 
     Args:
       state: fp32.
@@ -83,7 +84,8 @@ def decode_step(
     def divide(x, divisor):
         return lax.div(x, jnp.int32(divisor)), lax.rem(x, jnp.int32(divisor))
 
-    def kernel(q, k, v, g, b, w, state, o, slab, arrived):
+    def kernel(q, k, v, g, b, w, state, *refs):
+        *new_state, o, slab, arrived = refs
         # One flat axis: a GPU grid's other axes end at 65535.
         index, cut = divide(lax.axis_index("block"), value_dim // columns)
         row, head = divide(index, value_heads)
@@ -113,20 +115,27 @@ def decode_step(
         # Every thread overwrites what it read itself.
         slab[...] = s
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(slab, state.at[row, head, :, values])
+        target = new_state[0] if new_state else state
+        plgpu.copy_smem_to_gmem(slab, target.at[row, head, :, values])
         output = jnp.sum(s * mosaic.over_columns(query, shape), axis=0)
-        o.at[row, head, values][...] = output.astype(o.dtype)
+        mosaic.store_global(o.at[row, head, values], output.astype(o.dtype))
         plgpu.wait_smem_to_gmem(0)
 
-    state_ref = jax.new_ref(state)
-    o = plgpu.kernel(
+    # Kernels take no refs to what varies over a mesh: inside shard_map the new state is a new array.
+    in_place = not jax.typeof(state).manual_axis_type.varying
+    o_type = jax.ShapeDtypeStruct(v.shape, v.dtype)
+    run = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
+        out_type=o_type if in_place else (jax.ShapeDtypeStruct(state.shape, state.dtype), o_type),
         grid=(batch * value_heads * value_dim // columns,),
         grid_names=("block",),
         scratch_types=[plgpu.SMEM(shape, jnp.float32), plgpu.Barrier()],
         compiler_params=mosaic.COMPILER_PARAMS,
-    )(q, k, v, g, b, w, state_ref)
+    )
+    if not in_place:
+        return run(q, k, v, g, b, w, state)
+    state_ref = jax.new_ref(state)
+    o = run(q, k, v, g, b, w, state_ref)
     return jax.freeze(state_ref), o
 
 

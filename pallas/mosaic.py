@@ -110,6 +110,15 @@ def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+def store_global(ref, value: jax.Array) -> None:
+    """Stores to global memory, also in pieces shorter than a cache line."""
+    # jax 0.11 has no `plgpu.store`, and takes such pieces from an assignment.
+    if interpreting() or not hasattr(plgpu, "store"):
+        ref[...] = value
+    else:
+        plgpu.store(ref, value, optimized=False)
+
+
 def over_rows(column_vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Repeats one value a column along the rows."""
     return lax.broadcast_in_dim(column_vector, shape, [1])
