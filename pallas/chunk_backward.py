@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas import mosaic
-from pallas.intra_chunk_forward import BLOCK, CLAMP, LOG2_E, UNDERFLOW
+from pallas.intra_chunk_forward import BLOCK, CLAMP, LOG2_E, UNDERFLOW, sum_matrices
 from pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
 
 _WARPGROUPS = 2
@@ -45,7 +45,7 @@ def chunk_backward(
     Args:
       q: [B, T, H, K] bf16, T a multiple of 64, K 64 or 128; also `k` and `b`.
       k: keys.
-      v: [B, T, H, V] bf16, V a multiple of 64; also `w`.
+      v: [B, T, H, V] bf16, V a multiple of 64 and of K; also `w`.
       g: [B, T, H, K] fp32, <= 0.
       b: erase gate.
       w: write gate.
@@ -67,7 +67,7 @@ def chunk_backward(
     chunks = length // CHUNK
     own_channels = key_dim // _WARPGROUPS
     swizzle = 2 * own_channels
-    block = min(_VALUES, value_dim)
+    block = _VALUES if value_dim % _VALUES == 0 else _VALUES // 2
     value_blocks = value_dim // block
     own_values = block // _WARPGROUPS
     shape, square, piece_shape = (CHUNK, own_channels), (CHUNK, CHUNK), (CHUNK, _PIECE)
@@ -368,14 +368,6 @@ def chunk_backward(
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
         *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps),
-        _sum_matrices(),
+        sum_matrices(),
         *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )
-
-
-def _sum_matrices():
-    """[2, 64, 64]: sums over the rows up to each, and from its block's middle row to it."""
-    rows = jnp.arange(CHUNK)
-    up_to = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.bfloat16))
-    middles = rows // BLOCK * BLOCK + BLOCK // 2 - 1
-    return jnp.stack([up_to, up_to - up_to[middles]])

@@ -6,12 +6,12 @@ With G the running sum of the log-decay, e = b * k, z = w * v (spec: arXiv 2605.
     Qg = q exp(G)    Kt = k exp(G_C - G)    Y = (I + T)^-1 (e exp(G))    U = (I + T)^-1 z
 
 Pair products are formed in blocks of 16 rows around a reference row in their middle, so that both
-factors of exp(G_r - a) exp(a - G_s) stay in range; operands are split in two bf16 parts. For that,
-log-decays below `CLAMP` count as `CLAMP` in T and Aqk, which changes no pair's weight by more than
-exp(-10) = 4.5e-5. The state's path (Qg, Kt, Y's decay, gamma_C) uses the true ones.
+factors of exp(G_r - a) exp(a - G_s) stay in range; what earlier rows contribute moves on from one
+block's reference to the next by one factor a channel. For that, log-decays below `CLAMP` count as
+`CLAMP` in T and Aqk, which changes no pair's weight by more than exp(-10) = 4.5e-5. The state's
+path (Qg, Kt, Y's decay, gamma_C) uses the true ones.
 """
 
-import itertools
 import math
 
 import jax
@@ -35,8 +35,16 @@ BLOCK = 16
 """Rows of a chunk that share a reference row: their pairs' decays are bounded by the clamp."""
 
 _MIDDLE = BLOCK // 2 - 1
-_BLOCK_LAYOUT = plgpu.Layout.MMA_ACC(jnp.float16, m_warps=1)
-_SCAN_UNROLL = 8
+_PIECE = 32
+_SWIZZLE = 2 * _PIECE
+
+
+def sum_matrices():
+    """[2, 64, 64] bf16: sums over the rows up to each, and from its block's middle row to it."""
+    rows = jnp.arange(CHUNK)
+    up_to = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.bfloat16))
+    middles = rows // BLOCK * BLOCK + _MIDDLE
+    return jnp.stack([up_to, up_to - up_to[middles]])
 
 
 def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
@@ -64,148 +72,135 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     chunks = length // CHUNK
     value_block = 128 if value_dim % 128 == 0 else 64
     # A row of g, one channel a thread; 64 channels do not fill the 128 threads.
-    scan_layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1) if key_dim == 128 else COLUMNS
-    halves = [pl.ds(start, 64) for start in range(0, key_dim, 64)]
+    row_layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1) if key_dim == 128 else COLUMNS
+    pieces = range(key_dim // _PIECE)
+    shape, square = (CHUNK, _PIECE), (CHUNK, CHUNK)
+    bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
 
     def intra_chunk_forward_kernel(*refs):
-        q, k, v, g, b, w, *refs = refs
+        q, k, v, g, b, w, sums, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, *refs = refs
         y_t, u_t, k_tail, q_gamma, a_qk_t, decay, *refs = refs
         if save:
             x_out, steps, *refs = refs
-        (g_area, q_area, ks, bs, high, low, x_area, loaded, loaded_values, reloaded) = refs
-        (gs,), (vs, ws), (_, a_qk_tile) = g_area
+        (g_area, q_area, ks, bs, x_area, steps_tile, loaded, loaded_values) = refs
+        (gs,), (parts,), (vs, ws), (_, a_qk_tile) = g_area
         (qs,), (y_tile,), (u_tile,) = q_area
-        (xs, ps), (x_high, x_low) = x_area
-        row = lax.axis_index("b")
-        head = lax.axis_index("h")
-        chunk = lax.axis_index("c")
+        (sum_tiles,), (xs, ps), (x_high, x_low) = x_area
+        row, head, chunk = (lax.axis_index(name) for name in ("b", "h", "c"))
         rows = pl.ds(chunk * CHUNK, CHUNK)
         index = row * heads + head
 
-        plgpu.copy_gmem_to_smem(g.at[row, rows, head], gs, loaded)
+        for p in pieces:
+            columns = pl.ds(p * _PIECE, _PIECE)
+            plgpu.copy_gmem_to_smem(g.at[row, rows, head, columns], gs.at[p], loaded)
         for source, target in ((k, ks), (b, bs), (q, qs)):
             plgpu.copy_gmem_to_smem(source.at[row, rows, head], target, loaded)
-        plgpu.barrier_wait(loaded)
+        plgpu.copy_gmem_to_smem(sums, sum_tiles, loaded)
 
-        def scan(limit):
-            """Sums gs over rows in place (in log2 units); the unclamped sum and the lowest gate."""
+        # Meanwhile, channel by channel: decays of the whole chunk and between the middle rows.
+        total, since_middle, between = 0.0, 0.0, []
+        for r in range(CHUNK):
+            at = g.at[row, chunk * CHUNK + r, head]
+            value = plgpu.load(at, layout=row_layout, optimized=False)
+            total += jnp.maximum(value, UNDERFLOW)
+            since_middle += jnp.maximum(value, CLAMP)
+            if r % BLOCK == _MIDDLE:
+                between.append(since_middle)
+                since_middle = 0.0
+        decay.at[index, chunk][...] = jnp.exp2(total * LOG2_E)
+        for i, value in enumerate(between[1:]):
+            step = jnp.exp2(value * LOG2_E)
+            steps_tile[i] = step
+            if save:
+                steps.at[index, chunk, i][...] = step
 
-            def step(j, carry):
-                total, true_total, lowest = carry
-                # Loads first: a store to the same tile would hold them up.
-                values = [
-                    plgpu.load(gs.at[j * _SCAN_UNROLL + i], layout=scan_layout)
-                    for i in range(_SCAN_UNROLL)
-                ]
-                for i, value in enumerate(values):
-                    value = jnp.maximum(value, UNDERFLOW)
-                    lowest = jnp.minimum(lowest, value)
-                    true_total += value * LOG2_E
-                    total += jnp.maximum(value, limit) * LOG2_E
-                    gs[j * _SCAN_UNROLL + i] = total
-                return total, true_total, lowest
-
-            zero = plgpu.layout_cast(jnp.zeros((key_dim,), jnp.float32), scan_layout)
-            return lax.fori_loop(0, CHUNK // _SCAN_UNROLL, step, (zero,) * 3)
-
-        _, total, lowest = scan(CLAMP)
-        decay.at[index, chunk][...] = jnp.exp2(total)
-        # A reduction over the layout that 64 channels need hangs: those always scan again.
-        below = jnp.max(-lowest) > -CLAMP if key_dim == 128 else head >= 0
-        plgpu.commit_smem()
-        if save:
-            middles = [
-                plgpu.load(gs.at[BLOCK * i + _MIDDLE], layout=scan_layout)
-                for i in range(CHUNK // BLOCK)
-            ]
-            for i, (before, after) in enumerate(itertools.pairwise(middles)):
-                steps.at[index, chunk, i][...] = jnp.exp2(after - before)
-
-        accumulated = []
-        for i in range(CHUNK // BLOCK):
-            if i:
-                plgpu.commit_smem()  # a wait for wgmma covers one warp; the tile is everybody's
-            block = pl.ds(BLOCK * i, BLOCK)
-            middle = BLOCK * i + _MIDDLE
-
-            def load_block(ref, block=block):
-                return plgpu.load(ref.at[block], layout=_BLOCK_LAYOUT, optimized=False)
-
-            reference = plgpu.load(gs.at[middle], layout=_BLOCK_LAYOUT.reduce(0), optimized=False)
-            factor = jnp.exp2(load_block(gs) - mosaic.over_rows(reference, (BLOCK, key_dim)))
-            e = load_block(ks).astype(jnp.float32) * load_block(bs).astype(jnp.float32) * factor
-            scaled_q = load_block(qs).astype(jnp.float32) * factor * scale
-            for value, offset in ((e, 0), (scaled_q, BLOCK)):
-                value_high, value_low = split(value)
-                high.at[pl.ds(offset, BLOCK)][...] = value_high
-                low.at[pl.ds(offset, BLOCK)][...] = value_low
+        def store_parts(p, value):
+            for i, part in enumerate(split(value)):
+                parts.at[p, i][...] = part
             plgpu.commit_smem()
 
-            def products(accumulator, middle=middle):
-                for half in halves:
-                    reference = plgpu.load(gs.at[middle, half], layout=COLUMNS, optimized=False)
-                    sums = plgpu.load(gs.at[:, half], layout=WGMMA, optimized=False)
-                    # Rows of later blocks overflow; the triangular selection drops them.
-                    factor = jnp.exp2(
-                        jnp.minimum(mosaic.over_rows(reference, (CHUNK, 64)) - sums, 120.0)
-                    )
-                    keys = plgpu.load(ks.at[:, half], layout=WGMMA).astype(jnp.float32)
-                    k_high, k_low = split(factor * keys)
-                    accumulator.add(k_high, high.at[:, half].transpose((1, 0)))
-                    accumulator.add(k_high, low.at[:, half].transpose((1, 0)))
-                    accumulator.add(k_low, high.at[:, half].transpose((1, 0)))
-                return accumulator.get()
-
-            accumulated.append(mosaic.with_accumulators(products, (CHUNK, 2 * BLOCK)))
-        ri = mosaic.indices((CHUNK, CHUNK), 0)
-        ci = mosaic.indices((CHUNK, CHUNK), 1)
-        erase = jnp.concatenate([x[:, :BLOCK] for x in accumulated], axis=1)
-        read = jnp.concatenate([x[:, BLOCK:] for x in accumulated], axis=1)
-        erase = jnp.where(ri < ci, erase, 0.0)
-        read = jnp.where(ri <= ci, read, 0.0)
-        if masks is not None:
-            same = mosaic.over_columns(
-                plgpu.load(row_segment.at[row, rows], layout=ROWS, optimized=False), (CHUNK, CHUNK)
-            ) == mosaic.over_rows(
-                plgpu.load(column_segment.at[row, rows], layout=COLUMNS, optimized=False),
-                (CHUNK, CHUNK),
-            )
-            erase = jnp.where(same, erase, 0.0)
-            read = jnp.where(same, read, 0.0)
-
-        @pl.when(below)
-        def _():
-            plgpu.commit_smem()
-            plgpu.copy_gmem_to_smem(g.at[row, rows, head], gs, reloaded)
-            plgpu.barrier_wait(reloaded)
-            scan(UNDERFLOW)
-            plgpu.commit_smem()
+        def sum_g(p, matrix):
+            return matmul(shape, *((matrix, parts.at[p, i]) for i in range(2)))
 
         if masks is not None:
             reads_mask, writes_mask = (
                 mosaic.over_columns(
-                    plgpu.load(x.at[row, rows], layout=ROWS, optimized=False), (CHUNK, 64)
+                    plgpu.load(x.at[row, rows], layout=ROWS, optimized=False), shape
                 )
                 for x in (reads, writes)
             )
-        for half in halves:
-            sums = plgpu.load(gs.at[:, half], layout=WGMMA, optimized=False)
-            gamma = jnp.exp2(sums)
-            keys = plgpu.load(ks.at[:, half], layout=WGMMA).astype(jnp.float32)
-            end = plgpu.load(gs.at[CHUNK - 1, half], layout=COLUMNS, optimized=False)
-            tail = jnp.exp2(mosaic.over_rows(end, (CHUNK, 64)) - sums)
+        plgpu.barrier_wait(loaded)
+        keys = []
+        for p in pieces:
+            columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
+            log_decay = jnp.maximum(plgpu.load(gs.at[p], layout=WGMMA), UNDERFLOW) * LOG2_E
+            plgpu.commit_smem()  # the parts take the place of g
+            store_parts(p, log_decay)
+            gamma = jnp.exp2(sum_g(p, sum_tiles.at[0]))
+            own = sum(plgpu.load(parts.at[p, i], layout=WGMMA).astype(f32) for i in range(2))
+            tail = jnp.exp2(sum_g(p, sum_tiles.at[0].transpose((1, 0))) - own)
             if masks is not None:
                 gamma, tail = gamma * reads_mask, tail * writes_mask
-            gates = plgpu.load(bs.at[:, half], layout=WGMMA).astype(jnp.float32)
-            queries = plgpu.load(qs.at[:, half], layout=WGMMA).astype(jnp.float32)
-            bs.at[:, half][...] = (gamma * keys * gates).astype(jnp.bfloat16)
-            qs.at[:, half][...] = (gamma * scale * queries).astype(jnp.bfloat16)
-            ks.at[:, half][...] = (tail * keys).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            store_parts(p, jnp.maximum(log_decay, CLAMP * LOG2_E))
+            to_middle = sum_g(p, sum_tiles.at[1])
+            plgpu.commit_smem()  # every warp is done with the parts of g
+            up, down = jnp.exp2(to_middle), jnp.exp2(-to_middle)
+            key, erase, query = (
+                plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, bs, qs)
+            )
+            erase, query = erase * key, query * scale
+            keys.append(key * down)
+            for target, value in (
+                (parts.at[p, 0], erase * up),
+                (parts.at[p, 1], query * up),
+                (bs.at[columns], erase * gamma),
+                (qs.at[columns], query * gamma),
+                (ks.at[columns], key * tail),
+            ):
+                target[...] = value.astype(bf16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(qs, q_gamma.at[index, rows])
         plgpu.copy_smem_to_gmem(ks, k_tail.at[index, rows])
+
+        strip_row = mosaic.indices(shape, 0)
+        blocks = []
+        for i in range(CHUNK // BLOCK):
+            at = pl.ds(BLOCK * i, BLOCK)
+            if i:
+                for p in pieces:
+                    step = plgpu.load(
+                        steps_tile.at[i - 1, pl.ds(p * _PIECE, _PIECE)],
+                        layout=COLUMNS,
+                        optimized=False,
+                    )
+                    step = mosaic.over_rows(step, shape)
+                    keys[p] = keys[p] * jnp.where(strip_row < BLOCK * i, step, 1.0)
+
+            def products(for_erase, for_read, at=at):
+                for p in pieces:
+                    key = keys[p].astype(bf16)
+                    for_erase.add(key, parts.at[p, 0, at].transpose((1, 0)))
+                    for_read.add(key, parts.at[p, 1, at].transpose((1, 0)))
+                return for_erase.get(), for_read.get()
+
+            blocks.append(mosaic.with_accumulators(products, *((CHUNK, BLOCK),) * 2))
+        ri, ci = mosaic.indices(square, 0), mosaic.indices(square, 1)
+        erase, read = (jnp.concatenate(x, axis=1) for x in zip(*blocks))
+        # Rows of later blocks can overflow: they are selected away, not multiplied by zero.
+        erase = jnp.where(ri < ci, erase, 0.0)
+        read = jnp.where(ri <= ci, read, 0.0)
+        if masks is not None:
+            same = mosaic.over_columns(
+                plgpu.load(row_segment.at[row, rows], layout=ROWS, optimized=False), square
+            ) == mosaic.over_rows(
+                plgpu.load(column_segment.at[row, rows], layout=COLUMNS, optimized=False), square
+            )
+            erase = jnp.where(same, erase, 0.0)
+            read = jnp.where(same, read, 0.0)
+        plgpu.commit_smem()  # every warp is done with the parts of e and q
 
         def load_values(start):
             for source, target in ((v, vs), (w, ws)):
@@ -260,9 +255,9 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     def out(dtype, *shape):
         return jax.ShapeDtypeStruct((batch * heads, *shape), dtype)
 
-    bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
-    square = (CHUNK, CHUNK)
-    key_tile, value_tile = tile((CHUNK, key_dim), bf16), tile((CHUNK, value_block), bf16)
+    key_tile, value_tile = (
+        tile((CHUNK, columns), bf16, _SWIZZLE) for columns in (key_dim, value_block)
+    )
     results = plgpu.kernel(
         intra_chunk_forward_kernel,
         out_type=(
@@ -278,7 +273,8 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         grid_names=("c", "b", "h"),
         scratch_types=[
             plgpu.RefUnion(
-                (plgpu.SMEM((CHUNK, key_dim), f32),),
+                (tile((len(pieces), *shape), f32),),
+                (tile((len(pieces), 2, *shape), bf16, _SWIZZLE),),
                 (value_tile, value_tile),
                 (value_tile, tile(square, bf16)),
             ),
@@ -287,12 +283,14 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             ),
             key_tile,
             key_tile,
-            tile((2 * BLOCK, key_dim), bf16),
-            tile((2 * BLOCK, key_dim), bf16),
-            plgpu.RefUnion((tile(square, f16),) * 2, (tile(square, bf16),) * 2),
-            plgpu.Barrier(num_arrivals=4),
+            plgpu.RefUnion(
+                (tile((2, *square), bf16, _SWIZZLE),),
+                (tile(square, f16),) * 2,
+                (tile(square, bf16, _SWIZZLE),) * 2,
+            ),
+            plgpu.SMEM((CHUNK // BLOCK - 1, key_dim), f32),
+            plgpu.Barrier(num_arrivals=len(pieces) + 4),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(),
         ],
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
@@ -302,6 +300,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         g,
         b,
         w,
+        sum_matrices(),
         *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )
     return results if save else (*results, None, None)

@@ -278,6 +278,14 @@ def _run(
                 return state
 
             state = plgpu.load(first_state.at[row, head, values], layout=WGMMA, optimized=False)
+
+            def through_accumulator(accumulator):
+                accumulator.set(state)
+                return accumulator.get()
+
+            # Inside shard_map what is loaded is typed as varying over the mesh, what the loop
+            # carries as not: an accumulator forgets the mark.
+            state = mosaic.with_accumulators(through_accumulator, state.shape)
             final_state.at[row, head, values][...] = lax.fori_loop(0, chunks, body, state)
             plgpu.wait_smem_to_gmem(0)
 

@@ -3,12 +3,13 @@
 import functools
 import math
 import numbers
+from collections.abc import Callable
 from typing import Literal, get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.ops.arguments import match_varying_axes
 from gdn2_jax.ops.chunkwise import chunkwise
 from gdn2_jax.ops.decoding import decode_kernel, decode_xla, why_not_decode_kernel
 from gdn2_jax.ops.dispatch import on_hopper
@@ -55,10 +56,10 @@ def gated_delta_rule_2(
       initial_state: state before the first token, dtype as `g`; zeros if None.
       segment_ids: document of each token; the state restarts from zero at every change.
         `initial_state` feeds the first segment of a row.
-      implementation: "pallas" (Hopper GPU kernels; K = 128, a multiple of 128 value channels a key
-        head, bf16 or fp16 beside a fp32 g), "xla" (chunkwise, any backend), "recurrent" (the
-        definition, token by token), or None for the fastest that keeps the precision contract on
-        every input: "xla" today.
+      implementation: "pallas" (Hopper GPU kernels; K = 64 or 128, a multiple of 64 value channels a
+        key head, bf16 or fp16 beside a fp32 g), "xla" (chunkwise, any backend), "recurrent" (the
+        definition, token by token), or None for the kernels on a Hopper GPU
+        where they serve, else "xla".
 
     Returns:
       Outputs of `v`'s shape and dtype, and the state after the last token in float32 (float64
@@ -79,7 +80,8 @@ def gated_delta_rule_2(
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
     scale = _resolve_scale(scale, key_dim)
-    if implementation == "pallas" and (obstacle := why_not_hopper(q, k, v, g, b, w)):
+    obstacle = why_not_hopper(q, k, v, g, b, w)
+    if implementation == "pallas" and obstacle:
         raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
 
     # The value channels of a group share everything on the key side, so a group of value heads is
@@ -87,19 +89,24 @@ def gated_delta_rule_2(
     folded = (batch, length, key_heads, -1)
     if initial_state is None:
         initial_state = jnp.zeros(state_shape, g.dtype)
-    arrays = _match_varying_axes(
-        (q, k, v.reshape(folded), g, b, w.reshape(folded), fold_state(initial_state, key_heads)),
-        segment_ids,
+    state = fold_state(initial_state, key_heads)
+    arrays, segment_ids = match_varying_axes(
+        ((q, k, v.reshape(folded), g, b, w.reshape(folded), state), segment_ids)
     )
     starts = None if segment_ids is None else _segment_starts(segment_ids)
     if implementation == "recurrent":
         q, *rest = (x.astype(g.dtype) for x in arrays)
         outputs, final_state = recurrent(q * scale, *rest, starts)
     else:
-        # The kernels are not the default: with repeated keys db can miss the precision contract.
-        form = hopper if implementation == "pallas" else chunkwise
-        outputs, final_state = form(*arrays, starts, scale)
-    return outputs.reshape(v.shape).astype(v.dtype), unfold_state(final_state, value_heads)
+        kernels, xla = (_in_dtype(form, scale, v.dtype) for form in (hopper, chunkwise))
+        if implementation == "pallas":
+            form = kernels
+        elif implementation is not None or obstacle:
+            form = xla
+        else:
+            form = functools.partial(on_hopper, kernels, xla)
+        outputs, final_state = form(*arrays, starts)
+    return outputs.astype(v.dtype).reshape(v.shape), unfold_state(final_state, value_heads)
 
 
 def gated_delta_rule_2_step(
@@ -152,7 +159,17 @@ def gated_delta_rule_2_step(
         form = xla
     else:
         form = functools.partial(on_hopper, kernel, xla)
-    return form(*_match_varying_axes((state, q, k, v, g, b, w), None))
+    return form(*match_varying_axes((state, q, k, v, g, b, w)))
+
+
+def _in_dtype(form: Callable, scale: float, dtype) -> Callable:
+    """The form with its scale set and its outputs in `dtype`."""
+
+    def run(*arrays):
+        outputs, final_state = form(*arrays, scale)
+        return outputs.astype(dtype), final_state
+
+    return run
 
 
 def fold_state(state: Array, key_heads: int) -> Array:
@@ -173,21 +190,6 @@ def _segment_starts(segment_ids: Int[Array, "B T"]) -> Array:
     """True where a token's segment differs from the one before; false for the first token."""
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     return jnp.pad(changed, ((0, 0), (1, 0)))
-
-
-def _match_varying_axes(arrays: tuple[Array, ...], segment_ids: Array | None) -> list[Array]:
-    """Inside shard_map, marks every array as varying over all mesh axes that any of them varies on.
-
-    The transpose of the mark sums a replicated input's cotangent over the mesh.
-    """
-    inputs = arrays if segment_ids is None else (*arrays, segment_ids)
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
-    return [
-        jax.lax.pcast(x, tuple(missing), to="varying")
-        if (missing := axes - jax.typeof(x).manual_axis_type.varying)
-        else x
-        for x in arrays
-    ]
 
 
 def _check_implementation(implementation: str | None) -> None:

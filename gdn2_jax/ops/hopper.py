@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from gdn2_jax.ops.arguments import match_varying_axes
 from pallas.chunk_backward import chunk_backward
 from pallas.intra_chunk_forward import intra_chunk_forward
 from pallas.mosaic import CHUNK
 from pallas.segments import segment_masks
 from pallas.state_pass import state_pass_backward, state_pass_forward
 
-_CHANNELS = 128
+_KEY_CHANNELS = (64, 128)
+_VALUE_CHANNELS = 64
 
 
 def why_not_hopper(q, k, v, g, b, w) -> str | None:
@@ -27,11 +29,14 @@ def why_not_hopper(q, k, v, g, b, w) -> str | None:
             return f"the kernels take {name} in bfloat16 or float16, got {array.dtype}"
     if g.dtype != jnp.float32:
         return f"the kernels take g in float32, got {g.dtype}"
-    if q.shape[-1] != _CHANNELS:
-        return f"the kernels take {_CHANNELS} channels in q, got {q.shape[-1]}"
+    if q.shape[-1] not in _KEY_CHANNELS:
+        return f"the kernels take {_KEY_CHANNELS} channels in q, got {q.shape[-1]}"
     values = v.shape[-2] // q.shape[-2] * v.shape[-1]
-    if values % _CHANNELS:
-        return f"the kernels take multiples of {_CHANNELS} value channels a key head, got {values}"
+    if values % _VALUE_CHANNELS:
+        return (
+            f"the kernels take multiples of {_VALUE_CHANNELS} value channels a key head, "
+            f"got {values}"
+        )
     return None
 
 
@@ -48,20 +53,24 @@ def hopper(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Outputs (bf16) and final state (fp32); arguments as in `chunkwise`, dtypes as above.
 
-    K is 128 and V a multiple of 128; fp16 inputs are rounded to bf16.
+    K is 64 or 128 and V a multiple of 64; fp16 inputs are rounded to bf16.
     """
-    length = q.shape[1]
+    length, key_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
     padding = -length % CHUNK
-    if padding:
+    # A block of value channels is as wide as the key's two halves.
+    value_padding = -value_dim % key_dim
+    if padding or value_padding:
         # Padded rows are exact no-ops: they write nothing and do not decay the state.
-        widths = ((0, 0), (0, padding), (0, 0), (0, 0))
-        q, k, v, g, b, w = (jnp.pad(x, widths) for x in (q, k, v, g, b, w))
+        rows = ((0, 0), (0, padding), (0, 0))
+        q, k, g, b = (jnp.pad(x, (*rows, (0, 0))) for x in (q, k, g, b))
+        v, w = (jnp.pad(x, (*rows, (0, value_padding))) for x in (v, w))
+        initial_state = jnp.pad(initial_state, ((0, 0),) * 3 + ((0, value_padding),))
     masks = None
     if starts is not None:
         masks = segment_masks(jnp.pad(starts, ((0, 0), (0, padding))))
     q, k, v, b, w = (x.astype(jnp.bfloat16) for x in (q, k, v, b, w))
     outputs, final_state = _hopper(scale, q, k, v, g, b, w, _transpose(initial_state), masks)
-    return outputs[:, :length], _transpose(final_state)
+    return outputs[:, :length, :, :value_dim], _transpose(final_state)[..., :value_dim]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -83,7 +92,8 @@ def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
     )
     inputs = q, k, v, g, b, w, masks
     operands = y_t, k_tail, q_gamma, a_qk_t, decay, x
-    return (outputs, final_state), (inputs, operands, steps, states, r_t)
+    *results, _ = match_varying_axes((outputs, final_state, q))
+    return tuple(results), (inputs, operands, steps, states, r_t)
 
 
 def _backward(scale, residuals, cotangents):
@@ -96,7 +106,8 @@ def _backward(scale, residuals, cotangents):
     dq, dk, dg, db, dv, dw = chunk_backward(
         *inputs, d_o, r_t, d_z, states, d_states, decay, steps, masks, scale=scale
     )
-    return dq, dk, dv, dg, db, dw, d_initial_state, None
+    *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, inputs[0]))
+    return *gradients, None
 
 
 _hopper.defvjp(_forward, _backward)

@@ -90,7 +90,6 @@ def gated_delta_rule_2_on_mesh(
         functools.partial(_whole if spans == 1 else _span, **options),
         ((tokens,) * 6, state, rows),
         (tokens, state),
-        check_vma=implementation != "pallas",
     )
     outputs, final_state = run(tuple(arrays), initial_state, segment_ids)
     return outputs[:, :length], final_state

@@ -98,16 +98,13 @@ def param_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
     return jax.tree.map(sharding, nn.unbox(boxed), specs)
 
 
-def per_device(
-    function: Callable, inputs: tuple[Names, ...], outputs: Any, *, check_vma: bool = True
-) -> Callable:
+def per_device(function: Callable, inputs: tuple[Names, ...], outputs: Any) -> Callable:
     """Runs `function` on every device's parts of its arguments; plainly without an ambient mesh.
 
     Args:
       function: of positional arrays or None; communicates only along axes it names itself.
       inputs: names of the axes of each argument, or of all leaves of it.
       outputs: the same of its results.
-      check_vma: as in `jax.shard_map`; the GPU kernels need False.
     """
     if ambient_mesh() is None:
         return function
@@ -115,9 +112,7 @@ def per_device(
     def specs(tree):
         return jax.tree.map(partition_spec, tree, is_leaf=_is_names)
 
-    return jax.shard_map(
-        function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=check_vma
-    )
+    return jax.shard_map(function, in_specs=specs(inputs), out_specs=specs(outputs))
 
 
 def _is_box(x: Any) -> bool:

@@ -26,6 +26,38 @@ def test_kernels_match_the_recurrence(regime, layout, seed):
     assert_matches_recurrence(kernels, inputs, seed=seed)
 
 
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_repeated_keys_in_short_segments_match_the_recurrence(seed):
+    inputs = operator_inputs(
+        2, 300, 2, 128, regime="repeated_keys", dtype="bfloat16", seed=seed, segments=5
+    )
+    assert_matches_recurrence(kernels, inputs, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "value_heads"), [(64, 64, 6), (64, 128, 2), (128, 64, 2)]
+)
+def test_other_channels_match_the_recurrence(key_dim, value_dim, value_heads):
+    inputs = operator_inputs(
+        *(2, 300, 2, key_dim, value_dim),
+        regime="mixture",
+        dtype="bfloat16",
+        value_heads=value_heads,
+        segments=5,
+    )
+    assert_matches_recurrence(kernels, inputs)
+
+
+def test_the_default_is_the_kernels():
+    *arrays, state, _ = operator_inputs(2, 128, 2, 128, dtype="bfloat16")
+    default, expected = (
+        jax.jit(functools.partial(form, initial_state=state))(*arrays)
+        for form in (gated_delta_rule_2, kernels)
+    )
+    for x, y in zip(default, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_float16_matches_the_recurrence():
     assert_matches_recurrence(kernels, operator_inputs(2, 300, 2, 128, dtype="float16"))
 
