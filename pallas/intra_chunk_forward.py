@@ -272,18 +272,18 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
         scratch_types=[
-            plgpu.RefUnion(
+            mosaic.overlaid(
                 (tile((len(pieces), *shape), f32),),
                 (tile((len(pieces), 2, *shape), bf16, _SWIZZLE),),
                 (value_tile, value_tile),
                 (value_tile, tile(square, bf16)),
             ),
-            plgpu.RefUnion(
+            mosaic.overlaid(
                 (key_tile,), (tile((key_dim, CHUNK), bf16),), (tile((value_block, CHUNK), bf16),)
             ),
             key_tile,
             key_tile,
-            plgpu.RefUnion(
+            mosaic.overlaid(
                 (tile((2, *square), bf16, _SWIZZLE),),
                 (tile(square, f16),) * 2,
                 (tile(square, bf16, _SWIZZLE),) * 2,

@@ -51,6 +51,15 @@ def tile(shape: tuple[int, ...], dtype, swizzle: int = 128) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def overlaid(*groups: tuple):
+    """Scratch in the same shared memory: groups of refs of which one is in use at a time.
+
+    The interpreter gives every ref its own memory, and its race detection takes a union for one
+    buffer, though warpgroups use disjoint slabs of it: there it is no union.
+    """
+    return groups if interpreting() else plgpu.RefUnion(*groups)
+
+
 class Accumulator:
     """An fp32 wgmma accumulator: `add` issues a product, `get` waits for it."""
 

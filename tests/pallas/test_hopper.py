@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -32,9 +33,10 @@ def draw(length=100, key_dim=128, **options):
         pytest.param({"value_dim": 64}, id="128 key and 64 value channels"),
     ],
 )
-def test_kernels_match_the_recurrence(options):
-    with interpret_mode():
+def test_kernels_match_the_recurrence_without_races(options):
+    with interpret_mode(detect_races=True):
         assert_matches_recurrence(kernels, draw(**options))
+    assert not interpret_pallas_call.get_races().races_found
 
 
 def test_forward_without_gradients_equals_the_one_that_saves_for_them():
