@@ -20,15 +20,19 @@ from pallas.state_pass import state_pass_backward, state_pass_forward
 
 _KEY_CHANNELS = (64, 128)
 _VALUE_CHANNELS = 64
+_GRID = 65535  # blocks along the shorter axes of a CUDA grid
 
 
 def why_not_hopper(q, k, v, g, b, w) -> str | None:
-    """What keeps the kernels from serving these inputs ([..., heads, channels]), or None."""
+    """What keeps the kernels from serving these inputs ([B, T, heads, channels]), or None."""
     for name, array in {"q": q, "k": k, "v": v, "b": b, "w": w}.items():
         if array.dtype not in (jnp.bfloat16, jnp.float16):
             return f"the kernels take {name} in bfloat16 or float16, got {array.dtype}"
     if g.dtype != jnp.float32:
         return f"the kernels take g in float32, got {g.dtype}"
+    batch, length, heads, _ = q.shape
+    if max(batch, -(-length // CHUNK), heads) > _GRID:
+        return f"the kernels take up to {_GRID} sequences, heads and chunks of {CHUNK} tokens"
     if q.shape[-1] not in _KEY_CHANNELS:
         return f"the kernels take {_KEY_CHANNELS} channels in q, got {q.shape[-1]}"
     values = v.shape[-2] // q.shape[-2] * v.shape[-1]

@@ -79,6 +79,14 @@ def test_kernels_under_shard_map_lower_to_kernels_of_each_shard(implementation, 
     assert text.count("@mosaic_gpu") == 4
 
 
+def test_kernels_refuse_more_sequences_than_a_grid_holds():
+    shape = jax.ShapeDtypeStruct((65536, 1, 1, 128), jnp.bfloat16)
+    g = jax.ShapeDtypeStruct(shape.shape, jnp.float32)
+    with pytest.raises(NotImplementedError, match="up to 65535 sequences"):
+        jax.eval_shape(kernels, shape, shape, shape, g, shape, shape)
+    jax.eval_shape(gated_delta_rule_2, shape, shape, shape, g, shape, shape)
+
+
 def test_the_default_is_the_kernels_where_a_hopper_gpu_is_attached(monkeypatch):
     monkeypatch.setattr(dispatch, "hopper_attached", lambda: True)
     *arrays, _, _ = draw(initial_state=False)
