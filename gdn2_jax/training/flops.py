@@ -1,5 +1,6 @@
 """Model FLOPs of a token, and what devices can do: together the model-FLOP utilisation."""
 
+import functools
 import math
 
 import jax
@@ -21,6 +22,8 @@ _PEAK_FLOPS = {
 }
 
 
+# Cached: every logged step asks, and counting traces the model.
+@functools.cache
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token; a multiply-add counts two.
 

@@ -108,11 +108,11 @@ def _take_steps(
                 row = {"step": step, "tokens": step * config.tokens_per_step}
                 row |= _checked(metrics, run, step)
             if logs:
-                seconds = time.perf_counter() - clock
-                row |= _speed(run, (step - clock_step) / seconds)
+                now = time.perf_counter()
+                row |= _speed(run, (step - clock_step) / (now - clock))
+                clock, clock_step = now, step
                 log.write(row)
                 bar.set_postfix_str(_abbreviate(row), refresh=False)
-                clock, clock_step = time.perf_counter(), step
             if validates and run.corpus.validation is not None:
                 validation = _validate(run, state)
                 log.write({"step": step, **validation})

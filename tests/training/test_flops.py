@@ -37,6 +37,12 @@ def test_a_recurrence_counts_its_reads_and_writes():
     assert recurrence(PRESETS["gdn_1.3B"]) == 18 * 3 * 6 * 262_144
 
 
+def test_a_model_is_traced_once_however_often_steps_are_logged(monkeypatch):
+    count = training_flops_per_token(PRESETS["gdn2_tiny"], 256)
+    monkeypatch.delattr("jax.eval_shape")
+    assert training_flops_per_token(PRESETS["gdn2_tiny"], 256) == count
+
+
 def test_peak_is_that_of_the_most_specific_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
