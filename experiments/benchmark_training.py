@@ -31,6 +31,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import tyro
+from jax.sharding import Mesh
 
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS, ModelConfig
@@ -127,7 +128,10 @@ def main(config: Config) -> None:
                 else:
                     todo.append((key, training_config(model, length, tokens)))
             # The lengths of a model compile at once, before any of them runs.
-            steps = [pool.submit(compile_step, config, training) for _, training in todo]
+            steps = [
+                pool.submit(compile_step, training, make_mesh(), config.profile)
+                for _, training in todo
+            ]
             wait(steps)
             for (key, training), step in zip(todo, steps, strict=True):
                 row = key | {"bf16_product_flops": rate} | measure(config, training, step)
@@ -154,16 +158,22 @@ def training_config(model: ModelConfig, length: int, tokens: int) -> TrainingCon
 TRACING = threading.Lock()
 
 
-def compile_step(config: Config, training: TrainingConfig) -> tuple[jax.stages.Compiled, float]:
-    """The step, and the seconds that it took to compile beside the other lengths."""
-    mesh = make_mesh()
+def compile_step(
+    training: TrainingConfig, mesh: Mesh, profile: bool
+) -> tuple[jax.stages.Compiled, float]:
+    """The step on a mesh, and the seconds that it took to compile beside others in threads.
+
+    With `profile` kernels keep the names of their operations, not being launched as CUDA graphs.
+    """
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     size = f"{training.data.sequence_length} x {training.global_batch_size}"
+    size += f" on {axes}" if axes else ""
     say(f"{size}: compiling")
     start = time.perf_counter()
     batch = jax.eval_shape(functools.partial(random_batch, training))
     with TRACING:
         lowered = jit_train_step(training, mesh).lower(abstract_state(training, mesh), batch)
-    graphs = {"xla_gpu_enable_command_buffer": ""} if config.profile else None
+    graphs = {"xla_gpu_enable_command_buffer": ""} if profile else None
     step = lowered.compile(compiler_options=graphs)
     seconds = time.perf_counter() - start
     say(f"{size}: compiled in {seconds:.0f} s")
@@ -213,7 +223,7 @@ def state_maker(model: ModelConfig) -> Callable:
 
 def random_batch(training: TrainingConfig) -> dict[str, jax.Array]:
     """A batch such as the data pipeline gives."""
-    shape = (1, training.global_batch_size, training.data.sequence_length)
+    shape = (training.accumulation, training.microbatch_size, training.data.sequence_length)
     keys = jax.random.split(jax.random.key(1))
     inputs, targets = (jax.random.randint(key, shape, 0, training.model.vocab_size) for key in keys)
     return {

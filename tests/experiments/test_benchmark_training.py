@@ -54,7 +54,7 @@ def test_lengths_must_divide_the_tokens(script, tmp_path):
 
 
 def test_an_error_is_a_row_and_is_tried_again(script, tmp_path, capsys, monkeypatch):
-    def fail(config, training):
+    def fail(training, mesh, profile):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room\nmore")
 
     monkeypatch.setattr(script, "compile_step", fail)

@@ -1,0 +1,91 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdn2_jax.models import ModelConfig
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark_scaling.py"
+MODEL = ModelConfig(
+    vocab_size=64,
+    d_model=16,
+    num_layers=1,
+    num_heads=2,
+    head_dim=4,
+    mlp_dim=16,
+    dtype="float32",
+)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """With a smaller model than any preset, which compiles sooner."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    spec = importlib.util.spec_from_file_location("benchmark_scaling_under_test", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "PRESETS", {"tiny": MODEL})
+    return module
+
+
+def arguments(script, output, **changes):
+    options = {"axes": ("fsdp", "tensor", "sequence"), "tokens": 16, "length": 8, "steps": 1}
+    options |= {"sequences": (128,), "implementation": "recurrent", "output": output}
+    return script.Config(**options | changes)
+
+
+def rows_in(output):
+    return {
+        (*row["mesh"].values(), row["batch"], row["length"]): row
+        for row in map(json.loads, output.read_text().splitlines())
+    }
+
+
+@pytest.mark.slow
+def test_meshes_are_timed_and_train_as_one_device_and_what_is_done_is_not_done_again(
+    script, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "folder" / "rows.jsonl"
+    script.main(arguments(script, output, minutes=0))
+    assert (
+        "not measured within 0 minutes, run again: one device, 8 x 2; " in capsys.readouterr().out
+    )
+    assert not output.exists()
+
+    script.main(arguments(script, output))
+    table = capsys.readouterr().out
+    rows = rows_in(output)
+    assert list(rows) == [
+        (1, 1, 1, 1, 2, 8),
+        (1, 1, 1, 1, 16, 8),
+        (1, 8, 1, 1, 16, 8),
+        (4, 1, 2, 1, 16, 8),
+        (1, 1, 1, 1, 1, 16),
+        (1, 1, 1, 8, 1, 16),
+        (1, 1, 1, 8, 1, 128),
+    ]
+    fsdp, one = rows[1, 8, 1, 1, 16, 8], rows[1, 1, 1, 1, 2, 8]
+    assert fsdp["tokens_per_second"] == pytest.approx(128 / fsdp["ms"] * 1e3 / 8)
+    assert 0 < fsdp["collectives"] < 1 and one["collectives"] == 0
+    share = fsdp["tokens_per_second"] / one["tokens_per_second"]
+    (line,) = (line for line in table.splitlines() if line.startswith("fsdp 8, 8 x 16"))
+    assert f"{share:.1%}" in line and "(gradient norm)" in line
+    assert table.count("(gradient norm)") == 3
+    for row in rows.values():
+        assert len(row["losses"]) == script.COMPARED_STEPS
+        assert row["losses"][-1] < row["losses"][0] and row["peak_gib"] > 0
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+    monkeypatch.setattr(script, "compile_run", None)
+    script.main(arguments(script, output))
+    assert capsys.readouterr().out == table
+    assert rows_in(output) == rows
+
+    fsdp["grad_norms"][2] *= 1.01
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    with pytest.raises(SystemExit, match="do not train as one device does"):
+        script.main(arguments(script, output))
+    assert "1.0e-02 (gradient norm), TOO MUCH" in capsys.readouterr().out
