@@ -19,7 +19,6 @@ import os
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -37,13 +36,15 @@ from gdn2_jax.training import (
     PRESETS,
     CheckpointError,
     DivergenceError,
+    Programs,
     TrainingConfig,
     check_mesh,
-    compile_train_step,
     is_finished,
     open_run,
     run_files,
+    submit_programs,
     train,
+    wait_for,
 )
 from gdn2_jax.training.flops import training_flops_per_token
 from gdn2_jax.training.metrics import read_metrics
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int | str:
     except (ValueError, OSError) as error:
         return f"compare_mixers.py: {error}"
     results.mkdir(parents=True, exist_ok=True)
-    step_fns = compile_steps(runs, directory)
+    compiled = compile_all(runs, directory)
     rows, curves = [], []
     for number, (name, config) in enumerate(runs.items(), start=1):
         print(f"\n[{number}/{len(runs)}] {name}", flush=True)
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> int | str:
             print(f"is finished in {directory / name}", flush=True)
         else:
             try:
-                finished = train(open_run(config, directory / name), step_fns.pop(name))
+                finished = train(open_run(config, directory / name), compiled.pop(name))
             except (ValueError, OSError, CheckpointError) as error:
                 return f"compare_mixers.py: {name}: {error}"
             except DivergenceError as error:
@@ -89,7 +90,6 @@ def main(arguments: list[str]) -> int | str:
         write(results, rows, curves, arguments)
         if not finished:
             return "compare_mixers.py: stopped; start again to continue"
-        jax.clear_caches()
     print(f"\n{table(rows)}\n\nin {results}: results.jsonl, curves.jsonl, results.md, results.png")
     return 0
 
@@ -146,15 +146,16 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
     return runs, directory, results
 
 
-def compile_steps(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, Callable]:
-    """Compiles the training steps of all unfinished runs, a few at a time."""
+def compile_all(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, Programs]:
+    """Compiles all that the unfinished runs need: tracing one at a time, compiling many."""
     unfinished = [name for name in runs if not is_finished(runs[name], directory / name)]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        step_fns = pool.map(
-            lambda name: compile_train_step(runs[name], make_mesh(runs[name].mesh)), unfinished
-        )
-        progress = tqdm(step_fns, "compile", len(unfinished), unit="step", mininterval=1)
-        return dict(zip(unfinished, progress))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = {
+            name: submit_programs(runs[name], make_mesh(runs[name].mesh), pool)
+            for name in tqdm(unfinished, "trace", unit="run", mininterval=1)
+        }
+        compiling = tqdm(compiled.items(), "compile", unit="run", mininterval=1)
+        return {name: wait_for(programs) for name, programs in compiling}
 
 
 def summarize(name: str, config: TrainingConfig, metrics: list[dict]) -> dict:

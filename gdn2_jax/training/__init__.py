@@ -2,6 +2,7 @@
 
 from gdn2_jax.training.checkpoint import CheckpointError
 from gdn2_jax.training.config import PRESETS, OptimizerConfig, TrainingConfig
+from gdn2_jax.training.programs import Programs, compile_programs, submit_programs, wait_for
 from gdn2_jax.training.run import (
     TrainedModel,
     check_mesh,
@@ -18,13 +19,17 @@ __all__ = [
     "CheckpointError",
     "DivergenceError",
     "OptimizerConfig",
+    "Programs",
     "TrainedModel",
     "TrainingConfig",
     "check_mesh",
+    "compile_programs",
     "compile_train_step",
     "is_finished",
     "load_trained",
     "open_run",
     "run_files",
+    "submit_programs",
     "train",
+    "wait_for",
 ]

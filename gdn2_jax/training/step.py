@@ -158,13 +158,29 @@ def jit_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
 
 
 def compile_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
-    """Returns `jit_train_step`, compiled. Threads may compile several at once."""
-    shape = (config.accumulation, config.microbatch_size, config.data.sequence_length)
+    """Returns `jit_train_step`, compiled."""
+    batch = abstract_batch(config, mesh, config.accumulation)
+    return jit_train_step(config, mesh).lower(abstract_state(config, mesh), batch).compile()
+
+
+def jit_initial_state(config: TrainingConfig, mesh: Mesh) -> Callable:
+    """Returns `initial_state` of the configuration, without arguments, jitted for the mesh."""
+    init = functools.partial(initial_state, config)
+    return jax.jit(init, out_shardings=state_shardings(config, mesh))
+
+
+def abstract_batch(
+    config: TrainingConfig, mesh: Mesh, *leading: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes, dtypes and shardings of microbatches [*leading, B, T] on the mesh."""
+    shape = (*leading, config.microbatch_size, config.data.sequence_length)
     dtypes = {name: jnp.int32 for name in ("inputs", "targets", "segment_ids")}
     dtypes["weights"] = jnp.float32
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in dtypes.items()}
-    state = abstract_state(config, mesh)
-    return jit_train_step(config, mesh).lower(state, batch).compile()
+    sharding = batch_sharding(mesh, len(leading))
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in dtypes.items()
+    }
 
 
 def _initial_params(config: TrainingConfig, key: Key[Array, ""]) -> Any:

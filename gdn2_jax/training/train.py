@@ -6,7 +6,6 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, Self
 
 import grain
@@ -21,22 +20,16 @@ from gdn2_jax.training.checkpoint import save_checkpoint
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
 from gdn2_jax.training.metrics import MetricsLog, plot_losses, read_metrics
+from gdn2_jax.training.programs import Programs, compile_programs
 from gdn2_jax.training.run import Run, save_config
-from gdn2_jax.training.step import (
-    StepMetrics,
-    TrainState,
-    compile_train_step,
-    initial_state,
-    replicated,
-    state_shardings,
-)
+from gdn2_jax.training.step import StepMetrics, TrainState, abstract_state, replicated
 
 
 class DivergenceError(Exception):
     """The loss or the gradient is no longer finite."""
 
 
-def train(run: Run, step_fn: Callable | None = None) -> bool:
+def train(run: Run, programs: Programs | None = None) -> bool:
     """Trains from the run's latest checkpoint, or from the start, to its last step.
 
     Writes the files of `RunFiles`. A run that is killed at any point and started again ends with
@@ -46,8 +39,8 @@ def train(run: Run, step_fn: Callable | None = None) -> bool:
 
     Args:
       run: from `open_run`.
-      step_fn: what `compile_train_step` returned for the run's configuration and mesh, to be spared
-        the wait; compiled here if None.
+      programs: compiled for the run's configuration and mesh, to be spared the wait; compiled here if
+        None.
 
     Returns:
       Whether the run is complete, and not stopped by a signal.
@@ -66,13 +59,16 @@ def train(run: Run, step_fn: Callable | None = None) -> bool:
         if _is_primary():
             save_config(config, files.config)
             run.corpus.tokenizer.save(files.tokenizer)
-        state = run.state or _initial_state(run)
-        _say(_describe(run, state))
+        _say(_describe(run))
         if start:
             _say(f"continuing from the checkpoint of step {start}")
-        log = MetricsLog(files.metrics, files.tensorboard, start)
-        with contextlib.closing(log):
-            state = _take_steps(run, state, start, log, step_fn)
+        state = run.state
+        if start < config.steps:
+            programs = programs or _compile(run)
+            state = state or programs.initial_state()
+            log = MetricsLog(files.metrics, files.tensorboard, start)
+            with contextlib.closing(log):
+                state = _take_steps(run, programs, state, start, log)
     if int(state.step) < config.steps:
         _say(f"stopped after step {int(state.step)} with a checkpoint; start again to continue")
         return False
@@ -80,22 +76,23 @@ def train(run: Run, step_fn: Callable | None = None) -> bool:
     return True
 
 
+def _compile(run: Run) -> Programs:
+    began = time.perf_counter()
+    programs = compile_programs(run.config, run.mesh)
+    _say(f"compiled in {time.perf_counter() - began:.0f} s")
+    return programs
+
+
 def _take_steps(
-    run: Run, state: TrainState, start: int, log: MetricsLog, step_fn: Callable | None
+    run: Run, programs: Programs, state: TrainState, start: int, log: MetricsLog
 ) -> TrainState:
     """Returns the state after the last step, or after a signal."""
     config = run.config
-    if start >= config.steps:
-        return state
-    if step_fn is None:
-        began = time.perf_counter()
-        step_fn = compile_train_step(config, run.mesh)
-        _say(f"compiled in {time.perf_counter() - began:.0f} s")
     batches, data_state = _open_batches(run)
     with contextlib.closing(batches), _StopSignal() as stop, _progress_bar(config, start) as bar:
         clock, clock_step = time.perf_counter(), start
         for step in range(start + 1, config.steps + 1):
-            state, metrics = step_fn(state, _device_batch(run, next(batches)))
+            state, metrics = programs.train_step(state, _device_batch(run, next(batches)))
             bar.update()
             last = step == config.steps
             validates = last or step % config.validate_every == 0
@@ -114,7 +111,7 @@ def _take_steps(
                 log.write(row)
                 bar.set_postfix_str(_abbreviate(row), refresh=False)
             if validates and run.corpus.validation is not None:
-                validation = _validate(run, state)
+                validation = _validate(run, programs, state)
                 log.write({"step": step, **validation})
                 bar.write(f"step {step}: {_format(validation)}")
             if saves:
@@ -126,11 +123,6 @@ def _take_steps(
             if stops:
                 break
     return state
-
-
-def _initial_state(run: Run) -> TrainState:
-    shardings = state_shardings(run.config, run.mesh)
-    return jax.jit(initial_state, static_argnums=0, out_shardings=shardings)(run.config)
 
 
 def _open_batches(run: Run) -> tuple[grain.DatasetIterator, dict[str, Any]]:
@@ -198,7 +190,7 @@ def _abbreviate(row: dict[str, float]) -> str:
     return text
 
 
-def _validate(run: Run, state: TrainState) -> dict[str, float]:
+def _validate(run: Run, programs: Programs, state: TrainState) -> dict[str, float]:
     result = evaluate_perplexity(
         run.config.model,
         state.params,
@@ -206,6 +198,7 @@ def _validate(run: Run, state: TrainState) -> dict[str, float]:
         mesh=run.mesh,
         batch_size=run.config.microbatch_size,
         max_batches=run.config.validation_batches,
+        summed_losses=programs.summed_losses,
     )
     return {f"validation_{name}": value for name, value in result._asdict().items()}
 
@@ -257,8 +250,9 @@ def _is_summarized(run: Run, step: int) -> bool:
         return False
 
 
-def _describe(run: Run, state: TrainState) -> str:
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+def _describe(run: Run) -> str:
+    params = abstract_state(run.config, run.mesh).params
+    parameters = sum(x.size for x in jax.tree.leaves(params))
     return (
         f"{parameters:,} parameters, {run.corpus.train.store.num_tokens:,} tokens of text, "
         f"{run.config.steps:,} steps of {run.config.tokens_per_step:,} tokens on "

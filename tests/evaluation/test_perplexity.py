@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gdn2_jax.data import DataConfig, prepare
-from gdn2_jax.evaluation import evaluate_perplexity
+from gdn2_jax.evaluation import evaluate_perplexity, lower_evaluation
 from gdn2_jax.models import LanguageModel, ModelConfig
-from gdn2_jax.parallel import make_mesh
+from gdn2_jax.parallel import batch_sharding, make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,26 @@ def test_evaluation_stops_after_max_batches(config, params, sequences):
         config, params, sequences, mesh=make_mesh(), batch_size=8, max_batches=1
     )
     assert result.tokens == 8 * 15
+
+
+def test_what_is_compiled_ahead_is_all_that_an_evaluation_runs(
+    config, params, sequences, monkeypatch
+):
+    mesh = make_mesh()
+    expected = evaluate_perplexity(config, params, sequences, mesh=mesh, batch_size=8)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = jax.device_put(params, everywhere)
+    batch = {
+        name: jax.ShapeDtypeStruct((8, 15), dtype, sharding=batch_sharding(mesh))
+        for name, dtype in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))
+    }
+    batch["segment_ids"] = None
+    summed_losses = lower_evaluation(config, mesh, params, batch).compile()
+    monkeypatch.delattr("gdn2_jax.evaluation.perplexity._summed_losses")
+    result = evaluate_perplexity(
+        config, params, sequences, mesh=mesh, batch_size=8, summed_losses=summed_losses
+    )
+    assert result == expected
 
 
 def test_documents_are_kept_apart_where_the_sequences_say_so(config, params, sequences):

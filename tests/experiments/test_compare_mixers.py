@@ -114,14 +114,14 @@ def test_every_recurrent_mixer_and_the_transformer_are_compared_by_default(scrip
 def test_a_stopped_run_ends_the_comparison_and_a_diverged_one_does_not(
     script, options, outcome, status, tmp_path, monkeypatch, capsys
 ):
-    def train(run, step_fn):
-        assert step_fn is None
+    def train(run, programs):
+        assert programs is None
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     monkeypatch.setattr(script, "train", train)
-    monkeypatch.setattr(script, "compile_train_step", lambda config, mesh: None)
+    monkeypatch.setattr(script, "submit_programs", lambda config, mesh, pool: None)
     models = ["--models", "gdn2", "kda"]
     result = script.main(["tiny", *options, "--directory", str(tmp_path), *models])
     assert str(result).startswith(str(status))

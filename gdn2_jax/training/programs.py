@@ -1,0 +1,72 @@
+"""All that a run compiles before its first step."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from gdn2_jax.evaluation import lower_evaluation
+from gdn2_jax.training.config import TrainingConfig
+from gdn2_jax.training.step import (
+    abstract_batch,
+    abstract_state,
+    jit_initial_state,
+    jit_train_step,
+)
+
+
+class Programs(NamedTuple):
+    """Compiled functions, or their futures.
+
+    Attributes:
+      initial_state: () -> state.
+      train_step: (state, batch) -> (state, metrics).
+      summed_losses: for `evaluate_perplexity`; None without a validation split.
+    """
+
+    initial_state: Callable | Future
+    train_step: Callable | Future
+    summed_losses: Callable | Future | None
+
+
+def submit_programs(config: TrainingConfig, mesh: Mesh, pool: Executor) -> Programs:
+    """Traces a run's functions and lets the pool's threads compile them.
+
+    Tracing holds Python's lock, so that threads would only get in each other's way; compilation
+    does not.
+
+    Args:
+      config: of the run.
+      mesh: the devices.
+      pool: of threads.
+
+    Returns:
+      Futures of the compiled functions, for `wait_for`.
+    """
+    state = abstract_state(config, mesh)
+
+    def submit(lowered: jax.stages.Lowered) -> Future:
+        return pool.submit(lowered.compile)
+
+    batch = abstract_batch(config, mesh, config.accumulation)
+    train_step = submit(jit_train_step(config, mesh).lower(state, batch))
+    summed_losses = None
+    if config.data.validation_fraction:
+        batch = abstract_batch(config, mesh)
+        if not config.data.reset_at_documents:
+            batch["segment_ids"] = None
+        summed_losses = submit(lower_evaluation(config.model, mesh, state.params, batch))
+    return Programs(submit(jit_initial_state(config, mesh).lower()), train_step, summed_losses)
+
+
+def wait_for(programs: Programs) -> Programs:
+    """Returns the compiled functions of futures."""
+    return jax.tree.map(lambda future: future.result(), programs)
+
+
+def compile_programs(config: TrainingConfig, mesh: Mesh) -> Programs:
+    """Compiles a run's functions."""
+    with ThreadPoolExecutor() as pool:
+        return wait_for(submit_programs(config, mesh, pool))
