@@ -66,6 +66,8 @@ def main(options: Options) -> int | str:
         warnings.showwarning = lambda message, *_: bar.write(f"note: {message}", file=sys.stderr)
         try:
             if (options.source / "checkpoints").is_dir():
+                if (options.output / "tokenizer.json").exists():
+                    return f"convert_weights.py: {options.output} has a tokenizer.json already"
                 trained = load_trained(options.source)
                 model = trained.config.model
                 files = save_pretrained(options.output, model, trained.params, **arguments)
@@ -79,6 +81,8 @@ def main(options: Options) -> int | str:
                 )
         except (ValueError, OSError, CheckpointError) as error:
             return f"convert_weights.py: {error}"
+        except KeyboardInterrupt:
+            return "convert_weights.py: stopped before it was done"
     print("\n".join(f"wrote {file}" for file in files))
     return 0
 

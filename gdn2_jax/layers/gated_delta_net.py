@@ -65,7 +65,7 @@ class GatedDeltaNet(DeltaRuleLayer):
         Raises:
           ValueError: an input or an attribute is malformed.
         """
-        check_inputs(x, segment_ids)
+        check_inputs(x, segment_ids, self.variables.get("cache"))
         self._check_attributes()
         q, k, v = self._queries_keys_values(x, segment_ids)
         beta = jax.nn.sigmoid(self._dense("b_proj", self._value_heads)(x))

@@ -85,7 +85,7 @@ class GatedDeltaNet2(DeltaRuleLayer):
         Raises:
           ValueError: an input or an attribute is malformed.
         """
-        check_inputs(x, segment_ids)
+        check_inputs(x, segment_ids, self.variables.get("cache"))
         self._check_attributes()
         heads, key_dim = self.num_heads, self.head_dim
         value_heads, value_dim = self._value_heads, self._value_dim

@@ -1,16 +1,30 @@
 """Checks that every mixer makes at its boundary."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def check_inputs(x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> None:
-    """Raises ValueError unless `x` is a non-empty [B, T, D] and `segment_ids` fits it."""
+def check_inputs(
+    x: Float[Array, "B T D"],
+    segment_ids: Int[Array, "B T"] | None,
+    cache: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ValueError unless `x` is a non-empty [B, T, D] and `segment_ids` and `cache` fit it."""
     if x.ndim != 3 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"x: expected a non-empty floating-point array [B T D], "
             f"got shape {tuple(x.shape)} of {x.dtype}"
         )
+    for leaf in jax.tree.leaves(cache):
+        if leaf.ndim and leaf.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"cache: expected the batch of x, {x.shape[0]}, got a cache made for "
+                f"{leaf.shape[0]}"
+            )
     if segment_ids is None:
         return
     if tuple(segment_ids.shape) != tuple(x.shape[:2]):

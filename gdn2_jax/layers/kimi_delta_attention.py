@@ -71,7 +71,7 @@ class KimiDeltaAttention(DeltaRuleLayer):
         Raises:
           ValueError: an input or an attribute is malformed.
         """
-        check_inputs(x, segment_ids)
+        check_inputs(x, segment_ids, self.variables.get("cache"))
         self._check_attributes()
         q, k, v = self._queries_keys_values(x, segment_ids)
         heads, value_dim = self._value_heads, self._value_dim

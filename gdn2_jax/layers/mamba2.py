@@ -81,7 +81,7 @@ class Mamba2(nn.Module):
         Raises:
           ValueError: an input or an attribute is malformed.
         """
-        check_inputs(x, segment_ids)
+        check_inputs(x, segment_ids, self.variables.get("cache"))
         self._check_attributes()
         heads, groups = self.num_heads, self.num_groups
         inner, shared = heads * self.head_dim, groups * self.state_dim

@@ -91,7 +91,7 @@ class Mamba3(nn.Module):
         Raises:
           ValueError: an input or an attribute is malformed.
         """
-        check_inputs(x, segment_ids)
+        check_inputs(x, segment_ids, self.variables.get("cache"))
         self._check_attributes()
         heads, ranks = self.num_heads, self.mimo_rank or 1
         inner = heads * self.head_dim

@@ -65,7 +65,7 @@ class SlidingWindowAttention(nn.Module):
         Raises:
           ValueError: an input or an attribute is malformed.
         """
-        check_inputs(x, segment_ids)
+        check_inputs(x, segment_ids, self.variables.get("cache"))
         self._check_attributes(x.shape[-1])
         batch, length, width = x.shape
 

@@ -85,10 +85,12 @@ def test_a_run_is_exported_converted_and_sampled_from(run, command, tmp_path):
 
 def test_failures_are_one_line(run, command, tmp_path):
     (tmp_path / "taken.pth").touch()
+    (tmp_path / "tokenizer.json").touch()
     for arguments, message in (
         ([tmp_path / "nothing", tmp_path / "out"], "nothing does not exist"),
         ([run[0], tmp_path / "taken.pth", "--style=paper"], "taken.pth exists already"),
         ([run[0], tmp_path / "out", "--preset=huge"], "--preset: there is no 'huge'"),
+        ([run[0], tmp_path], f"{tmp_path} has a tokenizer.json already"),
     ):
         status, _, _ = command("convert_weights.py", *arguments)
         assert status.startswith("convert_weights.py: ") and status.endswith(message)

@@ -1,5 +1,8 @@
 """The nnx modules: the linen layers' numbers, and natural parts of an nnx transformer."""
 
+import operator
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -121,6 +124,56 @@ def test_malformed_uses_are_named():
         make(expand_v=0.3)
     with pytest.raises(TypeError, match="heads_of_cattle"):
         make(heads_of_cattle=3)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_cache_of_another_batch_is_named(name):
+    module = make(name, decode=True)
+    module.init_cache((2, 1, WIDTH))
+    with pytest.raises(ValueError, match="^cache: expected the batch of x, 3, got .* for 2"):
+        module(inputs(3, 1, WIDTH))
+
+
+def test_layers_stacked_by_vmap_are_scanned_with_remat_and_decode():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = mixers.GatedDeltaNet2(
+                in_features=WIDTH, rngs=rngs, **SMALL["GatedDeltaNet2"]
+            )
+
+        def __call__(self, x):
+            return x + self.attention(x)
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(rngs):
+        return Layer(rngs)
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def scan(layer, x):
+        return nnx.remat(lambda layer, x: layer(x))(layer, x)
+
+    def loop(layers, x):
+        graph, state = nnx.split(layers)
+        for i in range(2):
+            x = nnx.merge(graph, jax.tree.map(operator.itemgetter(i), state))(x)
+        return x
+
+    layers, x = nnx.jit(lambda: stack(nnx.Rngs(0)))(), inputs(2, 4, WIDTH)
+    assert layers.attention.q_proj.kernel.shape == (2, WIDTH, 16)
+    results = []
+    for run in (scan, loop):
+        loss = nnx.value_and_grad(lambda layers, x, run=run: jnp.sum(jnp.square(run(layers, x))))
+        results.append(nnx.jit(loss)(layers, x))
+    chex.assert_trees_all_close(*map(nnx.to_pure_dict, (g for _, g in results)), rtol=1e-4)
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
+
+    full = nnx.jit(scan)(layers, x)
+    nnx.vmap(lambda layer: layer.attention.init_cache(x.shape), out_axes=None)(layers)
+    layers.set_attributes(decode=True)
+    advance = nnx.jit(scan)
+    decoded = jnp.concatenate([advance(layers, x[:, :2]), advance(layers, x[:, 2:])], axis=1)
+    np.testing.assert_allclose(decoded, full, atol=2e-5 * jnp.abs(full).max())
 
 
 class Block(nnx.Module):

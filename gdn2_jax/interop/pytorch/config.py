@@ -19,6 +19,19 @@ _ARCHITECTURES = {
     "kda": "KDAForCausalLM",
     "gdn": "GatedDeltaNetForCausalLM",
 }
+_INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "num_v_heads",
+    "head_dim",
+    "conv_size",
+    "intermediate_size",
+    "window_size",
+)
+_NUMBERS = ("expand_v", "hidden_ratio", "lower_bound", "norm_eps", "rope_theta")
+_NULLABLE = ("num_v_heads", "intermediate_size", "window_size", "hidden_ratio", "lower_bound")
 _ATTENTION_HEAD_DIM = 128  # In the paper's models.
 # Options of fla's models that ours lack, by the values that make no difference.
 _ALLOWED = {
@@ -58,7 +71,7 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
       ValueError: it describes a model that `ModelConfig` cannot.
     """
     model_type = content["model_type"]
-    if model_type not in _MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
         raise ValueError(
             f"model_type: expected one of {', '.join(_MODEL_TYPES)}, got {model_type!r}"
         )
@@ -68,6 +81,7 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
         for name, allowed in _ALLOWED.items()
         if content.get(name, allowed[0]) not in allowed
     ]
+    complaints += _mistyped(content)
     hybrid, attention = _attention(content, complaints)
     if complaints:
         raise ValueError(f"config.json describes no model of ours: {'; '.join(complaints)}")
@@ -168,7 +182,7 @@ def check_style(config: ModelConfig, style: Style) -> None:
         warnings.warn(
             f"the model gates its output with {own}, the {style} style's own {config.mixer} layer "
             f"with {theirs[config.mixer]}: the weights are the same, its outputs will differ",
-            stacklevel=3,
+            stacklevel=4,  # Of the public function's caller.
         )
 
 
@@ -187,11 +201,20 @@ def config_from_shapes(tensors: Mapping[str, StoredTensor]) -> ModelConfig:
             raise ValueError(f"{name}: expected {dimensions} dimensions, got {found}")
         return found
 
+    if strange := [
+        name
+        for name in tensors
+        if name.startswith("transformer.h.") and not name.split(".")[2].isdecimal()
+    ]:
+        raise ValueError(f"tensors: expected transformer.h.NUMBER, got {', '.join(strange)}")
     layer = "transformer.h.0"
     vocab_size, width = shape("transformer.wte.weight", 2)
     (heads,) = shape(f"{layer}.attn.A_log", 1)
     (value_dim,) = shape(f"{layer}.attn.o_norm.weight", 1)
-    head_dim = shape(f"{layer}.attn.dt_bias", 1)[0] // heads
+    (channels,) = shape(f"{layer}.attn.dt_bias", 1)
+    if channels % heads:
+        raise ValueError(f"{layer}.attn.dt_bias: expected a multiple of {heads}, got {channels}")
+    head_dim = channels // heads
     value_heads = shape(f"{layer}.attn.v_proj.weight", 2)[0] // value_dim
     attention_heads = max(width // _ATTENTION_HEAD_DIM, 1)
     dtype = tensors["transformer.wte.weight"].dtype
@@ -227,6 +250,7 @@ def _attention(content: Mapping[str, Any], complaints: list[str]) -> tuple[bool,
             "qk_norm": False,
         }
         window_size = attention["window_size"]
+        complaints += [f"attn.{complaint}" for complaint in _mistyped(attention)]
         complaints += [
             f"attn.{name}: expected {value!r}, got {attention[name]!r}"
             for name, value in expected.items()
@@ -242,6 +266,20 @@ def _attention(content: Mapping[str, Any], complaints: list[str]) -> tuple[bool,
     except (KeyError, TypeError, AttributeError) as error:
         complaints.append(f"attn: expected layers, num_heads and window_size, got {error!r}")
         return True, {}
+
+
+def _mistyped(content: Mapping[str, Any]) -> list[str]:
+    complaints = []
+    for names, kinds, expected in (
+        (_INTEGERS, int, "an integer"),
+        (_NUMBERS, (int, float), "a number"),
+    ):
+        for name in names:
+            value = content.get(name, 1)
+            nothing = value is None and name in _NULLABLE
+            if isinstance(value, bool) or not (isinstance(value, kinds) or nothing):
+                complaints.append(f"{name}: expected {expected}, got {value!r}")
+    return complaints
 
 
 def _fla_mlp_dim(width: int, content: Mapping[str, Any]) -> int:

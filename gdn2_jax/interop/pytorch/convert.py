@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
@@ -15,9 +16,37 @@ Leaf = tuple[Path, int | None]
 
 
 def flatten(params: Any) -> dict[Path, Any]:
-    """Returns the leaves of a tree of dicts by their paths."""
+    """Returns the leaves of a tree of dicts by their paths.
+
+    Raises:
+      TypeError: there are other nodes than dicts, as the boxes and variables of Flax.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, _ in leaves:
+        if not all(isinstance(part, jax.tree_util.DictKey) for part in path):
+            raise TypeError(
+                "params: expected dicts of arrays, as nn.unbox and nnx.to_pure_dict give, "
+                f"got another tree at {jax.tree_util.keystr(path)}"
+            )
     return {tuple(part.key for part in path): leaf for path, leaf in leaves}
+
+
+def check_params(params: Any, abstract: Any) -> None:
+    """Checks that parameters are a model's.
+
+    Args:
+      params: the parameters.
+      abstract: what the model's `init` gives.
+
+    Raises:
+      ValueError: some are missing, too many or of a wrong shape; the message lists them all.
+    """
+    own, expected = (
+        {"/".join(path): tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+        for tree in (params, abstract)
+    )
+    if complaints := _misfits(own, expected):
+        raise ValueError(f"params do not fit the model: {'; '.join(complaints)}")
 
 
 def leaf_shapes(params: Any, entries: Iterable[Entry]) -> dict[Leaf, tuple[int, ...]]:
@@ -53,9 +82,21 @@ def leaves_of_tensors(
     """Returns every parameter, read from the tensors.
 
     Raises:
-      ValueError: tensors are missing, too many or of a wrong shape; the message lists them all.
+      ValueError: tensors are missing, too many, of a wrong shape or not of floats; the message
+        lists them all.
     """
-    _check_tensors(tensors, {entry.name: _tensor_shape(entry, shapes) for entry in entries})
+    complaints = _misfits(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {entry.name: _tensor_shape(entry, shapes) for entry in entries},
+    )
+    if no_floats := [
+        f"{name} ({tensor.dtype})"
+        for name, tensor in sorted(tensors.items())
+        if not jnp.issubdtype(tensor.dtype, jnp.floating)
+    ]:
+        complaints.append(f"not of floats: {', '.join(no_floats)}")
+    if complaints:
+        raise ValueError(f"tensors do not fit the model: {'; '.join(complaints)}")
 
     def read(entry: Entry, position: int) -> np.ndarray:
         own = [shapes[path, entry.index] for path in entry.paths]
@@ -133,19 +174,18 @@ def _tensor_shape(entry: Entry, shapes: Mapping[Leaf, tuple[int, ...]]) -> tuple
     return entry.layout.join(*zeros).shape
 
 
-def _check_tensors(
-    tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def _misfits(
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     complaints = []
-    if missing := sorted(expected.keys() - tensors.keys()):
+    if missing := sorted(expected.keys() - shapes.keys()):
         complaints.append(f"missing: {', '.join(missing)}")
-    if extra := sorted(tensors.keys() - expected.keys()):
+    if extra := sorted(shapes.keys() - expected.keys()):
         complaints.append(f"not expected: {', '.join(extra)}")
     if wrong := [
-        f"{name} (expected {expected[name]}, got {tuple(tensors[name].shape)})"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tuple(tensors[name].shape) != expected[name]
+        f"{name} (expected {expected[name]}, got {shapes[name]})"
+        for name in sorted(expected.keys() & shapes.keys())
+        if shapes[name] != expected[name]
     ]:
         complaints.append(f"of a wrong shape: {', '.join(wrong)}")
-    if complaints:
-        raise ValueError(f"tensors do not fit the model: {'; '.join(complaints)}")
+    return complaints

@@ -1,5 +1,6 @@
 """Files of tensors: safetensors, .pt and .bin, one or many, read and written a tensor at a time."""
 
+import contextlib
 import functools
 import json
 import math
@@ -101,19 +102,23 @@ def write_tensors(
       on_tensor: called with each tensor before it is read.
 
     Returns:
-      The files written. Each appears when it is complete, the index last.
+      The files written. Each appears when it is complete, the index last; if one fails, or
+      Ctrl-C stops the writing, those before it are removed.
 
     Raises:
       FileExistsError: the file, or one in the directory, is there already.
-      ValueError: there are no tensors, or one has a dtype that the files do not hold.
+      ValueError: there are no tensors, or one has a dtype that the files do not hold, or there is
+        no such format.
     """
     path = Path(path)
+    if file_format not in _STEMS:
+        raise ValueError(f"file_format: expected one of {', '.join(_STEMS)}, got {file_format!r}")
     if not tensors:
         raise ValueError("tensors: expected at least one, got none")
     for name, tensor in tensors.items():
         if tensor.dtype not in _SAFETENSORS_DTYPES.values():
             raise ValueError(f"{name}: expected a float of 16, 32 or 64 bits, got {tensor.dtype}")
-    if path.suffix in (*_PICKLED, ".safetensors"):
+    if names_a_file(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_file(path, tensors, under, on_tensor)
         return [path]
@@ -127,8 +132,11 @@ def write_tensors(
     else:
         count = len(shards)
         files = [f"{stem}-{i:05}-of-{count:05}.{file_format}" for i in range(1, count + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        _write_file(path / file, shard, under, on_tensor)
+    with contextlib.ExitStack() as undo:
+        for file, shard in zip(files, shards, strict=True):
+            _write_file(path / file, shard, under, on_tensor)
+            undo.callback((path / file).unlink)
+        undo.pop_all()
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.bytes for tensor in tensors.values())},
@@ -146,8 +154,13 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(temporary, path)
 
 
+def names_a_file(path: Path) -> bool:
+    """Whether a path to write to is a file's: "gdn2_1.3B" is a directory."""
+    return path.suffix in (*_PICKLED, ".safetensors")
+
+
 def _is_weights(file: Path) -> bool:
-    return file.suffix in (*_PICKLED, ".safetensors") or file.name.endswith(".index.json")
+    return names_a_file(file) or file.name.endswith(".index.json")
 
 
 def _file_of_directory(directory: Path) -> Path:
@@ -213,17 +226,20 @@ def _write_file(path: Path, tensors, under, on_tensor) -> None:
         return np.asarray(tensors[name].read(), order="C")
 
     temporary = path.with_name(path.name + ".tmp")
-    if path.suffix in _PICKLED:
-        numbers = {
-            name: (tensor.shape, tensor.dtype, functools.partial(read, name))
-            for name, tensor in tensors.items()
-        }
-        write_pickled(temporary, numbers, under)
-    else:
-        from safetensors.numpy import save_file
+    try:
+        if path.suffix in _PICKLED:
+            numbers = {
+                name: (tensor.shape, tensor.dtype, functools.partial(read, name))
+                for name, tensor in tensors.items()
+            }
+            write_pickled(temporary, numbers, under)
+        else:
+            from safetensors.numpy import save_file
 
-        save_file({name: read(name) for name in tensors}, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+            save_file({name: read(name) for name in tensors}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _shards(tensors: Mapping[str, StoredTensor], limit: int) -> Iterator[dict[str, StoredTensor]]:

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from gdn2_jax.interop.pytorch.convert import (
+    check_params,
     flatten,
     leaf_shapes,
     leaves_of_params,
@@ -53,20 +54,21 @@ def layer_from_pytorch(
 
     Raises:
       TypeError: the layer is of another kind.
-      ValueError: tensors are missing, too many or of a wrong shape; the message lists them all.
+      ValueError: tensors are missing, too many, of a wrong shape or not of floats; the message
+        lists them all.
     """
     own = {
         name.removeprefix(prefix): _stored(tensor)
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-    _mixer(layer)
-    if "o_proj.weight" not in own:
-        raise ValueError(f"tensors: expected a layer's, got no {prefix}o_proj.weight")
-    width = own["o_proj.weight"].shape[0]
-    x = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
-    abstract = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
-    entries = _entries(layer, abstract)
+    mixer = _mixer(layer)
+    output = own.get("o_proj.weight")
+    if output is None or len(output.shape) != 2:
+        got = "none" if output is None else f"shape {output.shape}"
+        raise ValueError(f"{prefix}o_proj.weight: expected a matrix, got {got}")
+    abstract = _abstract_params(layer, width=output.shape[0])
+    entries = _entries(mixer, abstract)
     return params_of_leaves(leaves_of_tensors(own, entries, leaf_shapes(abstract, entries)))
 
 
@@ -77,16 +79,22 @@ def layer_to_pytorch(
 
     Args:
       layer: as there.
-      params: of the layer.
+      params: of the layer, as in `layer.init(...)["params"]`.
       prefix: put before every name.
 
     Returns:
       NumPy arrays, bfloat16 ones of ml_dtypes' type.
 
     Raises:
-      TypeError: the layer is of another kind.
+      TypeError: the layer is of another kind, or the parameters are no tree of dicts.
+      ValueError: parameters are missing, too many or of a wrong shape; the message lists them all.
     """
-    entries = _entries(layer, params)
+    mixer, flat = _mixer(layer), flatten(params)
+    output = flat.get(("o_proj", "kernel"))
+    if output is None or output.ndim != 2:
+        raise ValueError(f"params: expected a layer's with o_proj, got {', '.join(params)}")
+    check_params(params, _abstract_params(layer, width=output.shape[-1]))
+    entries = _entries(mixer, params)
     tensors = tensors_of_leaves(leaves_of_params(params, entries), entries)
     return {prefix + name: np.asarray(t.read(), order="C") for name, t in tensors.items()}
 
@@ -96,15 +104,19 @@ def _mixer(layer: nn.Module) -> str:
         if isinstance(layer, kind):
             return mixer
     names = ", ".join(kind.__name__ for kind in _MIXERS)
-    raise TypeError(f"layer: expected one of {names}, got {type(layer).__name__}")
+    got = f"{type(layer).__module__}.{type(layer).__name__}"
+    raise TypeError(f"layer: expected a linen module, one of {names}, got {got}")
 
 
-def _entries(layer: nn.Module, params: Any) -> list[Entry]:
+def _abstract_params(layer: nn.Module, width: int) -> Any:
+    x = jax.ShapeDtypeStruct((1, 1, width), jnp.float32)
+    return nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), x)["params"])
+
+
+def _entries(mixer: str, params: Any) -> list[Entry]:
     """Those of the parameters that the layer has: convolutions and decay are optional."""
     flat = flatten(params)
-    return [
-        entry for entry in layer_entries(_mixer(layer)) if all(path in flat for path in entry.paths)
-    ]
+    return [entry for entry in layer_entries(mixer) if all(path in flat for path in entry.paths)]
 
 
 def _stored(tensor: Any) -> StoredTensor:

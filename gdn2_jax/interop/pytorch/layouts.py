@@ -116,8 +116,10 @@ def model_entries(config: ModelConfig, style: Style) -> list[Entry]:
     """Returns the tensors of a language model, in the order of its layers.
 
     Raises:
-      ValueError: the style has no such model.
+      ValueError: there is no such style, or it has no such model.
     """
+    if style not in MIXERS:
+        raise ValueError(f"style: expected one of {', '.join(MIXERS)}, got {style!r}")
     if config.mixer not in MIXERS[style]:
         raise ValueError(
             f"mixer: expected one of {', '.join(MIXERS[style])}, whose PyTorch names the {style} "

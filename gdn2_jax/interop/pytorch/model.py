@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
@@ -18,6 +19,7 @@ from gdn2_jax.interop.pytorch.config import (
 )
 from gdn2_jax.interop.pytorch.convert import (
     Leaf,
+    check_params,
     leaf_shapes,
     leaves_of_params,
     leaves_of_tensors,
@@ -27,6 +29,7 @@ from gdn2_jax.interop.pytorch.convert import (
 from gdn2_jax.interop.pytorch.files import (
     FileFormat,
     StoredTensor,
+    names_a_file,
     open_tensors,
     write_json,
     write_tensors,
@@ -100,9 +103,13 @@ def save_pretrained(
 
     Raises:
       FileExistsError: there are weights already.
-      ValueError: the style has no such model.
+      TypeError: the parameters are no tree of dicts.
+      ValueError: the style has no such model, or the parameters are not the model's: those that
+        are missing, unexpected or misshapen are all listed.
     """
-    leaves = leaves_of_params(params, model_entries(config, style))
+    entries = model_entries(config, style)
+    check_params(params, _abstract_params(config))
+    leaves = leaves_of_params(params, entries)
     return _save(Path(path), config, leaves, style, **options)
 
 
@@ -149,9 +156,13 @@ def _open(path: Path, config: ModelConfig | None) -> tuple[ModelConfig, dict[Lea
     elif config is None:
         config = config_from_shapes(tensors)
     entries = model_entries(config, style)
+    shapes = leaf_shapes(_abstract_params(config), entries)
+    return config, leaves_of_tensors(tensors, entries, shapes)
+
+
+def _abstract_params(config: ModelConfig) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    abstract = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"]
-    return config, leaves_of_tensors(tensors, entries, leaf_shapes(abstract, entries))
+    return nn.unbox(jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"])
 
 
 def _save(
@@ -171,7 +182,7 @@ def _save(
     if style == "paper":
         return write(path, tensors, under="model")
     content = describe(config, tensors[_EMBEDDING].dtype)
-    directory = path.parent if path.suffix else path
+    directory = path.parent if names_a_file(path) else path
     description = directory / "config.json"
     if description.exists():
         raise FileExistsError(f"{description} exists already")

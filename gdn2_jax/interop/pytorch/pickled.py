@@ -53,7 +53,7 @@ def list_pickled(path: Path) -> dict[str, PickledTensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             content = _Unpickler(io.BytesIO(archive.read(_member(archive, "data.pkl")))).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError) as error:
+    except Exception as error:  # A damaged pickle can raise any.
         raise ValueError(
             f"{path} is not a file of torch.save since PyTorch 1.6: {error}"
         ) from error
@@ -69,15 +69,22 @@ def list_pickled(path: Path) -> dict[str, PickledTensor]:
 
 
 def read_pickled(path: Path, tensor: PickledTensor) -> np.ndarray:
-    """Reads the numbers of a tensor."""
-    with zipfile.ZipFile(path) as archive:
-        member = _member(archive, f"data/{tensor.storage}")
-        numbers = np.frombuffer(archive.read(member), tensor.dtype)
-    strides = [stride * tensor.dtype.itemsize for stride in tensor.stride]
-    # Checks that the tensor stays within its storage.
-    return np.ndarray(
-        tensor.shape, tensor.dtype, numbers, tensor.offset * tensor.dtype.itemsize, strides
-    )
+    """Reads the numbers of a tensor.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = _member(archive, f"data/{tensor.storage}")
+            numbers = np.frombuffer(archive.read(member), tensor.dtype)
+        strides = [stride * tensor.dtype.itemsize for stride in tensor.stride]
+        # Checks that the tensor stays within its storage.
+        return np.ndarray(
+            tensor.shape, tensor.dtype, numbers, tensor.offset * tensor.dtype.itemsize, strides
+        )
+    except Exception as error:  # As above.
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def write_pickled(

@@ -142,6 +142,20 @@ def test_a_write_that_dies_leaves_no_file_that_can_be_taken_for_weights(tmp_path
         open_tensors(tmp_path / "m")
 
 
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+def test_a_write_stopped_by_ctrl_c_can_be_started_again(tmp_path, arrays, file_format):
+    def stop(name, tensor):
+        if name == "d.double":  # In the second of two files.
+            raise KeyboardInterrupt
+
+    options = {"file_format": file_format, "shard_bytes": 110}
+    with pytest.raises(KeyboardInterrupt):
+        write_tensors(tmp_path, stored(arrays), on_tensor=stop, **options)
+    assert not list(tmp_path.iterdir())
+    write_tensors(tmp_path, stored(arrays), **options)
+    assert_same(open_tensors(tmp_path), arrays)
+
+
 def test_an_index_whose_files_are_missing_or_differ_is_refused(tmp_path, arrays):
     *shards, index = write_tensors(tmp_path, stored(arrays), shard_bytes=110)
     content = json.loads(index.read_text())
@@ -165,11 +179,39 @@ def test_damaged_files_are_refused(tmp_path, name, content):
         open_tensors(tmp_path / name)
 
 
+def test_whatever_is_damaged_in_a_pickled_file_is_told_by_its_name(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "a.pt"
+    with zipfile.ZipFile(SAVED_BY_TORCH) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = (name for name in members if name.endswith("data.pkl"))
+    refused = 0
+    for i in range(300):
+        # A byte of the file, or one of the pickle in an archive that is whole.
+        content = np.frombuffer(SAVED_BY_TORCH.read_bytes() if i % 2 else members[pickled], "u1")
+        content = content.copy()
+        content[rng.integers(content.size)] ^= rng.integers(1, 256)
+        if i % 2:
+            path.write_bytes(content.tobytes())
+        else:
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, member in (members | {pickled: content.tobytes()}).items():
+                    archive.writestr(name, member)
+        try:
+            for tensor in open_tensors(path).values():
+                tensor.read()
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
 def test_other_things_are_named(tmp_path, arrays):
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
         open_tensors(tmp_path / "nothing.pt")
     with pytest.raises(FileNotFoundError, match="neither"):
         open_tensors(tmp_path)
+    with pytest.raises(ValueError, match="^file_format: expected one of .* got 'gguf'"):
+        write_tensors(tmp_path / "new", stored(arrays), file_format="gguf")
     with pytest.raises(ValueError, match="at least one"):
         write_tensors(tmp_path / "a.pt", {})
     with pytest.raises(ValueError, match="^i: expected a float.*int32"):

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from gdn2_jax import GatedDeltaNet2
+from gdn2_jax.interop import nnx as nnx_mixers
 from gdn2_jax.interop.pytorch import layer_from_pytorch, layer_to_pytorch
 from gdn2_jax.layers import Attention, GatedDeltaNet, KimiDeltaAttention, Mamba2
 
@@ -161,10 +163,42 @@ def test_one_error_lists_all_that_does_not_fit():
 
 
 def test_other_things_are_named():
-    with pytest.raises(ValueError, match="no attn.o_proj.weight"):
-        layer_from_pytorch(GatedDeltaNet2(**OPTIONS), random_tensors(SHAPES), prefix="attn.")
-    with pytest.raises(TypeError, match="layer: expected one of GatedDeltaNet2, .*got Mamba2"):
-        layer_from_pytorch(Mamba2(num_heads=2), random_tensors(SHAPES))
+    layer, tensors = GatedDeltaNet2(**OPTIONS), random_tensors(SHAPES)
+    with pytest.raises(ValueError, match="^attn.o_proj.weight: expected a matrix, got none"):
+        layer_from_pytorch(layer, tensors, prefix="attn.")
+    with pytest.raises(ValueError, match="^o_proj.weight: expected a matrix, got shape"):
+        layer_from_pytorch(layer, tensors | {"o_proj.weight": np.float32(1)})
+    whole_numbers = tensors["q_proj.weight"].astype(np.int32)
+    with pytest.raises(ValueError, match=r"not of floats: q_proj.weight \(int32\)$"):
+        layer_from_pytorch(layer, tensors | {"q_proj.weight": whole_numbers})
+    with pytest.raises(TypeError, match="expected a linen module, one of GatedDeltaNet2, .*Mamba2"):
+        layer_from_pytorch(Mamba2(num_heads=2), tensors)
+    module = nnx_mixers.GatedDeltaNet2(in_features=WIDTH, rngs=nnx.Rngs(0), **OPTIONS)
+    with pytest.raises(TypeError, match="a linen module, .*got gdn2_jax.interop.nnx.GatedDelta"):
+        layer_from_pytorch(module, tensors)
+    with pytest.raises(TypeError, match="^params: expected dicts of arrays, as .*nnx.to_pure_dict"):
+        layer_to_pytorch(layer, nnx.state(module, nnx.Param))
+
+
+def test_parameters_of_another_layer_are_not_written(random_params):
+    layer, x = GatedDeltaNet2(**OPTIONS), jnp.zeros((1, 3, WIDTH))
+    params = random_params(layer, x)
+    with pytest.raises(ValueError, match="^params: expected a layer's with o_proj, got params$"):
+        layer_to_pytorch(layer, {"params": params})
+    with pytest.raises(ValueError, match="^params do not fit the model: missing: w_proj/kernel; "):
+        layer_to_pytorch(layer, random_params(KimiDeltaAttention(**OPTIONS), x))
+    with pytest.raises(ValueError, match="not expected: w_proj/kernel; of a wrong shape: A_log"):
+        layer_to_pytorch(KimiDeltaAttention(**OPTIONS), params)
+
+
+def test_an_nnx_module_takes_and_gives_pytorch_tensors():
+    module, other = (
+        nnx_mixers.GatedDeltaNet2(in_features=WIDTH, rngs=nnx.Rngs(seed), **OPTIONS)
+        for seed in (0, 1)
+    )
+    tensors = layer_to_pytorch(module.linen, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    nnx.update(other, layer_from_pytorch(other.linen, tensors))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(other), nnx.state(module))
 
 
 def test_pytorch_tensors_are_taken_as_they_are():

@@ -136,6 +136,7 @@ def test_layers_heads_and_the_rows_of_the_fused_attention_are_where_they_belong(
         ("fla", "m", {"shard_bytes": 200_000}),
         ("fla", "m", {"file_format": "bin"}),
         ("fla", "m/model.safetensors", {}),
+        ("fla", "gdn2_1.3B", {}),
         ("paper", "m.pth", {}),
         ("paper", "m.safetensors", {}),
     ],
@@ -182,8 +183,10 @@ def test_from_style_to_style_and_back_not_a_bit_changes(tmp_path, make):
 
 def test_the_output_gate_follows_the_checkpoint(tmp_path, make):
     config, params = make()
-    with pytest.warns(UserWarning, match="output with silu, the fla style's own gdn2 .* sigmoid"):
+    message = "output with silu, the fla style's own gdn2 .* sigmoid"
+    with pytest.warns(UserWarning, match=message) as caught:
         save_pretrained(tmp_path / "ours", config, params)
+    assert caught[0].filename == __file__
     assert load_pretrained(tmp_path / "ours").config.output_gate == "silu"
     # A checkpoint of fla itself has no such entry.
     description = tmp_path / "ours" / "config.json"
@@ -253,6 +256,15 @@ def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path, make):
         ),
         ({"attn": {"layers": [1, 3]}}, "attn: expected layers, num_heads and window_size"),
         ({"head_dim": None}, "head_dim"),
+        ({"model_type": ["gdn2"]}, "model_type: expected one of"),
+        (
+            {"vocab_size": "32", "num_hidden_layers": 2.5, "norm_eps": None},
+            "num_hidden_layers: expected an integer, got 2.5; .*norm_eps: expected a number, got",
+        ),
+        (
+            {"attn": {"layers": [1, 3], "num_heads": "2", "window_size": 8}},
+            "attn.num_heads: expected an integer, got '2'",
+        ),
     ],
 )
 def test_configurations_of_models_that_are_not_here_are_refused(tmp_path, make, changes, named):
@@ -314,6 +326,40 @@ def test_models_that_pytorch_has_not_are_refused(tmp_path, make, style, options,
     with pytest.raises(ValueError, match=named):
         save_pretrained(tmp_path / "m.pt", config, params, style=style)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("style", ["fla", "paper"])
+def test_parameters_of_another_model_are_not_saved(tmp_path, make, style):
+    config, params = make(output_gate="sigmoid")
+    fewer = {name: leaf for name, leaf in params.items() if name != "lm_head"}
+    for changes, other, named in (
+        ({"num_layers": 2}, params, r"q_proj/kernel \(expected \(2, 256, 16\), got \(4, 256, 16"),
+        ({}, {"params": params}, "missing: embed/embedding, .*not expected: params/embed"),
+        ({}, fewer | {"head": params["lm_head"]}, "missing: lm_head/kernel; .*: head/kernel"),
+    ):
+        with pytest.raises(ValueError, match=f"^params do not fit the model: .*{named}"):
+            save_pretrained(
+                tmp_path / "m.pt", dataclasses.replace(config, **changes), other, style=style
+            )
+    with pytest.raises(ValueError, match="^style: expected one of paper, fla, got 'torch'"):
+        save_pretrained(tmp_path / "m.pt", config, params, style="torch")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:the model gates its output")
+@pytest.mark.parametrize(
+    ("name", "shape", "named"),
+    [
+        ("transformer.h.0.attn.dt_bias", (1,), "h.0.attn.dt_bias: expected a multiple of 2, got 1"),
+        ("transformer.h.x.norm", (1,), "expected transformer.h.NUMBER, got transformer.h.x.norm"),
+    ],
+)
+def test_shapes_that_tell_no_model_are_named(tmp_path, make, name, shape, named):
+    config, params = make()
+    wrong = StoredTensor(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32))
+    write_tensors(tmp_path / "m.pt", dict(tensors_of(config, params, "paper")) | {name: wrong})
+    with pytest.raises(ValueError, match=named):
+        load_pretrained(tmp_path / "m.pt")
 
 
 def test_other_checkpoints_are_named(tmp_path):
