@@ -6,7 +6,9 @@
 
 The first argument, if it is no option, is the scale: {scales}. --models are presets without their
 scale; "swa_" makes a hybrid. All other options are those of train.py and hold for every model. What
-is stopped or killed continues when started again; finished runs are not repeated.
+is stopped or killed continues when started again; finished runs are not repeated. So a limit on time
+is `timeout --signal TERM 400 python experiments/compare_mixers.py ...`: the run that it stops writes a
+checkpoint and its line of the table.
 
 --directory gets a folder for each run. --results, the same folder unless given, gets results.jsonl (a
 line for each run), curves.jsonl (every logged step), results.md and results.png, all renewed after
@@ -19,7 +21,7 @@ import os
 import shlex
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated
 
@@ -70,8 +72,8 @@ def main(arguments: list[str]) -> int | str:
     except (ValueError, OSError) as error:
         return f"compare_mixers.py: {error}"
     results.mkdir(parents=True, exist_ok=True)
-    compiled = compile_all(runs, directory)
-    rows, curves = [], []
+    programs = compile_all(runs, directory)
+    rows, curves, failed = [], [], []
     for number, (name, config) in enumerate(runs.items(), start=1):
         print(f"\n[{number}/{len(runs)}] {name}", flush=True)
         finished = True
@@ -79,11 +81,15 @@ def main(arguments: list[str]) -> int | str:
             print(f"is finished in {directory / name}", flush=True)
         else:
             try:
-                finished = train(open_run(config, directory / name), compiled.pop(name))
+                compiled = wait_for(programs.pop(name))
+                finished = train(open_run(config, directory / name), compiled)
             except (ValueError, OSError, CheckpointError) as error:
                 return f"compare_mixers.py: {name}: {error}"
             except DivergenceError as error:
                 print(f"{name}: {error}", flush=True)
+            except jax.errors.JaxRuntimeError as error:  # such as too little memory
+                print(f"{name}: {error}", flush=True)
+                failed.append(name)
         metrics = read_metrics(run_files(directory / name).metrics)
         rows.append(summarize(name, config, metrics))
         curves += [{"run": name, **row} for row in metrics]
@@ -91,7 +97,7 @@ def main(arguments: list[str]) -> int | str:
         if not finished:
             return "compare_mixers.py: stopped; start again to continue"
     print(f"\n{table(rows)}\n\nin {results}: results.jsonl, curves.jsonl, results.md, results.png")
-    return 0
+    return f"compare_mixers.py: failed: {', '.join(failed)}" if failed else 0
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
@@ -147,15 +153,21 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
 
 
 def compile_all(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, Programs]:
-    """Compiles all that the unfinished runs need: tracing one at a time, compiling many."""
+    """Compiles all that the unfinished runs need: traces one run at a time, compiles many at once.
+
+    Returns:
+      Done futures of the runs' programs. Speeds are measured after this, on an idle CPU.
+    """
     unfinished = [name for name in runs if not is_finished(runs[name], directory / name)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = {
+        programs = {
             name: submit_programs(runs[name], make_mesh(runs[name].mesh), pool)
             for name in tqdm(unfinished, "trace", unit="run", mininterval=1)
         }
-        compiling = tqdm(compiled.items(), "compile", unit="run", mininterval=1)
-        return {name: wait_for(programs) for name, programs in compiling}
+        futures = jax.tree.leaves(programs)
+        for _ in tqdm(as_completed(futures), "compile", len(futures), mininterval=1):
+            pass
+    return programs
 
 
 def summarize(name: str, config: TrainingConfig, metrics: list[dict]) -> dict:

@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import jax
 import pytest
 
 from gdn2_jax.models import PRESETS as MODELS
@@ -109,9 +110,13 @@ def test_every_recurrent_mixer_and_the_transformer_are_compared_by_default(scrip
 
 @pytest.mark.parametrize(
     ("outcome", "status"),
-    [(False, "compare_mixers.py: stopped"), (DivergenceError("it has diverged"), 0)],
+    [
+        (False, "compare_mixers.py: stopped"),
+        (DivergenceError("it has diverged"), "0"),
+        (jax.errors.JaxRuntimeError("no memory"), "compare_mixers.py: failed: gdn2-0, kda-0"),
+    ],
 )
-def test_a_stopped_run_ends_the_comparison_and_a_diverged_one_does_not(
+def test_a_stopped_run_ends_the_comparison_and_one_that_cannot_go_on_does_not(
     script, options, outcome, status, tmp_path, monkeypatch, capsys
 ):
     def train(run, programs):
@@ -124,11 +129,11 @@ def test_a_stopped_run_ends_the_comparison_and_a_diverged_one_does_not(
     monkeypatch.setattr(script, "submit_programs", lambda config, mesh, pool: None)
     models = ["--models", "gdn2", "kda"]
     result = script.main(["tiny", *options, "--directory", str(tmp_path), *models])
-    assert str(result).startswith(str(status))
-    assert ("kda-0" in capsys.readouterr().out) == (status == 0)
+    assert str(result).startswith(status)
+    assert ("kda-0" in capsys.readouterr().out) == (outcome is not False)
     # What a stopped run has reached is in the table, too.
     rows = lines(tmp_path / "results.jsonl")
-    assert [row["finished"] for row in rows] == ([False, False] if status == 0 else [False])
+    assert [row["finished"] for row in rows] == ([False, False] if outcome else [False])
 
 
 @pytest.mark.parametrize(
