@@ -137,6 +137,18 @@ def test_no_device_holds_a_whole_sequence_or_the_whole_of_a_split_parameter():
         assert x.shape not in shapes
 
 
+@pytest.mark.slow
+def test_what_the_forward_keeps_of_kernels_stays_split():
+    """Their narrow copies are kept for the backward; gathered ones must not be."""
+    config = configuration()
+    model = dataclasses.replace(config.model, hybrid=False, dtype="bfloat16", remat="intermediates")
+    mesh = make_mesh(MESHES["data 2, fsdp 4"])
+    text = compile_train_step(dataclasses.replace(config, model=model), mesh).as_text()
+    shapes = set(re.findall(r"\w+\[4,[\d,]*\]", text))
+    assert "bf16[4,4,24]" in shapes
+    assert not {"bf16[4,16,24]", "f32[4,16,24]"} & shapes
+
+
 @pytest.mark.parametrize(
     ("changes", "mesh", "message"),
     [
