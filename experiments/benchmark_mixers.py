@@ -73,7 +73,7 @@ def main(config: Config) -> None:
         model = dataclasses.replace(
             PRESETS[f"{mixer}_{scale}"], implementation=config.implementation
         )
-        for part, build in (("layer", layer), ("operator", operator)):
+        for part, build in (("operator", operator), ("layer", layer)):
             row = {"mixer": mixer, "part": part, "scale": scale, "batch": config.batch}
             row |= {"length": length, "implementation": config.implementation, "device": device}
             try:

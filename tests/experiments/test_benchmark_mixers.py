@@ -26,8 +26,8 @@ def test_layers_and_operators_are_timed_and_compared_with_gdn2(script, tmp_path,
     script.main(script.Config(mixers=mixers, batch=1, length=20, repeats=2, output=output))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["mixer"], row["part"]) for row in rows] == [
-        *(("gdn2", "layer"), ("gdn2", "operator")),
-        *(("mamba2", "layer"), ("mamba2", "operator")),
+        *(("gdn2", "operator"), ("gdn2", "layer")),
+        *(("mamba2", "operator"), ("mamba2", "layer")),
         ("attention", "layer"),
     ]
     assert all(row["median_ms"] > 0 and row["peak_gib"] > 0 for row in rows)
