@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -19,6 +20,8 @@ def why_not_decode_kernel(q, k, v, g, b, w) -> str | None:
             return f"the kernel takes {name} in bfloat16 or float16, got {array.dtype}"
     if g.dtype != jnp.float32:
         return f"the kernel takes g in float32, got {g.dtype}"
+    if any(map(jax.export.is_symbolic_dim, q.shape)):
+        return f"the kernel takes no symbolic shapes, got {q.shape}"
     for name, array in {"q": q, "v": v}.items():
         if array.shape[-1] not in _CHANNELS:
             return f"the kernel takes {_CHANNELS} channels in {name}, got {array.shape[-1]}"

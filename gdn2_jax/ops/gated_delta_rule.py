@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -83,6 +84,10 @@ def gated_delta_rule_2(
     obstacle = why_not_hopper(q, k, v, g, b, w)
     if implementation == "pallas" and obstacle:
         raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
+    if implementation != "recurrent" and jax.export.is_symbolic_dim(length):
+        raise NotImplementedError(
+            f'q: only implementation="recurrent" takes a symbolic length, got {q.shape}'
+        )
 
     # The value channels of a group share everything on the key side, so a group of value heads is
     # one head with more value channels: grouping is a reshape, never a repeat.

@@ -8,6 +8,7 @@ backward, about 1.2 times the inputs; `jax.checkpoint` around a layer trades the
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -31,6 +32,8 @@ def why_not_hopper(q, k, v, g, b, w) -> str | None:
     if g.dtype != jnp.float32:
         return f"the kernels take g in float32, got {g.dtype}"
     batch, length, heads, _ = q.shape
+    if any(map(jax.export.is_symbolic_dim, q.shape)):
+        return f"the kernels take no symbolic shapes, got {q.shape}"
     if max(batch, -(-length // CHUNK), heads) > _GRID:
         return f"the kernels take up to {_GRID} sequences, heads and chunks of {CHUNK} tokens"
     if q.shape[-1] not in _KEY_CHANNELS:

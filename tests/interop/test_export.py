@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.interop.export import export_decode, export_forward, export_prefill
 from gdn2_jax.models import LanguageModel, ModelConfig, generate
 
@@ -106,3 +107,25 @@ def test_a_kernel_is_exported_for_its_platform_alone(model):
     sized = kernel_sized(model[0], implementation="pallas")
     exported = export_decode(*sized, batch_size=2, platforms=("cuda",))
     assert "mosaic_gpu" in exported.mlir_module() and len(exported.serialize()) > 0
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["anywhere", "beside-a-hopper-gpu"])
+def test_an_operator_of_any_batch_size_is_exported_at_the_kernels_sizes(monkeypatch, attached):
+    monkeypatch.setattr("gdn2_jax.ops.dispatch.hopper_attached", lambda: attached)
+
+    def arrays(*leading):
+        shapes = [jax.ShapeDtypeStruct((*leading, 1, 128), jnp.bfloat16)] * 6
+        shapes[3] = jax.ShapeDtypeStruct((*leading, 1, 128), jnp.float32)
+        return shapes
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    state = jax.ShapeDtypeStruct((batch, 1, 128, 128), jnp.float32)
+    step = jax.export.export(jax.jit(gated_delta_rule_2_step), platforms=("cuda",))
+    assert step(state, *arrays(batch)).in_avals[0].shape[0] == batch
+    whole = jax.export.export(jax.jit(gated_delta_rule_2), platforms=("cpu", "cuda"))
+    assert whole(*arrays(batch, 64)).in_avals[0].shape[0] == batch
+    (length,) = jax.export.symbolic_shape("length")
+    with pytest.raises(
+        NotImplementedError, match='^q: only implementation="recurrent" takes a sym'
+    ):
+        whole(*arrays(2, length))
