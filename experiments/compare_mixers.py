@@ -237,12 +237,13 @@ def plot(rows: list[dict], curves: list[dict], path: Path) -> None:
     (training, validation), (speed, memory) = figure.subplots(2, 2)
     names = [row["run"] for row in rows]
     colours = dict(zip(names, colormaps["tab20"].colors * (1 + len(names) // 20)))
-    tokens = {(row["run"], row["step"]): row["tokens"] for row in curves if "tokens" in row}
+    per_step = {row["run"]: row["tokens"] / row["step"] for row in curves if "tokens" in row}
     panels = ((training, "loss", ""), (validation, "validation_bits_per_byte", "o"))
     for axes, key, marker in panels:
         for row in rows:
             own = [point for point in curves if point["run"] == row["run"] and key in point]
-            xs = [tokens[point["run"], point["step"]] for point in own]
+            # An evaluation need not fall on a logged step.
+            xs = [point["step"] * per_step[row["run"]] for point in own]
             axes.plot(
                 xs,
                 [point[key] for point in own],
