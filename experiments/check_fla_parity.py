@@ -2,12 +2,12 @@
 
     python experiments/check_fla_parity.py                   # on the CPU, by fla's naive recurrence
     python experiments/check_fla_parity.py --device cuda     # by fla's Triton kernels
-    python experiments/check_fla_parity.py --device cuda --no-backward    # tunes fewer of them
+    python experiments/check_fla_parity.py --device cuda --no-backward    # compiles fewer of them
 
-Needs torch, einops, packaging, fla-core and flash-linear-attention (not its other dependencies). One
-line a tensor: the relative difference of the two layers (Frobenius norm), and of each from ours in
-float64 by the token-by-token recurrence. Then weights go to PyTorch and back: not a bit may change. The
-exit status is 1 when anything failed.
+Needs torch, triton (to import fla, on the CPU as well), einops, packaging, fla-core and
+flash-linear-attention (not its other dependencies). One line a tensor: the relative difference of the
+two layers (Frobenius norm), and of each from ours in float64 by the token-by-token recurrence. Then
+weights go to PyTorch and back: not a bit may change. The exit status is 1 when anything failed.
 """
 
 import importlib
@@ -15,7 +15,10 @@ import importlib.util
 import os
 import sys
 import tempfile
+import time
 import types
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -87,18 +90,29 @@ class Options:
 
 def main(options: Options) -> int:
     """Prints the table; returns the exit status."""
+    start = time.perf_counter()
     try:
         import torch
 
+        if options.device == "cuda":
+            if not torch.cuda.is_available():
+                raise ImportError("PyTorch finds no CUDA device")
+            tune_nothing()
         module = import_fla(options.device)
     except ImportError as error:
         print(f"check_fla_parity.py: {error}", file=sys.stderr)
         return 1
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_platforms", "cpu" if options.device == "cpu" else "cuda,cpu")
-    print(f"torch {torch.__version__}, jax {jax.__version__} on {jax.devices()[0].device_kind}")
+    kind = jax.devices()[0].device_kind
+    print(f"torch {torch.__version__}, jax {jax.__version__} on {kind}", flush=True)
     failed = 0
     for dtype in options.dtypes:
+
+        def say(stage: str, dtype=dtype) -> None:
+            seconds = time.perf_counter() - start
+            print(f"{seconds:5.0f} s  {dtype}: {stage}", file=sys.stderr, flush=True)
+
         torch.manual_seed(options.seed)
         theirs = module.GatedDeltaNet2(
             hidden_size=options.width,
@@ -113,7 +127,7 @@ def main(options: Options) -> int:
         with torch.no_grad():
             theirs.o_norm.weight.uniform_(0.5, 1.5)
             theirs.g_proj[1].bias.normal_()
-        failed += compare(options, dtype, theirs)
+        failed += compare(options, dtype, theirs, say)
         changed = round_trip(theirs, layer(options))
         print(
             f"{dtype}: {len(theirs.state_dict())} weights there and back, changed: {changed}\n",
@@ -137,31 +151,29 @@ def layer(options: Options, **attributes) -> GatedDeltaNet2:
     )
 
 
-def compare(options: Options, dtype: str, theirs) -> int:
+def compare(options: Options, dtype: str, theirs, say: Callable) -> int:
     """Prints the differences of outputs and gradients; returns how many are too large."""
-    import torch
-
     params = layer_from_pytorch(layer(options), host(theirs.state_dict()))
     rng = np.random.default_rng(options.seed)
     shape = (options.batch, options.length, options.width)
     x, cotangent = (rng.normal(size=shape).astype(params["q_proj"]["kernel"].dtype) for _ in "xy")
 
-    tensor = to_torch(x, options.device).requires_grad_(options.backward)
-    with torch.set_grad_enabled(options.backward):
-        output = theirs.train(options.backward)(tensor)[0]
-    fla = {"output": to_numpy(output)}
-    if options.backward:
-        output.backward(to_torch(cotangent, options.device))
-        fla["d input"] = to_numpy(tensor.grad)
-        fla |= {f"d {name}": to_numpy(p.grad) for name, p in theirs.named_parameters()}
+    def run_ours():
+        ours = run(layer(options), params, x, cotangent, options.backward)
+        say("ours")
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
+            judge = layer(options, dtype=jnp.float64, implementation="recurrent")
+            wide_x, wide_cotangent = x.astype(np.float64), cotangent.astype(np.float64)
+            exact = run(judge, wide, wide_x, wide_cotangent, options.backward)
+        say("ours in float64")
+        return ours, exact
 
-    ours = run(layer(options), params, x, cotangent, options.backward)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
-        judge = layer(options, dtype=jnp.float64, implementation="recurrent")
-        exact = run(
-            judge, wide, x.astype(np.float64), cotangent.astype(np.float64), options.backward
-        )
+    # What XLA compiles and what Triton compiles, at the same time.
+    with ThreadPoolExecutor(1) as pool:
+        ours = pool.submit(run_ours)
+        fla = run_fla(theirs, x, cotangent, options, say)
+        ours, exact = ours.result()
 
     bound = BOUNDS[options.device, dtype]
     print(f"{dtype:<24}{'ours - fla':>12}{'ours - exact':>14}{'fla - exact':>13}{'bound':>9}")
@@ -175,6 +187,23 @@ def compare(options: Options, dtype: str, theirs) -> int:
             f"{name:<24}{between:>12.1e}{cells}{bound:>9.0e}{'' if passed else '  NO'}", flush=True
         )
     return failed
+
+
+def run_fla(theirs, x, cotangent, options: Options, say: Callable) -> dict[str, np.ndarray]:
+    """Output and gradients of fla's layer, by the names of PyTorch."""
+    import torch
+
+    tensor = to_torch(x, options.device).requires_grad_(options.backward)
+    with torch.set_grad_enabled(options.backward):
+        output = theirs.train(options.backward)(tensor)[0]
+    results = {"output": to_numpy(output)}
+    say("fla forward")
+    if options.backward:
+        output.backward(to_torch(cotangent, options.device))
+        results["d input"] = to_numpy(tensor.grad)
+        results |= {f"d {name}": to_numpy(p.grad) for name, p in theirs.named_parameters()}
+        say("fla backward")
+    return results
 
 
 def run(module, params, x, cotangent, backward: bool) -> dict[str, np.ndarray]:
@@ -214,6 +243,37 @@ def round_trip(theirs, module) -> list[str]:
         or not torch.equal(after[name], tensor)
         or reread[name].tobytes() != arrays[name].tobytes()
     ]
+
+
+def tune_nothing() -> None:
+    """Leaves Triton one configuration of each kernel; call it before fla is imported.
+
+    fla lists up to two dozen for each, and ships no tuned ones for this layer. Any will do where
+    nothing is timed, but compiling and timing all takes many minutes. This takes the listed one with
+    the fewest stages and the smallest tiles, which needs the least shared memory and compiles fast,
+    of the usual four warps where there is one; or the next where that does not fit the GPU.
+    """
+    from triton.runtime.autotuner import Autotuner, OutOfResources
+
+    def demand(config) -> tuple[int, int, int]:
+        tiles = sum(size for size in config.kwargs.values() if isinstance(size, int))
+        return config.num_stages, tiles, abs(config.num_warps - 4)
+
+    def init(self, *args, wrapped=Autotuner.__init__, **kwargs):
+        wrapped(self, *args, **kwargs)
+        first, *self.others = sorted(self.configs, key=demand)
+        self.configs = [first]
+
+    def run(self, *args, wrapped=Autotuner.run, **kwargs):
+        while True:
+            try:
+                return wrapped(self, *args, **kwargs)
+            except OutOfResources:
+                if not self.others:
+                    raise
+                self.configs = [self.others.pop(0)]
+
+    Autotuner.__init__, Autotuner.run = init, run
 
 
 def import_fla(device: str) -> types.ModuleType:

@@ -2,8 +2,11 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
+import types
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,38 @@ def test_the_layers_agree():
     result = parity("--dtypes", "float32", *small)
     assert result.returncode == 0, result.stderr
     assert "float32: 17 weights there and back, changed: []" in result.stdout
+
+
+def test_triton_runs_the_smallest_listed_configuration_that_fits(monkeypatch):
+    class OutOfResources(Exception):
+        pass
+
+    class Autotuner:
+        def __init__(self, configs):
+            self.configs = configs
+
+        def run(self, memory):
+            (config,) = self.configs
+            if config.kwargs["BV"] * config.num_stages * config.num_warps > memory:
+                raise OutOfResources
+            return config
+
+    triton = types.ModuleType("triton.runtime.autotuner")
+    triton.Autotuner, triton.OutOfResources = Autotuner, OutOfResources
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setitem(sys.modules, "triton.runtime", types.ModuleType("triton.runtime"))
+    monkeypatch.setitem(sys.modules, "triton.runtime.autotuner", triton)
+    script = runpy.run_path(str(ROOT / "experiments" / "check_fla_parity.py"))
+    script["tune_nothing"]()
+
+    Config = namedtuple("Config", "kwargs num_warps num_stages")
+    listed = [
+        Config({"BV": width}, warps, stages)
+        for stages in (3, 2)
+        for warps in (8, 4, 2)
+        for width in (64, 32)
+    ]
+    assert Autotuner(list(listed)).run(memory=1000) == Config({"BV": 32}, 4, 2)
+    assert Autotuner(list(listed)).run(memory=128) == Config({"BV": 32}, 2, 2)
+    with pytest.raises(OutOfResources):
+        Autotuner(list(listed)).run(memory=1)
