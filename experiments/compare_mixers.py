@@ -228,15 +228,17 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict], curves: list[dict], path: Path) -> None:
-    """Draws losses against tokens, and speed and memory of each run."""
+    """Draws losses against tokens, and speed and memory of each run; a colour for each mixer."""
     # Not pyplot: it would choose a backend for the whole process.
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(12, 9), layout="constrained")
     (training, validation), (speed, memory) = figure.subplots(2, 2)
     names = [row["run"] for row in rows]
-    colours = dict(zip(names, colormaps["tab20"].colors * (1 + len(names) // 20)))
+    mixers = {name: name.removeprefix("swa_").rpartition("-")[0] for name in names}
+    colours = dict(zip(dict.fromkeys(mixers.values()), colormaps["tab10"].colors))
     per_step = {row["run"]: row["tokens"] / row["step"] for row in curves if "tokens" in row}
     panels = ((training, "loss", ""), (validation, "validation_bits_per_byte", "o"))
     for axes, key, marker in panels:
@@ -248,24 +250,32 @@ def plot(rows: list[dict], curves: list[dict], path: Path) -> None:
                 xs,
                 [point[key] for point in own],
                 label=row["run"],
-                color=colours[row["run"]],
+                color=colours[mixers[row["run"]]],
                 linestyle="--" if row["hybrid"] else "-",
                 marker=marker,
                 markersize=3,
                 linewidth=1,
             )
         axes.set(xlabel="tokens")
-        axes.grid(alpha=0.3)
-    training.set(ylabel="training loss, nats per token")
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.grid(alpha=0.3, which="both")
+    training.set(ylabel="training loss, nats per token", yscale="log")
+    training.yaxis.set_major_formatter("{x:.3g}")
+    training.yaxis.set_minor_formatter("{x:.3g}")
     validation.set(ylabel="validation, bits per byte")
-    training.legend(fontsize="small")
-    bars = [colours[name] for name in names]
-    speed.barh(names, [row["tokens_per_second"] for row in rows], color=bars)
-    speed.set(xlabel="tokens per second")
-    memory.barh(names, [row["cache"] for row in rows], color=bars)
-    memory.set(xlabel="floats a layer of the mixer keeps in decoding", xscale="log")
-    for axes in (speed, memory):
+    figure.legend(*training.get_legend_handles_labels(), loc="outside right upper")
+    panels = ((speed, "tokens_per_second"), (memory, "cache"))
+    for axes, key in panels:
+        for row in rows:
+            colour = colours[mixers[row["run"]]]
+            (bar,) = axes.barh(row["run"], row[key], color=colour)
+            bar.set(hatch="//" if row["hybrid"] else None, edgecolor="white", linewidth=0)
+            axes.annotate(f" {row[key]:,.0f}", (row[key], row["run"]), va="center", size="small")
         axes.invert_yaxis()
+        axes.margins(x=0.35)
+    speed.xaxis.set_major_formatter(EngFormatter())
+    speed.set(xlabel="tokens per second")
+    memory.set(xlabel="floats a layer of the mixer keeps in decoding", xscale="log")
     figure.savefig(path, dpi=150)
 
 

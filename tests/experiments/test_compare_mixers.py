@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from matplotlib.axes import Axes
 
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.training import PRESETS, DivergenceError
@@ -84,6 +85,40 @@ def test_runs_are_trained_once_and_land_in_one_table_and_plot(script, options, t
     assert "| gdn2-0 |" in table and "| swa_attention-0 |" in table
     assert "python experiments/compare_mixers.py tiny" in table
     assert (results / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluation_between_logged_steps_is_drawn_at_its_tokens(
+    script, options, tmp_path, monkeypatch
+):
+    drawn, plot = {}, Axes.plot
+
+    def recorded(axes, xs, ys, **style):
+        drawn.setdefault(style["label"], []).append((list(xs), list(ys)))
+        return plot(axes, xs, ys, **style)
+
+    monkeypatch.setattr(Axes, "plot", recorded)
+    metrics = [
+        {"step": 1, "tokens": 50, "loss": 3.0, "tokens_per_second": 9.0},
+        {"step": 7, "validation_loss": 2.0, "validation_bits_per_byte": 2.5},
+        {"step": 10, "tokens": 500, "loss": 1.0, "tokens_per_second": 9.0},
+    ]
+    runs, *_ = script.parse(["tiny", *options, "--models", "gdn2", "--seeds", "0", "1"])
+    rows, curves = [], []
+    for name, config in runs.items():
+        own = metrics if name == "gdn2-0" else []  # the other was stopped before its first step
+        rows.append(script.summarize(name, config, own))
+        curves += [{"run": name, **row} for row in own]
+    script.write(tmp_path, rows, curves, [])
+    assert drawn["gdn2-0"] == [([50, 500], [3.0, 1.0]), ([350], [2.5])]
+    assert drawn["gdn2-1"] == [([], []), ([], [])]
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_committed_table_is_that_of_the_committed_rows(script):
+    results = SCRIPT.parent / "results" / "mixers"
+    table = script.table(lines(results / "results.jsonl"))
+    assert table in (results / "results.md").read_text()
+    assert table in (SCRIPT.parents[1] / "gdn2_jax" / "layers" / "README.md").read_text()
 
 
 def test_runs_differ_in_model_and_seed_alone(script):
