@@ -1,5 +1,6 @@
 """The Mamba-3 operator: exponential-trapezoidal steps, rotating states, one or several inputs."""
 
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from gdn2_jax.ops.arguments import (
     segment_starts,
 )
 from gdn2_jax.ops.arithmetic import arithmetic_for
-from gdn2_jax.ops.rotation import phases, rotate, rotate_state, wrap
+from gdn2_jax.ops.rotation import phases, rotate, rotate_state, turn_gradient, wrap
 from gdn2_jax.ops.scalar_decay import (
     join,
     layout_for,
@@ -236,9 +237,10 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
     own share is formed without rotation (the phases are equal) and apart from the past, so that the
     next token's weight stays out of it to the last bit.
 
-    Phases count from the start of each chunk, at whose end the state turns back by as much. So
-    the gradient of a phase is a sum over one chunk; counted from the first token, it would be a sum
-    over all that follow, whose terms cancel.
+    Phases count from the start of each span, at whose end the state turns back by as much. But
+    the turns of earlier chunks are constants in them, whose gradient `mix_chunks` takes from the
+    states between chunks. So the gradient of a phase is a sum over one chunk; over all that
+    follow, its terms would cancel.
     """
     k, v, dt, trapezoid = inputs.k, inputs.v, inputs.dt, inputs.trapezoid
     ranks, value_dim = k.shape[2], v.shape[-1]
@@ -262,25 +264,27 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
         )
         same = None if segments is None else same_segment(segments)[:, :, None]
         phase = phases(dt, inputs.rotation[:, :, None], same)
+        turns = phase[..., -1, :]
+        ends = wrap(jnp.cumsum(jax.lax.stop_gradient(turns), axis=0))
+        start = jnp.pad(ends[:-1], ((1, 0), *[(0, 0)] * 3))
         q, k = (
-            rotate(jnp.moveaxis(_to_heads(x.astype(dtype), bias), 3, 2), phase[..., None, :])
+            _rotated_rows(arithmetic.operand, x, bias, start[..., None, :] + phase)
             for x, bias in ((inputs.q, weights.q_bias), (inputs.k, weights.k_bias))
         )
         own = (trapezoid * dt)[..., None, None] * _own_products(inputs, weights, arithmetic)
 
-        def rows(x):
-            return x.reshape(*x.shape[:3], -1, x.shape[-1]).astype(arithmetic.operand)
-
-        v_rows = rows(v[..., None, :] * weights.v_rank[:, None])[:, :, :, None]
+        v_rows = _rows(v[..., None, :] * weights.v_rank[:, None], arithmetic.operand)
+        v_rows = v_rows[:, :, :, None]
         outputs, memory = mix_chunks(
-            *(rows(q), rows(k), v_rows, g[:, :, :, None], weight[:, :, :, None]),
+            *(q, k, v_rows, g[:, :, :, None], weight[:, :, :, None]),
             *(own[:, :, :, None], memory, segments, arithmetic),
-            turns=phase[:, :, :, None, -1],
+            turns=turns[:, :, :, None],
         )
         outputs = outputs.reshape(*v.shape[:4], ranks, value_dim)
         v, z, outputs = (jnp.moveaxis(x, 2, 3) for x in (v, z, outputs))
         outputs = _output(outputs, v[..., None, :], z[..., None, :], weights)
-        return memory, (outputs.astype(out_dtype), phase[..., -1, :])
+        memory = rotate_state(memory, -ends[-1][:, :, None])
+        return memory, (outputs.astype(out_dtype), turns)
 
     out_dtype = v.dtype
     tokens = Mamba3Inputs(*(split(x, layout) for x in inputs))
@@ -302,6 +306,52 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
         v[:, -1].astype(dtype),
     )
     return join(outputs, layout), state
+
+
+def _rows(x: Float[Array, "N B H C R d"], dtype) -> Float[Array, "N B H C*R d"]:
+    return x.reshape(*x.shape[:3], -1, x.shape[-1]).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rotated_rows(
+    dtype: jnp.dtype,
+    x: Float[Array, "N B C R G K"],
+    bias: Float[Array, "H R K"],
+    phase: Float[Array, "N B H C A"],
+) -> Float[Array, "N B H C*R K"]:
+    """Queries or keys of the heads, with bias and rotation, in `dtype`.
+
+    The backward turns the rows' gradient back once, into an array of `dtype` from which the three
+    gradients are summed.
+    """
+    return _rows(rotate(_unrotated(x, bias, phase.dtype), phase[..., None, :]), dtype)
+
+
+def _unrotated(x, bias, dtype) -> Float[Array, "N B H C R K"]:
+    return jnp.moveaxis(_to_heads(x.astype(dtype), bias), 3, 2)
+
+
+def _rotated_rows_fwd(dtype, x, bias, phase):
+    return _rotated_rows(dtype, x, bias, phase), (x, bias, phase)
+
+
+def _rotated_rows_bwd(dtype, residuals, gradient):
+    x, bias, phase = residuals
+    (_, ranks, key_dim), groups, full = bias.shape, x.shape[-2], phase.dtype
+    gradient = gradient.reshape(*phase.shape[:4], ranks, key_dim)
+    gradient = rotate(gradient, -phase[..., None, :]).astype(dtype)
+    gradient = jax.lax.optimization_barrier(gradient)
+    wide = gradient.astype(full)
+    of_phase = turn_gradient(_unrotated(x, bias, full), wide, phase.shape[-1])
+    of_x = jnp.sum(wide.reshape(*phase.shape[:2], groups, -1, *wide.shape[3:]), axis=3)
+    return (
+        jnp.transpose(of_x, (0, 1, 3, 4, 2, 5)).astype(x.dtype),
+        jnp.sum(jax.lax.optimization_barrier(jnp.sum(wide, axis=(0, 1))), axis=1),
+        jnp.sum(of_phase, axis=4),
+    )
+
+
+_rotated_rows.defvjp(_rotated_rows_fwd, _rotated_rows_bwd)
 
 
 def _own_products(inputs: Mamba3Inputs, weights: Mamba3Weights, arithmetic):

@@ -12,12 +12,29 @@ def rotate(
     x: Float[Array, "*n K"], phase: Float[Array, "*#n A"], axis: int = -1
 ) -> Float[Array, "*n K"]:
     """Rotates the channel pairs (i, i + K / 2), i < A, along `axis` by `phase`; the others pass."""
-    a, b = jnp.split(x, 2, axis=axis)
+    before, half, after = x.shape[:axis], x.shape[axis] // 2, x.shape[axis:][1:]
     padding = [(0, 0)] * phase.ndim
-    padding[axis] = (0, a.shape[axis] - phase.shape[axis])
-    cos = jnp.pad(jnp.cos(phase), padding, constant_values=1)
-    sin = jnp.pad(jnp.sin(phase), padding)
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=axis)
+    padding[axis] = (0, half - phase.shape[axis])
+    cos = jnp.expand_dims(jnp.pad(jnp.cos(phase), padding, constant_values=1), axis - 1)
+    sin = jnp.expand_dims(jnp.pad(jnp.sin(phase), padding), axis - 1)
+    # Both halves in one expression, which a GPU writes in one pass.
+    x = x.reshape(*before, 2, half, *after)
+    sign = np.expand_dims(np.asarray([-1, 1], phase.dtype), tuple(range(axis, 0)))
+    return (x * cos + jnp.flip(x, axis - 1) * (sign * sin)).reshape(*before, 2 * half, *after)
+
+
+def turn_gradient(
+    x: Float[Array, "*n K"], gradient: Float[Array, "*n K"], angles: int, axis: int = -1
+) -> Float[Array, "*n A"]:
+    """Gradient of the phase of x = rotate(..., phase), by pairs, from x and its gradient.
+
+    Both may be turned by the same angle: only the one between them matters.
+    """
+    half = x.shape[axis] // 2
+    low, high = (slice(i, i + angles) for i in (0, half))
+    rest = (slice(None),) * (-1 - axis)
+    low, high = (..., low, *rest), (..., high, *rest)
+    return gradient[high] * x[low] - gradient[low] * x[high]
 
 
 def rotate_state(x: Float[Array, "*n K V"], phase: Float[Array, "*n A"]) -> Float[Array, "*n K V"]:

@@ -29,12 +29,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arithmetic import Arithmetic
-from gdn2_jax.ops.rotation import rotate_state
+from gdn2_jax.ops.rotation import turn_gradient
 
 _ROWS = 64
 _MIN_CHUNK_SIZE = 16
 _SPANS = 4
-_UNROLL = 4
+_UNROLL = 8
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -133,7 +133,8 @@ def mix_chunks(
       state: before the first chunk.
       segments: of the span's tokens; None if the state never restarts.
       arithmetic: of the products.
-      turns: angles by which the state's channel pairs turn back at the end of each chunk.
+      turns: angles by which the channel pairs of all that follows a chunk are turned by it; part
+        of the phases of q and k already, as constants.
 
     Returns:
       Outputs and state, in full precision.
@@ -163,18 +164,63 @@ def mix_chunks(
     tail = (v.astype(full) * to_rows(jnp.exp(to_end) * weight)).astype(operand)
     written = dot("rk,rv->kv", k[:, :, :, None], tail, operand)
 
-    def next_chunk(state, chunk):
-        decay, written, turn = chunk
-        next_state = decay[..., None, None] * state + written.astype(full)
-        if turn is not None:
-            next_state = rotate_state(next_state, -turn)
-        return next_state, state.astype(operand)
-
-    chunks = (jnp.exp(total), written, turns)
-    state, states = jax.lax.scan(next_chunk, state, chunks, unroll=_UNROLL)
+    state, states = _pass_states(state, written, jnp.exp(total), turns)
     carried = dot("rk,kv->rv", q[:, :, :, None], states, operand).astype(full)
     within = dot("rs,sv->rv", reads, v, operand).astype(full)
     return within + to_rows(jnp.exp(from_start)) * carried, state
+
+
+@jax.custom_vjp
+def _pass_states(
+    state: Float[Array, "*n K V"],
+    written: Float[Array, "N *n K V"],
+    decay: Float[Array, "N *n"],
+    turns: Float[Array, "N *n A"] | None,
+) -> tuple[Float[Array, "*n K V"], Float[Array, "N *n K V"]]:
+    """The state after N chunks and those before each, these in the dtype of `written`.
+
+    A chunk decays the state and adds what it wrote. A turn does not change the result, as it is a
+    constant part of the phases that follow; but its gradient is given here, where it is a sum over
+    one state, rather than there, where it would be one over all rows that follow.
+    """
+    del turns
+
+    def chunk(state, xs):
+        written, decay = xs
+        after = decay[..., None, None] * state + written.astype(state.dtype)
+        return after, state.astype(written.dtype)
+
+    return jax.lax.scan(chunk, state, (written, decay), unroll=_UNROLL)
+
+
+def _pass_states_fwd(state, written, decay, turns):
+    state, states = _pass_states(state, written, decay, turns)
+    return (state, states), (states, state, decay, turns)
+
+
+def _pass_states_bwd(residuals, gradients):
+    states, state, decay, turns = residuals
+    gradient, of_states = gradients
+    operand, full = states.dtype, decay.dtype
+
+    def chunk(gradient, xs):
+        of_state, decay = xs
+        before = decay[..., None, None] * gradient + of_state.astype(full)
+        return before, gradient.astype(operand)
+
+    gradient, of_written = jax.lax.scan(
+        chunk, gradient, (of_states, decay), reverse=True, unroll=_UNROLL
+    )
+    wide, after = states.astype(full), of_written.astype(full)
+    of_decay = jnp.sum(wide * after, (-2, -1))
+    if turns is None:
+        return gradient, of_written, of_decay, None
+    wide = jnp.concatenate([wide[1:], state[None]])
+    of_turns = -jnp.sum(turn_gradient(wide, after, turns.shape[-1], axis=-2), -1)
+    return gradient, of_written, of_decay, of_turns
+
+
+_pass_states.defvjp(_pass_states_fwd, _pass_states_bwd)
 
 
 def _cut(x: Array, layout: Layout) -> Array:
