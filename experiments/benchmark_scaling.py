@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     start = time.monotonic()
     # Before the first use of the device; JAX would leave a quarter of it unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
-    device = jax.devices()[0].device_kind
+    device, groups = jax.devices()[0].device_kind, list(plan(config))
     slug = re.sub(r"\W+", "-", device.lower())
     output = config.output or Path(__file__).parent / "results" / "scaling" / f"{slug}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def main(config: Config) -> None:
         return time.monotonic() - start < config.minutes * 60
 
     differing = False
-    for group in plan(config):
+    for group in groups:
         todo = [run for run in group if not done(run)]
         with ThreadPoolExecutor(len(group)) as pool:
             # Nothing runs while others compile, which would disturb it.
@@ -161,7 +161,9 @@ def main(config: Config) -> None:
 
 def plan(config: Config) -> Iterator[list[Run]]:
     """Groups of runs that compile at once; those that others are compared with come first."""
-    on_gpu, devices = jax.default_backend() == "gpu", config.devices or jax.device_count()
+    on_gpu, devices = jax.default_backend() == "gpu", config.devices
+    if devices is None:
+        devices = jax.device_count()
     if not 1 <= devices <= jax.device_count():
         raise SystemExit(f"devices: expected 1 to {jax.device_count()}, got {devices}")
     tokens = config.tokens or (16384 if on_gpu else 256)

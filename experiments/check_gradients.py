@@ -63,8 +63,8 @@ class Options:
     seed: int = 0
 
 
-def main(options: Options) -> int:
-    """Prints the table; returns the exit status."""
+def main(options: Options) -> int | str:
+    """Prints the table; returns the exit status, or a message for it to be 1."""
     tensors = ["o", "final_state", *(f"d{name}" for name in OperatorInputs._fields[:-1])]
     if not options.initial_state:
         tensors.remove("dinitial_state")
@@ -83,6 +83,8 @@ def main(options: Options) -> int:
                 except NotImplementedError as error:
                     print(f"{label}  not served: {error}")
                     continue
+                except ValueError as error:  # sizes that do not fit together
+                    return f"check_gradients.py: {error}"
                 passed = all(row.passed for row in rows)
                 served, failed = served + 1, failed + (not passed)
                 cells = (f"{row.error:.1e}{' ' if row.passed else '!'}" for row in rows)

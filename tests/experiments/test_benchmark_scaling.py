@@ -89,3 +89,21 @@ def test_meshes_are_timed_and_train_as_one_device_and_what_is_done_is_not_done_a
     with pytest.raises(SystemExit, match="do not train as one device does"):
         script.main(arguments(script, output))
     assert "1.0e-02 (gradient norm), TOO MUCH" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 0}, "devices: expected 1 to 8, got 0"),
+        ({"devices": 9}, "devices: expected 1 to 8, got 9"),
+        ({"length": 7}, "length: expected a divisor of 16 tokens, got 7"),
+        ({"sequences": (12,)}, "sequences: expected multiples of 8 devices, got 12"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_written(
+    script, tmp_path, changes, message
+):
+    output = tmp_path / "folder" / "rows.jsonl"
+    with pytest.raises(SystemExit, match=message):
+        script.main(arguments(script, output, **changes))
+    assert not output.parent.exists()
