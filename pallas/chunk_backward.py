@@ -368,6 +368,6 @@ def chunk_backward(
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
         *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps),
-        sum_matrices(),
+        sum_matrices()[:2],
         *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )

@@ -44,7 +44,7 @@ def sum_matrices():
     rows = jnp.arange(CHUNK)
     up_to = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.bfloat16))
     middles = rows // BLOCK * BLOCK + _MIDDLE
-    return jnp.stack([up_to, up_to - up_to[middles]])
+    return jnp.stack([up_to, up_to - up_to[middles], 1 - up_to])
 
 
 def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
@@ -139,8 +139,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             plgpu.commit_smem()  # the parts take the place of g
             store_parts(p, log_decay)
             gamma = jnp.exp2(sum_g(p, sum_tiles.at[0]))
-            own = sum(plgpu.load(parts.at[p, i], layout=WGMMA).astype(f32) for i in range(2))
-            tail = jnp.exp2(sum_g(p, sum_tiles.at[0].transpose((1, 0))) - own)
+            tail = jnp.exp2(sum_g(p, sum_tiles.at[2]))
             if masks is not None:
                 gamma, tail = gamma * reads_mask, tail * writes_mask
             plgpu.commit_smem()
@@ -208,23 +207,35 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
                 plgpu.copy_gmem_to_smem(source.at[row, rows, head, columns], target, loaded_values)
 
         load_values(0)
+
         # The inverse of I + T^T (unit upper triangular) by doubling its diagonal blocks.
-        x = jnp.where(ri == ci, 1.0, 0.0) - jnp.where((ri >> 1) == (ci >> 1), erase, 0.0)
-        for level in range(1, 6):
-            size = 1 << level
-            corner = ((ci & size) > 0) & ((ri >> level) == (ci >> level) - 1)
-            x16 = x.astype(jnp.float16)
-            xs[...] = x16
-            plgpu.commit_smem()
-            product = matmul(
-                (CHUNK, CHUNK), (jnp.where(corner, erase, 0.0).astype(jnp.float16), xs)
-            )
-            ps[...] = product.astype(jnp.float16)
-            plgpu.commit_smem()
-            x = x - matmul((CHUNK, CHUNK), (x16, ps))
+        def invert(accumulator):
+            diagonal = jnp.where(ri == ci, 1.0, 0.0)
+            accumulator.set(diagonal - jnp.where((ri >> 1) == (ci >> 1), erase, 0.0))
+
+            def double(i):
+                level = i + 1
+                inner = ((ci >> i) & 2) > 0
+                corner = inner & ((ri >> level) == (ci >> level) - 1)
+                x16 = accumulator.get().astype(f16)
+                xs[...] = x16
+                plgpu.commit_smem()
+                corner = jnp.where(corner, erase, 0.0).astype(f16)
+                product = matmul(square, (corner, xs))
+                ps[...] = product.astype(f16)
+                plgpu.commit_smem()
+                accumulator.add(-x16, ps)
+                mosaic.wait_for_products()
+
+            mosaic.loop(5, double)
+            return accumulator.get()
+
+        x = mosaic.with_accumulators(invert, square)
         plgpu.commit_smem()
         x_high[...], x_low[...] = split(x)
-        plgpu.wait_smem_to_gmem(1)  # q_gamma has left the area that y_tile takes
+        plgpu.wait_smem_to_gmem(
+            1, wait_read_only=True
+        )  # q_gamma has left the area that y_tile takes
         for start in range(0, value_dim, value_block):
             if start:
                 load_values(start)
@@ -246,11 +257,11 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
                 plgpu.copy_smem_to_gmem(y_tile, y_t.at[index, chunk])
             z_t = vs.transpose((1, 0))
             u = matmul((value_block, CHUNK), (z_t, x_high), (z_t, x_low))
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             u_tile[...] = u.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(u_tile, u_t.at[index, chunk, pl.ds(start, value_block)])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def out(dtype, *shape):
         return jax.ShapeDtypeStruct((batch * heads, *shape), dtype)
@@ -284,7 +295,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             key_tile,
             key_tile,
             mosaic.overlaid(
-                (tile((2, *square), bf16, _SWIZZLE),),
+                (tile((3, *square), bf16, _SWIZZLE),),
                 (tile(square, f16),) * 2,
                 (tile(square, bf16, _SWIZZLE),) * 2,
             ),

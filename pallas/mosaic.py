@@ -113,6 +113,25 @@ def matmul(shape: tuple[int, int], *products: tuple) -> jax.Array:
     return with_accumulators(body, shape)
 
 
+def loop(count: int, body: Callable[[jax.Array], None]) -> None:
+    """Calls `body` with 0 to count - 1, in a loop that adds to accumulators.
+
+    One copy of the code on the GPU: a kernel that outgrows the instruction cache runs at half speed.
+    In interpret mode accumulators are values, which a traced loop could not add to.
+    """
+    if interpreting():
+        for i in range(count):
+            body(jnp.int32(i))
+    else:
+        lax.fori_loop(0, count, lambda i, _: body(i), None)
+
+
+def wait_for_products() -> None:
+    """Waits for every product issued so far."""
+    if not interpreting():
+        plgpu.wgmma_wait(0)
+
+
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two bf16 arrays whose sum keeps 16 bits of an fp32 one."""
     high = x.astype(jnp.bfloat16)

@@ -7,6 +7,7 @@ whole sequence; a second warpgroup fetches the chunks' operands ahead of it.
     backward:  dR = Aqk^T dO + Kt dS'    dS = gamma_C dS' + Qg^T dO - Y^T dR    dZ = X dR
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -18,12 +19,33 @@ from jax import lax
 from pallas import mosaic
 from pallas.mosaic import CHUNK, COLUMNS, WGMMA, split, tile
 
-_STAGES = 2
 _VALUE_ROWS = 64
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 240
 
 
-def state_pass_forward(y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, *, save: bool):
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How far copies run ahead.
+
+    Attributes:
+      stages: chunks whose operands are in shared memory: the one in use and those on their way.
+    """
+
+    stages: int
+
+    def __post_init__(self):
+        """Raises a ValueError where nothing could run ahead."""
+        if self.stages < 2:
+            raise ValueError(f"stages: expected at least 2, got {self.stages}")
+
+
+FORWARD, BACKWARD = Tuning(stages=3), Tuning(stages=2)
+"""As many as shared memory holds."""
+
+
+def state_pass_forward(
+    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, *, save: bool, tuning: Tuning = FORWARD
+):
     """Runs the states through a sequence.
 
     Args:
@@ -35,6 +57,7 @@ def state_pass_forward(y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, *, save:
       decay: [BH, N, K] fp32.
       state: [B, H, V, K] fp32, before the first chunk.
       save: also return what the backward needs.
+      tuning: how far copies run ahead.
 
     Returns:
       Outputs [B, T, H, V] bf16, the final state [B, H, V, K] fp32, and, or None, the states
@@ -95,19 +118,22 @@ def state_pass_forward(y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, *, save:
         jax.ShapeDtypeStruct((*heads_shape, key_dim), bf16),
         jax.ShapeDtypeStruct((*heads_shape, CHUNK), bf16),
     )
-    saved_tiles = (tile((_VALUE_ROWS, key_dim), bf16), tile((_VALUE_ROWS, CHUNK), bf16))
+    saved_tiles = (
+        tile((_VALUE_ROWS, key_dim), bf16),
+        tile((_VALUE_ROWS, CHUNK), bf16),
+    )
     final_state, outputs, *saved = _run(
         (y_t, u_t, k_tail, q_gamma, a_qk_t, decay),
         state,
         chunks,
         (prefetch, advance, store),
         tiles=(
-            tile((_STAGES, key_dim, CHUNK), bf16),
-            tile((_STAGES, _VALUE_ROWS, CHUNK), bf16),
-            tile((_STAGES, CHUNK, key_dim), bf16),
-            tile((_STAGES, CHUNK, key_dim), bf16),
-            tile((_STAGES, CHUNK, CHUNK), bf16),
-            plgpu.SMEM((_STAGES, key_dim), jnp.float32),
+            tile((tuning.stages, key_dim, CHUNK), bf16),
+            tile((tuning.stages, _VALUE_ROWS, CHUNK), bf16),
+            tile((tuning.stages, CHUNK, key_dim), bf16),
+            tile((tuning.stages, CHUNK, key_dim), bf16),
+            tile((tuning.stages, CHUNK, CHUNK), bf16),
+            plgpu.SMEM((tuning.stages, key_dim), jnp.float32),
         ),
         staging=(tile((CHUNK, _VALUE_ROWS), bf16), *(saved_tiles if save else ())),
         out_type=(
@@ -115,11 +141,14 @@ def state_pass_forward(y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, *, save:
             *(saved_types if save else ()),
         ),
         reverse=False,
+        tuning=tuning,
     )
     return outputs, final_state, *(saved if save else (None, None))
 
 
-def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state):
+def state_pass_backward(
+    y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state, *, tuning: Tuning = BACKWARD
+):
     """Runs the gradients of the states back through a sequence.
 
     Args:
@@ -131,6 +160,7 @@ def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state):
       decay: [BH, N, K] fp32.
       x: [BH, N, 2, 64, 64] bf16, in two parts.
       d_state: [B, H, V, K] fp32, cotangent of the final state.
+      tuning: how far copies run ahead.
 
     Returns:
       dZ [BH, T, V] bf16, the gradient of each chunk's outgoing state [BH, N, V, K] bf16, and that
@@ -195,20 +225,24 @@ def state_pass_backward(y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state):
         chunks,
         (prefetch, advance, store),
         tiles=(
-            tile((_STAGES, key_dim, CHUNK), bf16),
-            tile((_STAGES, CHUNK, _VALUE_ROWS), bf16),
-            tile((_STAGES, CHUNK, key_dim), bf16),
-            tile((_STAGES, CHUNK, key_dim), bf16),
-            tile((_STAGES, CHUNK, CHUNK), bf16),
-            plgpu.SMEM((_STAGES, key_dim), jnp.float32),
-            tile((_STAGES, 2, CHUNK, CHUNK), bf16),
+            tile((tuning.stages, key_dim, CHUNK), bf16),
+            tile((tuning.stages, CHUNK, _VALUE_ROWS), bf16),
+            tile((tuning.stages, CHUNK, key_dim), bf16),
+            tile((tuning.stages, CHUNK, key_dim), bf16),
+            tile((tuning.stages, CHUNK, CHUNK), bf16),
+            plgpu.SMEM((tuning.stages, key_dim), jnp.float32),
+            tile((tuning.stages, 2, CHUNK, CHUNK), bf16),
         ),
-        staging=(tile((CHUNK, _VALUE_ROWS), bf16), tile((_VALUE_ROWS, key_dim), bf16)),
+        staging=(
+            tile((CHUNK, _VALUE_ROWS), bf16),
+            tile((_VALUE_ROWS, key_dim), bf16),
+        ),
         out_type=(
             jax.ShapeDtypeStruct((batch * heads, length, value_dim), bf16),
             jax.ShapeDtypeStruct((batch * heads, chunks, value_dim, key_dim), bf16),
         ),
         reverse=True,
+        tuning=tuning,
     )
     return d_z, d_states, d_initial_state
 
@@ -223,6 +257,7 @@ def _run(
     staging,
     out_type,
     reverse: bool,
+    tuning: Tuning,
 ):
     """A block per 64 value rows and head: one warpgroup prefetches chunks, one advances the state.
 
@@ -242,8 +277,10 @@ def _run(
         warpgroup = lax.axis_index("wg")
         place = (row * heads + head, row, head, values)
 
+        stages = tuning.stages
+
         def stage_and_chunk(j):
-            return lax.rem(j, jnp.int32(_STAGES)), chunks - 1 - j if reverse else j
+            return lax.rem(j, jnp.int32(stages)), chunks - 1 - j if reverse else j
 
         @pl.when(warpgroup == 1)
         def _():
@@ -252,7 +289,7 @@ def _run(
             def body(j, _):
                 stage, chunk = stage_and_chunk(j)
 
-                @pl.when(j >= _STAGES)
+                @pl.when(j >= stages)
                 def _():
                     plgpu.barrier_wait(empty.at[stage])
 
@@ -261,9 +298,9 @@ def _run(
             lax.fori_loop(0, chunks, body, None)
 
             def drain(j, _):
-                plgpu.barrier_wait(empty.at[lax.rem(j, jnp.int32(_STAGES))])
+                plgpu.barrier_wait(empty.at[lax.rem(j, jnp.int32(stages))])
 
-            lax.fori_loop(max(chunks - _STAGES, 0), chunks, drain, None)
+            lax.fori_loop(max(chunks - stages, 0), chunks, drain, None)
 
         @pl.when(warpgroup == 0)
         def _():
@@ -300,8 +337,8 @@ def _run(
         scratch_types=[
             *tiles,
             *staging,
-            plgpu.Barrier(num_arrivals=len(tiles), num_barriers=_STAGES),
-            plgpu.Barrier(num_barriers=_STAGES),
+            plgpu.Barrier(num_arrivals=len(tiles), num_barriers=tuning.stages),
+            plgpu.Barrier(num_barriers=tuning.stages),
         ],
         compiler_params=mosaic.COMPILER_PARAMS,
     )(*operands, state)
