@@ -1,6 +1,7 @@
 """How large a model is, without making one."""
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ class Sizes(NamedTuple):
     cache: int
 
 
+@functools.cache
 def model_sizes(config: ModelConfig, sequence_length: int) -> Sizes:
     """Returns the sizes of a model that decodes `sequence_length` tokens."""
     config = dataclasses.replace(config, context_length=sequence_length)

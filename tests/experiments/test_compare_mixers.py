@@ -58,18 +58,18 @@ def test_runs_are_trained_once_and_land_in_one_table_and_plot(script, options, t
     first = (tmp_path / "gdn2-0" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
     results = tmp_path / "results"
-    more = [*arguments, "gdn2", "swa_attention", "--results", str(results)]
+    more = [*arguments, "gdn2", "attention", "--results", str(results)]
     assert script.main(more) == 0
     printed = capsys.readouterr().out
     assert "[1/2] gdn2-0" in printed and f"is finished in {tmp_path / 'gdn2-0'}" in printed
-    assert "[2/2] swa_attention-0" in printed
+    assert "[2/2] attention-0" in printed
     assert (tmp_path / "gdn2-0" / "metrics.jsonl").read_bytes() == first
     assert {path.name for path in results.iterdir()} == {
         *("results.jsonl", "curves.jsonl", "results.md", "results.png")
     }
 
     rows = lines(results / "results.jsonl")
-    assert [row["run"] for row in rows] == ["gdn2-0", "swa_attention-0"]
+    assert [row["run"] for row in rows] == ["gdn2-0", "attention-0"]
     for row in rows:
         assert row["finished"] and row["tokens"] == 4 * 8 * 32
         assert row["bits_per_byte"] > 0 and row["tokens_per_second"] > 0
@@ -77,12 +77,9 @@ def test_runs_are_trained_once_and_land_in_one_table_and_plot(script, options, t
     # Keys and values of 32 tokens.
     assert rows[1]["cache"] == 2 * 32 * 16
     curves = lines(results / "curves.jsonl")
-    assert {row["run"] for row in curves if "validation_loss" in row} == {
-        "gdn2-0",
-        "swa_attention-0",
-    }
+    assert {row["run"] for row in curves if "validation_loss" in row} == {"gdn2-0", "attention-0"}
     table = (results / "results.md").read_text()
-    assert "| gdn2-0 |" in table and "| swa_attention-0 |" in table
+    assert "| gdn2-0 |" in table and "| attention-0 |" in table
     assert "python experiments/compare_mixers.py tiny" in table
     assert (results / "results.png").read_bytes().startswith(b"\x89PNG")
 

@@ -56,7 +56,10 @@ def linen():
     return names
 
 
-@pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)], ids=["all", "every-second"])
+@pytest.mark.parametrize(
+    "layers",
+    [pytest.param((0, 1, 2, 3), id="all", marks=pytest.mark.slow), pytest.param((1, 3), id="half")],
+)
 def test_a_swapped_linen_transformer_keeps_weights_trains_and_decodes(linen, layers):
     make, pretrained = linen["Transformer"], linen["pretrained"]
     model = make(gdn2_layers=layers)
