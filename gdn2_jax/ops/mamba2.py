@@ -155,7 +155,7 @@ def _chunkwise(q, k, v, g, dt, initial_state, starts: Bool[Array, "B T"] | None)
         )
         own = (own[:, :, :, None] * dt)[..., None, None]
         q, k, v = (x.astype(arithmetic.operand) for x in (q, k, v))
-        outputs, state = mix_chunks(q, k, v, g, dt, own, state, segments, arithmetic)
+        outputs, state = mix_chunks((q, q), (k, k), v, g, dt, own, state, segments, arithmetic)
         outputs = outputs.reshape(*outputs.shape[:2], heads, *outputs.shape[4:])
         return state, jnp.moveaxis(outputs, 2, 3).astype(out_dtype)
 

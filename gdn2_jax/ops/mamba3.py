@@ -318,13 +318,14 @@ def _rotated_rows(
     x: Float[Array, "N B C R G K"],
     bias: Float[Array, "H R K"],
     phase: Float[Array, "N B H C A"],
-) -> Float[Array, "N B H C*R K"]:
-    """Queries or keys of the heads, with bias and rotation, in `dtype`.
+) -> tuple[Float[Array, "N B H C*R K"], Float[Array, "N B H C*R K"]]:
+    """Queries or keys of the heads, with bias and rotation, in `dtype`; twice, for two readers.
 
-    The backward turns the rows' gradient back once, into an array of `dtype` from which the three
-    gradients are summed.
+    The backward turns the gradients of both back in one pass, into an array of `dtype` from which
+    the three gradients are summed.
     """
-    return _rows(rotate(_unrotated(x, bias, phase.dtype), phase[..., None, :]), dtype)
+    rows = _rows(rotate(_unrotated(x, bias, phase.dtype), phase[..., None, :]), dtype)
+    return rows, rows
 
 
 def _unrotated(x, bias, dtype) -> Float[Array, "N B H C R K"]:
@@ -335,11 +336,11 @@ def _rotated_rows_fwd(dtype, x, bias, phase):
     return _rotated_rows(dtype, x, bias, phase), (x, bias, phase)
 
 
-def _rotated_rows_bwd(dtype, residuals, gradient):
+def _rotated_rows_bwd(dtype, residuals, gradients):
     x, bias, phase = residuals
     (_, ranks, key_dim), groups, full = bias.shape, x.shape[-2], phase.dtype
-    gradient = gradient.reshape(*phase.shape[:4], ranks, key_dim)
-    gradient = rotate(gradient, -phase[..., None, :]).astype(dtype)
+    gradients = (x.reshape(*phase.shape[:4], ranks, key_dim) for x in gradients)
+    gradient = sum(rotate(x, -phase[..., None, :]) for x in gradients).astype(dtype)
     gradient = jax.lax.optimization_barrier(gradient)
     wide = gradient.astype(full)
     of_phase = turn_gradient(_unrotated(x, bias, full), wide, phase.shape[-1])

@@ -10,7 +10,7 @@ chunk is a masked [C, C] product and the rest is read from the state at the chun
 pass from chunk to chunk. Heads of a group share q and k, whose product is then formed once. A
 token may hold R rows of q, k and v (the ranks of Mamba-3 MIMO), which decay alike.
 
-Time is cut into a few spans of chunks. A span is rematerialised in the backward from its inputs
+Time is cut into spans of a few chunks. A span is rematerialised in the backward from its inputs
 and the state at its start, so that intermediates live for one span and nothing of size T x T or
 T x K x V is kept.
 
@@ -34,7 +34,7 @@ from gdn2_jax.ops.rotation import turn_gradient
 _ROWS = 64
 _MIN_CHUNK_SIZE = 16
 _SPANS = 4
-_UNROLL = 8
+_MAX_CHUNKS = 16
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -64,12 +64,12 @@ class Segments(NamedTuple):
 def layout_for(length: int, ranks: int = 1) -> Layout:
     """Chunks of 64 rows where a token holds `ranks` rows, fewer for short sequences.
 
-    More rows a token make more, shorter spans, for the same memory.
+    More rows a token make more, shorter spans, for the same memory; long sequences make more spans.
     """
     chunk_size = min(_ROWS // min(ranks, _ROWS), 1 << (length - 1).bit_length())
     chunk_size = max(_MIN_CHUNK_SIZE, chunk_size)
     chunks = -(-length // chunk_size)
-    span = -(-chunks // (_SPANS * ranks)) * chunk_size
+    span = min(-(-chunks // (_SPANS * ranks)), _MAX_CHUNKS) * chunk_size
     spans = -(-length // span)
     return Layout(length, chunk_size, spans, spans * span)
 
@@ -110,8 +110,8 @@ def over_spans[Carry, Tokens](
 
 
 def mix_chunks(
-    q: Float[Array, "N B G C*R K"],
-    k: Float[Array, "N B G C*R K"],
+    q: tuple[Float[Array, "N B G C*R K"], Float[Array, "N B G C*R K"]],
+    k: tuple[Float[Array, "N B G C*R K"], Float[Array, "N B G C*R K"]],
     v: Float[Array, "N B G E C*R V"],
     g: Float[Array, "N B G E C"],
     weight: Float[Array, "N B G E C"],
@@ -124,8 +124,9 @@ def mix_chunks(
     """Outputs of the N chunks of a span and the state after them.
 
     Args:
-      q: queries of each group; q, k and v in the dtype of the products' operands.
-      k: keys of each group.
+      q: queries of each group, once for the keys and once for the states, so that the caller may
+        sum the two gradients; q, k and v in the dtype of the products' operands.
+      k: keys of each group, once for the queries and once for the states.
       v: values of each of the group's E heads.
       g: log-decay, in full precision as `weight`, `own` and `state`.
       weight: of the token's write into the state.
@@ -139,7 +140,8 @@ def mix_chunks(
     Returns:
       Outputs and state, in full precision.
     """
-    dot, operand, full = arithmetic.product, arithmetic.operand, g.dtype
+    dot = functools.partial(_product, arithmetic)
+    operand, full = arithmetic.operand, g.dtype
     chunk_size, ranks = own.shape[-3:-1]
     rows = chunk_size * ranks
     from_start, to_end, between, total = _decays(g)
@@ -151,9 +153,10 @@ def mix_chunks(
         to_end = jnp.where(here == last[..., None], to_end, -jnp.inf)
         total = jnp.where(before == last, total, -jnp.inf)
     between = jnp.where(np.tri(chunk_size, k=-1, dtype=bool), between, -jnp.inf)
+    q, k = (tuple(x[:, :, :, None] for x in pair) for pair in (q, k))
     past = (jnp.exp(between) * weight[..., None, :])[..., :, None, :, None]
-    pairs = dot("rk,sk->rs", q, k, operand).astype(full)
-    pairs = pairs.reshape(*pairs.shape[:3], 1, chunk_size, ranks, chunk_size, ranks)
+    pairs = dot("rk,sk->rs", q[0], k[0]).astype(full)
+    pairs = pairs.reshape(*pairs.shape[:4], chunk_size, ranks, chunk_size, ranks)
     diagonal = np.eye(chunk_size, dtype=bool)[:, None, :, None]
     reads = jnp.where(diagonal, own[..., None, :], past * pairs).astype(operand)
     reads = reads.reshape(*reads.shape[:4], rows, rows)
@@ -162,12 +165,46 @@ def mix_chunks(
         return jnp.repeat(x, ranks, axis=-1)[..., None]
 
     tail = (v.astype(full) * to_rows(jnp.exp(to_end) * weight)).astype(operand)
-    written = dot("rk,rv->kv", k[:, :, :, None], tail, operand)
+    written = dot("rk,rv->kv", k[1], tail)
 
     state, states = _pass_states(state, written, jnp.exp(total), turns)
-    carried = dot("rk,kv->rv", q[:, :, :, None], states, operand).astype(full)
-    within = dot("rs,sv->rv", reads, v, operand).astype(full)
+    carried = dot("rk,kv->rv", q[1], states).astype(full)
+    within = dot("rs,sv->rv", reads, v).astype(full)
     return within + to_rows(jnp.exp(from_start)) * carried, state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
+    arithmetic: Arithmetic,
+    axes: str,
+    a: Float[Array, "N B G #E i j"],
+    b: Float[Array, "N B G #E k l"],
+) -> Float[Array, "N B G #E m n"]:
+    """A matrix product in the operands' dtype; its gradients are formed without transposition."""
+    return arithmetic.product(axes, a, b, arithmetic.operand)
+
+
+def _product_fwd(arithmetic, axes, a, b):
+    return _product(arithmetic, axes, a, b), (a, b)
+
+
+def _product_bwd(arithmetic, axes, operands, gradient):
+    a, b = operands
+    of_a, of_b, out = axes.replace("->", ",").split(",")
+
+    def of(x, axes, other, other_axes):
+        shared = x.shape[3] < gradient.shape[3]
+        return jnp.einsum(
+            f"nbge{out},nbge{other_axes}->nbg{'' if shared else 'e'}{axes}",
+            *(gradient, other),
+            precision=arithmetic.precision,
+            preferred_element_type=arithmetic.operand,
+        ).reshape(x.shape)
+
+    return of(a, of_a, b, of_b), of(b, of_b, a, of_a)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 @jax.custom_vjp
@@ -184,13 +221,7 @@ def _pass_states(
     one state, rather than there, where it would be one over all rows that follow.
     """
     del turns
-
-    def chunk(state, xs):
-        written, decay = xs
-        after = decay[..., None, None] * state + written.astype(state.dtype)
-        return after, state.astype(written.dtype)
-
-    return jax.lax.scan(chunk, state, (written, decay), unroll=_UNROLL)
+    return _accumulate(state, written, decay)
 
 
 def _pass_states_fwd(state, written, decay, turns):
@@ -200,18 +231,8 @@ def _pass_states_fwd(state, written, decay, turns):
 
 def _pass_states_bwd(residuals, gradients):
     states, state, decay, turns = residuals
-    gradient, of_states = gradients
-    operand, full = states.dtype, decay.dtype
-
-    def chunk(gradient, xs):
-        of_state, decay = xs
-        before = decay[..., None, None] * gradient + of_state.astype(full)
-        return before, gradient.astype(operand)
-
-    gradient, of_written = jax.lax.scan(
-        chunk, gradient, (of_states, decay), reverse=True, unroll=_UNROLL
-    )
-    wide, after = states.astype(full), of_written.astype(full)
+    gradient, of_written = _accumulate(*gradients, decay, reverse=True)
+    wide, after = (x.astype(decay.dtype) for x in (states, of_written))
     of_decay = jnp.sum(wide * after, (-2, -1))
     if turns is None:
         return gradient, of_written, of_decay, None
@@ -221,6 +242,39 @@ def _pass_states_bwd(residuals, gradients):
 
 
 _pass_states.defvjp(_pass_states_fwd, _pass_states_bwd)
+
+
+def _accumulate(
+    state: Float[Array, "*n K V"],
+    added: Float[Array, "N *n K V"],
+    decay: Float[Array, "N *n"],
+    reverse: bool = False,
+) -> tuple[Float[Array, "*n K V"], Float[Array, "N *n K V"]]:
+    """The last state of `state = decay[i] * state + added[i]` and those before each step.
+
+    All steps are one matrix product, which reads and writes the states once. The last state keeps
+    full precision, the others have the dtype of `added`.
+    """
+    full, operand = decay.dtype, added.dtype
+    time = np.arange(len(added))[:: -1 if reverse else 1]
+    first = int(np.argmin(time))
+    # What step m added has decayed in all steps j, m < j < n, when step n reads it.
+    earlier = time[:, None] < time
+    between = earlier & earlier.T[:, None, :]
+    decays = jnp.moveaxis(decay, 0, -1)[..., None, :]
+    to_end = jnp.prod(jnp.where(earlier, decays, 1), axis=-1)
+    weights = jnp.prod(jnp.where(between, decays[..., None, :], 1), axis=-1)
+    weights = jnp.where(earlier.T, weights, 0).astype(operand)
+
+    start = decay[first][..., None, None] * state + added[first].astype(full)
+    rounded = start.astype(operand)
+    # Behind barriers a row is replaced in place; fused into its readers, it costs a copy.
+    added = jax.lax.optimization_barrier(added.at[first].set(rounded))
+    product = functools.partial(jnp.einsum, precision=_HIGHEST)
+    states = product("...nm,m...kv->n...kv", weights, added, preferred_element_type=operand)
+    last = product("...m,m...kv->...kv", to_end, added, preferred_element_type=full)
+    last += to_end[..., first, None, None] * (start - rounded.astype(full))
+    return last, jax.lax.optimization_barrier(states.at[first].set(state.astype(operand)))
 
 
 def _cut(x: Array, layout: Layout) -> Array:

@@ -96,6 +96,15 @@ def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, boun
     )
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_gradients_stay_precise_over_spans_of_many_chunks(draw, assert_same, ranks):
+    """Also those of the phases, whose terms nearly cancel over all tokens that follow."""
+    length = 4200
+    layout = layout_for(length, ranks)
+    assert layout.padded // layout.spans == 16 * layout.chunk_size
+    assert_same(run, recurrence, draw(length, ranks, dtype="float32", groups=1), 2e-5)
+
+
 @pytest.mark.parametrize("regime", ["0", "-20", "-1000"])
 def test_extreme_decays_keep_full_precision(draw, assert_same, regime):
     assert_same(run, recurrence, draw(21, 2, regime, "float32"), 2e-5)
@@ -207,6 +216,26 @@ def test_the_past_and_other_rows_do_not_depend_on_a_token_to_the_last_bit(draw, 
     np.testing.assert_array_equal(before[0], after[0])
     np.testing.assert_array_equal(before[1, :23], after[1, :23])
     assert jnp.all(jnp.any(before[1, 23:] != after[1, 23:], axis=(-1, -2)))
+
+
+def test_vmap_runs_sequences_of_their_own(draw):
+    inputs, weights, state = draw(40, ranks=2, dtype="float32")
+    ids = segments(40)
+
+    def gradients(inputs, state, ids):
+        o, pullback = jax.vjp(lambda *x: run(*x, segment_ids=ids)[0], inputs, weights, state)
+        return o, pullback(jnp.sin(o))
+
+    rows = jax.tree.map(lambda x: x[:, None], (inputs, state, ids))
+    o, (of_inputs, of_weights, of_state) = jax.jit(jax.vmap(gradients))(*rows)
+    of_weights = jax.tree.map(lambda x: jnp.sum(x, axis=0), of_weights)
+    mapped = jax.tree.map(lambda x: x[:, 0], (o, of_inputs, of_state)) + (of_weights,)
+    o, (of_inputs, of_weights, of_state) = jax.jit(gradients)(inputs, state, ids)
+    for actual, expected in zip(
+        *map(jax.tree.leaves, (mapped, (o, of_inputs, of_state, of_weights))), strict=True
+    ):
+        error = jnp.linalg.norm(actual - expected)
+        assert error <= 2e-5 * jnp.linalg.norm(expected)
 
 
 def test_gradients_under_shard_map_equal_those_of_one_device(draw):
