@@ -15,7 +15,7 @@ test: .venv/.installed
 	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal tests $(ARGS)
 
 test-newest: .venv-newest/.installed
-	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests $(ARGS)
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --first-cases tests $(ARGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -6,6 +6,8 @@ that makes several times faster.
 
 import os
 
+import pytest
+
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
@@ -13,3 +15,20 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
     )
 )
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--first-cases",
+        action="store_true",
+        help="run the first case of each parametrised test only, on versions that another run does "
+        "not test: enough to find what they changed",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -m has left out what is marked
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--first-cases"):
+        first = list({getattr(x, "function", x): x for x in reversed(items)}.values())[::-1]
+        config.hook.pytest_deselected(items=[x for x in items if x not in first])
+        items[:] = first
