@@ -29,7 +29,6 @@ KERNELS = (
     "state_pass_forward",
     "state_pass_backward",
     "chunk_backward",
-    "intra_chunk_backward",
 )
 
 
@@ -88,9 +87,7 @@ def profile(function: Callable, operands: tuple, shape: Shape, repeats: int) -> 
     )
     times = collections.defaultdict(list)
     for event in events:
-        stage = next(
-            (kernel for kernel in sorted(KERNELS, key=len)[::-1] if kernel in event.name), "other"
-        )
+        stage = next((kernel for kernel in KERNELS if kernel in event.name), "other")
         times[stage].append(event.milliseconds)
     moved = kernel_bytes(jax.make_jaxpr(function)(*operands).jaxpr)
     rows = []
@@ -121,14 +118,14 @@ def operations(stage: str, shape: Shape) -> int:
     """Operations of a stage's matrix products, K = V = d, operands in two parts counted once."""
     batch, length, heads, d = shape
     per_chunk = {
-        # T and Aqk; five doublings of the inverse; Y and U
-        "intra_chunk_forward": 2 * CHUNK**2 * d + 10 * CHUNK**3 + 2 * CHUNK**2 * d,
+        # T and Aqk; five doublings of the inverse; Y and U; three sums of g
+        "intra_chunk_forward": 7 * CHUNK**2 * d + 10 * CHUNK**3,
         "state_pass_forward": 3 * CHUNK * d**2 + CHUNK**2 * d,
-        "state_pass_backward": 3 * CHUNK * d**2 + CHUNK**2 * d,
-        # dQg, dKt, dY; dAqk, dE, dZ and the two of dT
-        "chunk_backward": 3 * CHUNK * d**2 + 5 * CHUNK**2 * d,
-        # two for the columns of the pairs, two for the rows; three running sums
-        "intra_chunk_backward": 4 * CHUNK**2 * d + 3 * CHUNK**2 * d,
+        # and dZ
+        "state_pass_backward": 3 * CHUNK * d**2 + 2 * CHUNK**2 * d,
+        # dQg, dKt, dEg; dAqk and dT; two for the columns of the pairs and two for their rows; three
+        # sums of g and two of its gradient
+        "chunk_backward": 3 * CHUNK * d**2 + 11 * CHUNK**2 * d,
     }
     return 2 * per_chunk[stage] * batch * heads * -(-length // CHUNK)
 
