@@ -11,8 +11,8 @@ pass from chunk to chunk. Heads of a group share q and k, whose product is then 
 token may hold R rows of q, k and v (the ranks of Mamba-3 MIMO), which decay alike.
 
 Time is cut into spans of a few chunks. A span is rematerialised in the backward from its inputs
-and the state at its start, so that intermediates live for one span and nothing of size T x T or
-T x K x V is kept.
+and the states between its chunks, so that other intermediates live for one span and nothing of size
+T x T or T x K x V is kept.
 
 Every exponent is a sum of log-decays g <= 0, never a difference of cumulative sums: it is not
 positive and keeps its precision beside neighbours of any size, and so does the gradient of g. The
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arithmetic import Arithmetic
@@ -35,6 +36,7 @@ _ROWS = 64
 _MIN_CHUNK_SIZE = 16
 _SPANS = 4
 _MAX_CHUNKS = 16
+_STATES = "states between chunks"
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -105,8 +107,9 @@ def same_segment(segments: Segments) -> Bool[Array, "*n B C C"]:
 def over_spans[Carry, Tokens](
     span: Callable[[Carry, Tokens], tuple[Carry, Array]], carry: Carry, tokens: Tokens
 ) -> tuple[Carry, Array]:
-    """Runs `span` over the leading axis of `tokens`, keeping only its inputs for the backward."""
-    return jax.lax.scan(jax.checkpoint(span, prevent_cse=False), carry, tokens)
+    """Runs `span` over the leading axis of `tokens`; the backward has its inputs and the states."""
+    policy = jax.checkpoint_policies.save_only_these_names(_STATES)
+    return jax.lax.scan(jax.checkpoint(span, prevent_cse=False, policy=policy), carry, tokens)
 
 
 def mix_chunks(
@@ -225,7 +228,8 @@ def _pass_states(
 
 
 def _pass_states_fwd(state, written, decay, turns):
-    state, states = _pass_states(state, written, decay, turns)
+    results = _pass_states(state, written, decay, turns)
+    state, states = checkpoint_name(results, _STATES)
     return (state, states), (states, state, decay, turns)
 
 
