@@ -100,6 +100,8 @@ def assert_same(actual, expected, tolerance):
 
 
 MESHES = {
+    "data 8": MeshConfig(),
+    "fsdp 8": MeshConfig(fsdp=8),
     "data 2, fsdp 4": MeshConfig(fsdp=4),
     "sequence 8": MeshConfig(sequence=8),
     "fsdp 2, sequence 2, tensor 2": MeshConfig(fsdp=2, sequence=2, tensor=2),
