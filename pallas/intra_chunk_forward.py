@@ -233,9 +233,8 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         x = mosaic.with_accumulators(invert, square)
         plgpu.commit_smem()
         x_high[...], x_low[...] = split(x)
-        plgpu.wait_smem_to_gmem(
-            1, wait_read_only=True
-        )  # q_gamma has left the area that y_tile takes
+        # q_gamma has left the area that y_tile takes.
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         for start in range(0, value_dim, value_block):
             if start:
                 load_values(start)

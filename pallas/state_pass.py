@@ -118,10 +118,7 @@ def state_pass_forward(
         jax.ShapeDtypeStruct((*heads_shape, key_dim), bf16),
         jax.ShapeDtypeStruct((*heads_shape, CHUNK), bf16),
     )
-    saved_tiles = (
-        tile((_VALUE_ROWS, key_dim), bf16),
-        tile((_VALUE_ROWS, CHUNK), bf16),
-    )
+    saved_tiles = (tile((_VALUE_ROWS, key_dim), bf16), tile((_VALUE_ROWS, CHUNK), bf16))
     final_state, outputs, *saved = _run(
         (y_t, u_t, k_tail, q_gamma, a_qk_t, decay),
         state,
@@ -233,10 +230,7 @@ def state_pass_backward(
             plgpu.SMEM((tuning.stages, key_dim), jnp.float32),
             tile((tuning.stages, 2, CHUNK, CHUNK), bf16),
         ),
-        staging=(
-            tile((CHUNK, _VALUE_ROWS), bf16),
-            tile((_VALUE_ROWS, key_dim), bf16),
-        ),
+        staging=(tile((CHUNK, _VALUE_ROWS), bf16), tile((_VALUE_ROWS, key_dim), bf16)),
         out_type=(
             jax.ShapeDtypeStruct((batch * heads, length, value_dim), bf16),
             jax.ShapeDtypeStruct((batch * heads, chunks, value_dim, key_dim), bf16),
@@ -276,7 +270,6 @@ def _run(
         values = pl.ds(lax.axis_index("v") * _VALUE_ROWS, _VALUE_ROWS)
         warpgroup = lax.axis_index("wg")
         place = (row * heads + head, row, head, values)
-
         stages = tuning.stages
 
         def stage_and_chunk(j):

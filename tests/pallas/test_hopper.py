@@ -14,6 +14,7 @@ from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops import dispatch
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
 from pallas.mosaic import interpret_mode
+from pallas.state_pass import Tuning
 
 kernels = functools.partial(gated_delta_rule_2, implementation="pallas")
 
@@ -85,6 +86,11 @@ def test_kernels_refuse_more_sequences_than_a_grid_holds():
     with pytest.raises(NotImplementedError, match="up to 65535 sequences"):
         jax.eval_shape(kernels, shape, shape, shape, g, shape, shape)
     jax.eval_shape(gated_delta_rule_2, shape, shape, shape, g, shape, shape)
+
+
+def test_a_state_pass_without_a_chunk_on_its_way_is_refused():
+    with pytest.raises(ValueError, match="stages: expected at least 2, got 1"):
+        Tuning(stages=1)
 
 
 def test_the_default_is_the_kernels_where_a_hopper_gpu_is_attached(monkeypatch):
