@@ -74,6 +74,7 @@ class Config:
         which a device's span is at most 65,536 on GPUs, 512 elsewhere.
       implementation: of the operators.
       remat: instead of the preset's, see `ModelConfig`.
+      unroll: likewise.
       long_remat: the same where a device has more than `tokens`.
       steps: timed.
       minutes: after these, no further row is compiled or measured.
@@ -91,6 +92,7 @@ class Config:
     sequences: tuple[int, ...] = ()
     implementation: Literal["xla", "pallas", "recurrent"] | None = None
     remat: str | None = None
+    unroll: bool | None = None
     long_remat: str = "full"
     steps: int = 5
     minutes: float = 20
@@ -176,8 +178,8 @@ def plan(config: Config) -> Iterator[list[Run]]:
     if wrong := [x for x in sequences if x % devices]:
         raise SystemExit(f"sequences: expected multiples of {devices} devices, got {wrong[0]}")
     name = config.model or ("swa_gdn2_1.3B" if on_gpu else "tiny")
-    changes = {"implementation": config.implementation, "remat": config.remat}
-    changes = {field: value for field, value in changes.items() if value is not None}
+    options = ("remat", "unroll", "implementation")
+    changes = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
     model = dataclasses.replace(PRESETS[name], **changes)
     long = dataclasses.replace(model, remat=config.long_remat)
     rows = tokens // length
@@ -240,6 +242,7 @@ def key_of(run: Run, device: str) -> dict[str, Any]:
         "length": training.data.sequence_length,
         "accumulation": training.accumulation,
         "remat": model.remat,
+        "unroll": model.unroll,
         "implementation": model.implementation,
     }
 
@@ -319,7 +322,7 @@ def on_one_device(
 ) -> dict[str, Any] | None:
     """The row of one device with the whole batch of `row`, or with one device's share of it."""
     mesh = row["mesh"]
-    names = ("device", "jax", "model", "remat", "implementation")
+    names = ("device", "jax", "model", "remat", "unroll", "implementation")
     key = {name: row[name] for name in names} | {"mesh": dict.fromkeys(mesh, 1)}
     if whole:
         return latest(rows, key | {"batch": row["batch"], "length": row["length"]})

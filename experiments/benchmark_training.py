@@ -2,7 +2,7 @@
 
     python experiments/benchmark_training.py                     # swa_gdn2_1.3B on a GPU, tiny on a CPU
     python experiments/benchmark_training.py --models swa_kda_1.3B attention_1.3B --lengths 4096
-    python experiments/benchmark_training.py --remat intermediates --unroll True
+    python experiments/benchmark_training.py --unroll False --output loop.jsonl
 
 A step has the same number of tokens at every length, as in figure 2 of arXiv 2605.22791. Model FLOPs
 are those of `gdn2_jax.training.flops`, set against the data sheet's peak and against the rate of a
@@ -64,7 +64,7 @@ class Config:
       lengths: of the sequences; 2K to 16K on a GPU, 64 and 128 elsewhere if empty.
       tokens: of a step; 16,384 on a GPU, 512 elsewhere if None.
       remat: instead of the preset's, see `ModelConfig`.
-      unroll: instead of the preset's; runs faster, takes minutes to compile.
+      unroll: instead of the preset's, see `ModelConfig`.
       implementation: of the operators.
       steps: of a timed sample.
       repeats: samples.

@@ -61,6 +61,7 @@ class ModelConfig:
         "full": all but the inputs of blocks.
       unroll: compile the layers one after another, not as a loop. Takes longer to compile; running,
         the backward reads what the forward kept where it lies, while a loop copies it into stacks.
+        Parameters are the same.
       loss_blocks: parts in which the loss takes each sequence, see `models.loss.cross_entropy`.
       implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`.
 

@@ -10,14 +10,20 @@ from gdn2_jax.training.step import compile_train_step
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sizes", "remat"),
-    [(MeshConfig(fsdp=4), "full"), (MeshConfig(fsdp=2, tensor=2, sequence=2), "intermediates")],
+    ("sizes", "remat", "unroll"),
+    [
+        (MeshConfig(fsdp=4), "full", False),
+        (MeshConfig(fsdp=2, tensor=2, sequence=2), "intermediates", False),
+        (MeshConfig(fsdp=4), "elementwise", True),
+    ],
     ids=str,
 )
-def test_prediction_is_within_15_percent_of_the_compiler(config, sizes, remat):
+def test_prediction_is_within_15_percent_of_the_compiler(config, sizes, remat, unroll):
     changes = {"vocab_size": 1024, "d_model": 128, "num_layers": 4, "hybrid": True, "num_heads": 2}
     changes |= {"head_dim": 64, "attention_heads": 2, "window_size": 64, "mlp_dim": 384}
-    model = dataclasses.replace(config.model, implementation="xla", remat=remat, **changes)
+    model = dataclasses.replace(
+        config.model, implementation="xla", remat=remat, unroll=unroll, **changes
+    )
     data = dataclasses.replace(config.data, sequence_length=256)
     config = dataclasses.replace(config, model=model, data=data)
     mesh = make_mesh(sizes)
