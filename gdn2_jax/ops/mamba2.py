@@ -148,14 +148,12 @@ def _chunkwise(q, k, v, g, dt, initial_state, starts: Bool[Array, "B T"] | None)
     def span(state, tokens):
         (q, k, v, g, dt), segments = tokens
         q, k = jnp.moveaxis(q, 2, 3), jnp.moveaxis(k, 2, 3)
-        own = jnp.sum(q.astype(g.dtype) * k.astype(g.dtype), axis=-1)
         v, g, dt = (
             x.reshape(*x.shape[:2], groups, heads // groups, *x.shape[3:])
             for x in (jnp.moveaxis(x, 2, 3) for x in (v, g, dt))
         )
-        own = (own[:, :, :, None] * dt)[..., None, None]
         q, k, v = (x.astype(arithmetic.operand) for x in (q, k, v))
-        outputs, state = mix_chunks((q, q), (k, k), v, g, dt, own, state, segments, arithmetic)
+        outputs, state = mix_chunks((q, q), (k, k), v, g, dt, dt, state, segments, arithmetic)
         outputs = outputs.reshape(*outputs.shape[:2], heads, *outputs.shape[4:])
         return state, jnp.moveaxis(outputs, 2, 3).astype(out_dtype)
 

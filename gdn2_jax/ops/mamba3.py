@@ -233,9 +233,8 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
     """The matrix form, on the look-ahead state P_t = S_t + (1 - lambda_{t+1}) dt_{t+1} k_t v_t^T.
 
     P_t = exp(g_t) P_{t-1} + (lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}) k_t v_t^T decays and adds
-    like Mamba-2's state, and o_t reads P_{t-1} and, with weight lambda_t dt_t, its own token. The
-    own share is formed without rotation (the phases are equal) and apart from the past, so that the
-    next token's weight stays out of it to the last bit.
+    like Mamba-2's state, and o_t reads P_{t-1} and, with weight lambda_t dt_t, its own token: a
+    weight of its own, so that the next token's stays out of it to the last bit.
 
     Phases count from the start of each span, at whose end the state turns back by as much. But
     the turns of earlier chunks are constants in them, whose gradient `mix_chunks` takes from the
@@ -271,13 +270,11 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
             _rotated_rows(arithmetic.operand, x, bias, start[..., None, :] + phase)
             for x, bias in ((inputs.q, weights.q_bias), (inputs.k, weights.k_bias))
         )
-        own = (trapezoid * dt)[..., None, None] * _own_products(inputs, weights, arithmetic)
-
         v_rows = _rows(v[..., None, :] * weights.v_rank[:, None], arithmetic.operand)
         v_rows = v_rows[:, :, :, None]
         outputs, memory = mix_chunks(
             *(q, k, v_rows, g[:, :, :, None], weight[:, :, :, None]),
-            *(own[:, :, :, None], memory, segments, arithmetic),
+            *((trapezoid * dt)[:, :, :, None], memory, segments, arithmetic),
             turns=turns[:, :, :, None],
         )
         outputs = outputs.reshape(*v.shape[:4], ranks, value_dim)
@@ -353,28 +350,6 @@ def _rotated_rows_bwd(dtype, residuals, gradients):
 
 
 _rotated_rows.defvjp(_rotated_rows_fwd, _rotated_rows_bwd)
-
-
-def _own_products(inputs: Mamba3Inputs, weights: Mamba3Weights, arithmetic):
-    """Products of a token's queries with its own keys, biases included, [N, B, H, C, R, R].
-
-    Written out over the biases, so that nothing of size H x R x K is formed for each token.
-    """
-    dtype = inputs.g.dtype
-    groups = inputs.q.shape[-2]
-    q, k = (x.astype(arithmetic.operand) for x in (inputs.q, inputs.k))
-    q_bias, k_bias = (x.reshape(groups, -1, *x.shape[1:]) for x in (weights.q_bias, weights.k_bias))
-
-    def product(axes, x, y):
-        return jnp.einsum(axes, x, y, precision=arithmetic.precision, preferred_element_type=dtype)
-
-    products = (
-        product("nbcigk,nbcjgk->nbgcij", q, k)[:, :, :, None]
-        + product("nbcigk,gejk->nbgecij", q, k_bias.astype(arithmetic.operand))
-        + product("geik,nbcjgk->nbgecij", q_bias.astype(arithmetic.operand), k)
-        + jnp.einsum("geik,gejk->geij", q_bias, k_bias, precision=_HIGHEST)[:, :, None]
-    )
-    return products.reshape(*products.shape[:2], -1, *products.shape[4:])
 
 
 def _state_shapes(inputs: Mamba3Inputs, leading: str) -> tuple[tuple[int, ...], ...]:

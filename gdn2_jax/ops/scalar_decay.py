@@ -3,12 +3,12 @@
 For every head, with a state P of shape [K, V] that tokens add to by weights of their own,
 
     P_t = exp(g_t) P_{t-1} + weight_t k_t v_t^T
-    o_t = exp(g_t) P_{t-1}^T q_t + d_t v_t
+    o_t = exp(g_t) P_{t-1}^T q_t + own_t (q_t^T k_t) v_t
 
-where d_t is the token's own share, given by the caller. In a chunk of C tokens the past of the
-chunk is a masked [C, C] product and the rest is read from the state at the chunk's start; states
-pass from chunk to chunk. Heads of a group share q and k, whose product is then formed once. A
-token may hold R rows of q, k and v (the ranks of Mamba-3 MIMO), which decay alike.
+In a chunk of C tokens what they read of the chunk is a weighted [C, C] product and the rest is read
+from the state at the chunk's start; states pass from chunk to chunk. Heads of a group share q and
+k, whose product is then formed once. A token may hold R rows of q, k and v (the ranks of Mamba-3
+MIMO), which decay alike.
 
 Time is cut into spans of a few chunks. A span is rematerialised in the backward from its inputs
 and the states between its chunks, so that other intermediates live for one span and nothing of size
@@ -118,7 +118,7 @@ def mix_chunks(
     v: Float[Array, "N B G E C*R V"],
     g: Float[Array, "N B G E C"],
     weight: Float[Array, "N B G E C"],
-    own: Float[Array, "N B G #E C R R"],
+    own: Float[Array, "N B G E C"],
     state: Float[Array, "B G E K V"],
     segments: Segments | None,
     arithmetic: Arithmetic,
@@ -133,7 +133,7 @@ def mix_chunks(
       v: values of each of the group's E heads.
       g: log-decay, in full precision as `weight`, `own` and `state`.
       weight: of the token's write into the state.
-      own: o_t's dependence on the token's own rows: entry [i, j] multiplies row j of v in row i.
+      own: weight of the token's write in what it reads itself.
       state: before the first chunk.
       segments: of the span's tokens; None if the state never restarts.
       arithmetic: of the products.
@@ -145,8 +145,8 @@ def mix_chunks(
     """
     dot = functools.partial(_product, arithmetic)
     operand, full = arithmetic.operand, g.dtype
-    chunk_size, ranks = own.shape[-3:-1]
-    rows = chunk_size * ranks
+    chunk_size, rows = g.shape[-1], v.shape[-2]
+    ranks = rows // chunk_size
     from_start, to_end, between, total = _decays(g)
     if segments is not None:
         here, before = segments.here[:, :, None, None], segments.before[:, :, None, None]
@@ -157,11 +157,11 @@ def mix_chunks(
         total = jnp.where(before == last, total, -jnp.inf)
     between = jnp.where(np.tri(chunk_size, k=-1, dtype=bool), between, -jnp.inf)
     q, k = (tuple(x[:, :, :, None] for x in pair) for pair in (q, k))
-    past = (jnp.exp(between) * weight[..., None, :])[..., :, None, :, None]
+    weights = jnp.exp(between) * weight[..., None, :]
+    weights = jnp.where(np.eye(chunk_size, dtype=bool), own[..., None], weights)
     pairs = dot("rk,sk->rs", q[0], k[0]).astype(full)
     pairs = pairs.reshape(*pairs.shape[:4], chunk_size, ranks, chunk_size, ranks)
-    diagonal = np.eye(chunk_size, dtype=bool)[:, None, :, None]
-    reads = jnp.where(diagonal, own[..., None, :], past * pairs).astype(operand)
+    reads = (weights[..., :, None, :, None] * pairs).astype(operand)
     reads = reads.reshape(*reads.shape[:4], rows, rows)
 
     def to_rows(x):
