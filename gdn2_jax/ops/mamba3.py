@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arguments import (
@@ -19,6 +20,7 @@ from gdn2_jax.ops.arguments import (
 from gdn2_jax.ops.arithmetic import arithmetic_for
 from gdn2_jax.ops.rotation import phases, rotate, rotate_state, turn_gradient, wrap
 from gdn2_jax.ops.scalar_decay import (
+    KEPT,
     join,
     layout_for,
     mix_chunks,
@@ -277,7 +279,7 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
             *((trapezoid * dt)[:, :, :, None], memory, segments, arithmetic),
             turns=turns[:, :, :, None],
         )
-        outputs = outputs.reshape(*v.shape[:4], ranks, value_dim)
+        outputs = checkpoint_name(outputs, KEPT).reshape(*v.shape[:4], ranks, value_dim)
         v, z, outputs = (jnp.moveaxis(x, 2, 3) for x in (v, z, outputs))
         outputs = _output(outputs, v[..., None, :], z[..., None, :], weights)
         memory = rotate_state(memory, -ends[-1][:, :, None])

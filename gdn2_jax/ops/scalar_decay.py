@@ -11,8 +11,8 @@ k, whose product is then formed once. A token may hold R rows of q, k and v (the
 MIMO), which decay alike.
 
 Time is cut into spans of a few chunks. A span is rematerialised in the backward from its inputs
-and the states between its chunks, so that other intermediates live for one span and nothing of size
-T x T or T x K x V is kept.
+and what is named KEPT, the states between its chunks first of all, so that other intermediates live
+for one span and nothing of size T x T or T x K x V is kept.
 
 Every exponent is a sum of log-decays g <= 0, never a difference of cumulative sums: it is not
 positive and keeps its precision beside neighbours of any size, and so does the gradient of g. The
@@ -36,7 +36,7 @@ _ROWS = 64
 _MIN_CHUNK_SIZE = 16
 _SPANS = 4
 _MAX_CHUNKS = 16
-_STATES = "states between chunks"
+KEPT = "kept for the backward"
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -107,8 +107,8 @@ def same_segment(segments: Segments) -> Bool[Array, "*n B C C"]:
 def over_spans[Carry, Tokens](
     span: Callable[[Carry, Tokens], tuple[Carry, Array]], carry: Carry, tokens: Tokens
 ) -> tuple[Carry, Array]:
-    """Runs `span` over the leading axis of `tokens`; the backward has its inputs and the states."""
-    policy = jax.checkpoint_policies.save_only_these_names(_STATES)
+    """Runs `span` over the leading axis of `tokens`; the backward has its inputs and what is KEPT."""
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     return jax.lax.scan(jax.checkpoint(span, prevent_cse=False, policy=policy), carry, tokens)
 
 
@@ -141,7 +141,7 @@ def mix_chunks(
         of the phases of q and k already, as constants.
 
     Returns:
-      Outputs and state, in full precision.
+      Outputs in the operands' dtype, the state in full precision.
     """
     dot = functools.partial(_product, arithmetic)
     operand, full = arithmetic.operand, g.dtype
@@ -171,9 +171,43 @@ def mix_chunks(
     written = dot("rk,rv->kv", k[1], tail)
 
     state, states = _pass_states(state, written, jnp.exp(total), turns)
-    carried = dot("rk,kv->rv", q[1], states).astype(full)
+    carried = _carried(arithmetic, q[1], states, to_rows(from_start))
     within = dot("rs,sv->rv", reads, v).astype(full)
-    return within + to_rows(jnp.exp(from_start)) * carried, state
+    return (within + carried).astype(operand), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _carried(
+    arithmetic: Arithmetic,
+    q: Float[Array, "N B G #E rows K"],
+    states: Float[Array, "N B G E K V"],
+    decay: Float[Array, "N B G E rows 1"],
+) -> Float[Array, "N B G E rows V"]:
+    """What the rows read of the states before their chunks, after a log-decay; full precision.
+
+    The gradient of the decay is taken from q and its gradient, which are there, rather than from
+    the result, unless the heads share q.
+    """
+    carried = _product(arithmetic, "rk,kv->rv", q, states)
+    return jnp.exp(decay) * carried.astype(decay.dtype)
+
+
+def _carried_fwd(arithmetic, q, states, decay):
+    return _carried(arithmetic, q, states, decay), (q, states, decay)
+
+
+def _carried_bwd(arithmetic, residuals, gradient):
+    q, states, decay = residuals
+    decayed = (jnp.exp(decay) * gradient).astype(arithmetic.operand)
+    of_q, of_states = _product_bwd(arithmetic, "rk,kv->rv", (q, states), decayed)
+    terms = of_q.astype(decay.dtype) * q
+    if q.shape[3] < decay.shape[3]:
+        carried = _product(arithmetic, "rk,kv->rv", q, states)
+        terms = decayed * carried.astype(decay.dtype)
+    return of_q, of_states, jnp.sum(terms, axis=-1, keepdims=True)
+
+
+_carried.defvjp(_carried_fwd, _carried_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -229,7 +263,7 @@ def _pass_states(
 
 def _pass_states_fwd(state, written, decay, turns):
     results = _pass_states(state, written, decay, turns)
-    state, states = checkpoint_name(results, _STATES)
+    state, states = checkpoint_name(results, KEPT)
     return (state, states), (states, state, decay, turns)
 
 
