@@ -192,13 +192,12 @@ def _step(state: Mamba3State, inputs: Mamba3Inputs, weights: Mamba3Weights):
     now = (trapezoid * dt)[..., None, None] * outer(k, v)
     memory = jnp.exp(g)[..., None, None] * (state.memory + before) + now
     o = jnp.einsum("bhkv,bhrk->bhrv", memory, q, precision=_HIGHEST)
-    o = _output(o, v[:, :, None], z[:, :, None], weights)
-    return Mamba3State(phase, memory, k, v), o
+    o += weights.skip[:, None, None] * (v[:, :, None] * weights.v_rank)
+    return Mamba3State(phase, memory, k, v), _gated_sum(o, z[:, :, None], weights)
 
 
-def _output(o, v, z, weights: Mamba3Weights):
-    """Skip, gate and sum over ranks: o [..., H, R, V] and v, z [..., H, 1, V] to [..., H, V]."""
-    o = o + weights.skip[:, None, None] * (v * weights.v_rank)
+def _gated_sum(o, z, weights: Mamba3Weights):
+    """Gate and sum over ranks: o [..., H, R, V] and z [..., H, 1, V] to [..., H, V]."""
     return jnp.sum(weights.o_rank * o * jax.nn.silu(z * weights.z_rank), axis=-2)
 
 
@@ -278,10 +277,11 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
             *(q, k, v_rows, g[:, :, :, None], weight[:, :, :, None]),
             *((trapezoid * dt)[:, :, :, None], memory, segments, arithmetic),
             turns=turns[:, :, :, None],
+            skip=weights.skip[:, None],
         )
         outputs = checkpoint_name(outputs, KEPT).reshape(*v.shape[:4], ranks, value_dim)
-        v, z, outputs = (jnp.moveaxis(x, 2, 3) for x in (v, z, outputs))
-        outputs = _output(outputs, v[..., None, :], z[..., None, :], weights)
+        z, outputs = (jnp.moveaxis(x, 2, 3) for x in (z, outputs))
+        outputs = _gated_sum(outputs, z[..., None, :], weights)
         memory = rotate_state(memory, -ends[-1][:, :, None])
         return memory, (outputs.astype(out_dtype), turns)
 

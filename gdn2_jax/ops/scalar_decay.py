@@ -123,6 +123,7 @@ def mix_chunks(
     segments: Segments | None,
     arithmetic: Arithmetic,
     turns: Float[Array, "N B G E A"] | None = None,
+    skip: Float[Array, "G E"] | None = None,
 ) -> tuple[Float[Array, "N B G E C*R V"], Float[Array, "B G E K V"]]:
     """Outputs of the N chunks of a span and the state after them.
 
@@ -139,6 +140,7 @@ def mix_chunks(
       arithmetic: of the products.
       turns: angles by which the channel pairs of all that follows a chunk are turned by it; part
         of the phases of q and k already, as constants.
+      skip: weight of v in the outputs; 0 if None.
 
     Returns:
       Outputs in the operands' dtype, the state in full precision.
@@ -161,8 +163,11 @@ def mix_chunks(
     weights = jnp.where(np.eye(chunk_size, dtype=bool), own[..., None], weights)
     pairs = dot("rk,sk->rs", q[0], k[0]).astype(full)
     pairs = pairs.reshape(*pairs.shape[:4], chunk_size, ranks, chunk_size, ranks)
-    reads = (weights[..., :, None, :, None] * pairs).astype(operand)
+    reads = weights[..., :, None, :, None] * pairs
     reads = reads.reshape(*reads.shape[:4], rows, rows)
+    if skip is not None:
+        reads += skip[..., None, None] * np.eye(rows, dtype=full)
+    reads = reads.astype(operand)
 
     def to_rows(x):
         return jnp.repeat(x, ranks, axis=-1)[..., None]
