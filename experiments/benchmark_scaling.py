@@ -19,7 +19,8 @@ Collectives are a share of all time on the devices in a profile of two steps.
 Every mesh's losses and gradient norms of the first four steps, at a constant learning rate, are set
 against those of one device on the same batch, which it takes in as many microbatches as there are
 devices. For context parallelism the batch is one sequence of --tokens. A relative difference of more
-than 1 % of a loss or 5 % of a norm (bf16; 0.01 % and 0.1 % in float32) ends the script with status 1.
+than 1 % of a loss or 5 % of a norm (bf16; 0.01 % and 0.1 % in float32) ends the script with status 1, and so does a mesh that
+does not compile or run.
 
 Rows are appended to --output as they come. The same command goes on where it was stopped: what the
 output holds is not measured again. The figure beside it draws all rows. Begin a new output on
@@ -39,6 +40,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 import tyro
 from benchmark_training import compile_step, random_batch, read_rows, say
 
@@ -122,7 +124,7 @@ def main(config: Config) -> None:
     slug = re.sub(r"\W+", "-", device.lower())
     output = config.output or Path(__file__).parent / "results" / "scaling" / f"{slug}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
-    rows, late = read_rows(output), []
+    rows, late, failed = read_rows(output), [], []
     print(f"{device}, jax {jax.__version__}; rows go to {output}\n{HEADER}", flush=True)
 
     def done(run: Run) -> dict[str, Any] | None:
@@ -147,6 +149,7 @@ def main(config: Config) -> None:
                 with output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 if "error" in row:
+                    failed.append(label(row))
                     print(f"{label(row):<36}  {row['error']}", flush=True)
             if row := done(run):
                 differing |= print_row(row, rows)
@@ -157,8 +160,12 @@ def main(config: Config) -> None:
     print(f"rows in {output}, figure in {figure}")
     if late:
         print(f"not measured within {config.minutes:g} minutes, run again: {'; '.join(late)}")
+    if failed:
+        print(f"failed, see above: {'; '.join(failed)}")
     if differing:
         raise SystemExit("some meshes do not train as one device does, see above")
+    if failed:
+        raise SystemExit("some meshes could not be measured, see above")
 
 
 def plan(config: Config) -> Iterator[list[Run]]:
@@ -350,7 +357,8 @@ def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     agree = True
     if reference:
         errors = [
-            max(abs(x - y) / y for x, y in zip(row[name], reference[name], strict=True))
+            # Python's max would pass over a NaN.
+            np.max([abs(x - y) / y for x, y in zip(row[name], reference[name], strict=True)])
             for name in ("losses", "grad_norms")
         ]
         bounds = TOLERANCES[PRESETS[row["model"]].dtype]

@@ -1,10 +1,11 @@
-"""Trains a language model: a preset, and whatever of it you want otherwise.
+r"""Trains a language model: a preset, and whatever of it you want otherwise.
 
     python experiments/train.py                                  # "tiny", minutes on two CPU cores
     python experiments/train.py --steps 1000 --model.num-layers 6
     python experiments/train.py --data my-texts/ notes.jsonl --run-dir runs/mine
     python experiments/train.py --mixer kda                      # the same size, another mixer
-    python experiments/train.py swa_gdn2_1.3B --data fineweb/ --data.tokenizer tokenizer.json
+    python experiments/train.py swa_gdn2_1.3B --accumulation 32 --data fineweb/ \
+        --data.tokenizer tokenizer.json                          # on one GPU of 80 GB
 
 The first argument, if it is no option, is the preset: {presets}. --mixer takes the model of the same
 scale with another mixer: gdn2, kda, gdn, deltanet, mamba2, mamba3, mamba3_mimo, attention and, where

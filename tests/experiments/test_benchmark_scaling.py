@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -89,6 +90,32 @@ def test_meshes_are_timed_and_train_as_one_device_and_what_is_done_is_not_done_a
     with pytest.raises(SystemExit, match="do not train as one device does"):
         script.main(arguments(script, output))
     assert "1.0e-02 (gradient norm), TOO MUCH" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["losses", "grad_norms"])
+def test_a_mesh_that_diverges_after_steps_that_agree_does_not_train_as_one_device(
+    script, capsys, name
+):
+    key = dict.fromkeys(("device", "jax", "remat", "unroll", "implementation"))
+    key |= {"model": "tiny", "batch": 8, "length": 8, "accumulation": 1, "peak_gib": 1.0}
+    key |= {"losses": [2.0, 1.0], "grad_norms": [2.0, 1.0]}
+    one = key | {"mesh": {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}}
+    mesh = key | {"mesh": {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}}
+    assert not script.print_row(mesh, [one, mesh])
+    assert script.print_row(mesh | {name: [2.0, math.nan]}, [one, mesh])
+    assert "TOO MUCH" in capsys.readouterr().out
+
+
+def test_a_mesh_that_cannot_be_measured_ends_the_script_with_an_error(
+    script, tmp_path, capsys, monkeypatch
+):
+    def fail(run):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(script, "compile_run", fail)
+    with pytest.raises(SystemExit, match="some meshes could not be measured"):
+        script.main(arguments(script, tmp_path / "rows.jsonl"))
+    assert "failed, see above: one device, 8 x 2; " in capsys.readouterr().out
 
 
 def test_tensor_goes_as_far_as_the_heads_divide_and_data_takes_the_rest(script):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import pytest
 
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models.blocks import MIXERS
-from gdn2_jax.training import PRESETS, OptimizerConfig, load_trained, run_files
+from gdn2_jax.parallel import make_mesh
+from gdn2_jax.training import PRESETS, OptimizerConfig, check_mesh, load_trained, run_files
 from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
+from gdn2_jax.training.memory import predict_memory
 from gdn2_jax.training.metrics import read_metrics
 from gdn2_jax.training.step import abstract_state
 
@@ -239,6 +242,18 @@ def test_options_change_the_preset_that_is_named_first(script):
     assert directory == Path("runs/gdn2_1.3B")
     assert config.model == dataclasses.replace(PRESETS["gdn2_1.3B"].model, num_layers=2)
     assert config.tokens_per_step == 524_288 and config.optimizer == OptimizerConfig()
+
+
+def test_the_readmes_lines_fit_gpus_of_80_gb(script):
+    """Rows of 4 hosts are those of one with a quarter of the batch."""
+    readme = (EXPERIMENTS.parent / "README.md").read_text()
+    lines = re.findall(r"experiments/train.py (swa_gdn2_1.3B .*)", readme)
+    for line, devices, hosts in zip(lines, (1, 8, 8, 8), (1, 1, 4, 4), strict=True):
+        config, _ = script.parse(line.split())
+        config = dataclasses.replace(config, global_batch_size=config.global_batch_size // hosts)
+        mesh = make_mesh(config.mesh, jax.devices()[:devices])
+        check_mesh(config, mesh)
+        assert sum(predict_memory(config, mesh)) < 64 * 2**30
 
 
 def test_mixer_takes_the_matched_model_and_options_override_it(script):
