@@ -85,4 +85,4 @@ def meshes(devices: int) -> dict[str, MeshConfig]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
