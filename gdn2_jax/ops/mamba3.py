@@ -114,8 +114,8 @@ def mamba3(
 
     With one rank (SISO) the rank weights are None and count as 1. Head h reads group
     h // (H / G). Pairs (i, i + K / 2), i < A, rotate. Everything is differentiable in every
-    floating-point input; each cotangent has its input's dtype. Reverse mode only, except through
-    "recurrent".
+    floating-point input; each cotangent has its input's dtype. Reverse mode and first derivatives
+    only, except through "recurrent".
 
     Args:
       inputs: see `Mamba3Inputs`.
@@ -131,7 +131,8 @@ def mamba3(
 
     Raises:
       ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
-      NotImplementedError: `implementation` is "pallas": there is no kernel.
+      NotImplementedError: `implementation` is "pallas": there is no kernel. Or a second derivative
+        is taken through "xla".
     """
     check_implementation(implementation)
     dtype = _check_inputs(inputs, weights, initial_state, "B T")
@@ -338,6 +339,7 @@ def _rotated_rows_fwd(dtype, x, bias, phase):
 def _rotated_rows_bwd(dtype, residuals, gradients):
     x, bias, phase = residuals
     (_, ranks, key_dim), groups, full = bias.shape, x.shape[-2], phase.dtype
+    gradients = _differentiated_once(gradients)
     gradients = (x.reshape(*phase.shape[:4], ranks, key_dim) for x in gradients)
     gradient = sum(rotate(x, -phase[..., None, :]) for x in gradients).astype(dtype)
     gradient = jax.lax.optimization_barrier(gradient)
@@ -352,6 +354,22 @@ def _rotated_rows_bwd(dtype, residuals, gradients):
 
 
 _rotated_rows.defvjp(_rotated_rows_fwd, _rotated_rows_bwd)
+
+
+@jax.custom_jvp
+def _differentiated_once[Gradients](x: Gradients) -> Gradients:
+    """Refuses to be differentiated.
+
+    The gradient of the turns is not the derivative of what they are constants in, so that second
+    derivatives would be wrong over several chunks.
+    """
+    return x
+
+
+@_differentiated_once.defjvp
+def _differentiated_once_jvp(primals, tangents):
+    message = 'implementation: expected "recurrent" for second derivatives of mamba3, got "xla"'
+    raise NotImplementedError(message)
 
 
 def _state_shapes(inputs: Mamba3Inputs, leading: str) -> tuple[tuple[int, ...], ...]:

@@ -269,6 +269,8 @@ def _pass_states(
 def _pass_states_fwd(state, written, decay, turns):
     results = _pass_states(state, written, decay, turns)
     state, states = checkpoint_name(results, KEPT)
+    # Arguments that are residuals as they are get lost in second derivatives (JAX 0.11).
+    decay, turns = jax.lax.optimization_barrier((decay, turns))
     return (state, states), (states, state, decay, turns)
 
 

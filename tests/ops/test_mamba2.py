@@ -62,6 +62,18 @@ def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, boun
     )
 
 
+def test_second_derivatives_are_those_of_the_recurrence(draw, assert_same):
+    def curvature(*arrays, implementation):
+        def loss(*arrays):
+            return jnp.sum(jnp.sin(run(*arrays, implementation=implementation)[0]))
+
+        return jax.grad(loss, argnums=tuple(range(6)))(*arrays)
+
+    # Of a chunk and a half, so that states pass.
+    forms = (functools.partial(curvature, implementation=x) for x in ("xla", "recurrent"))
+    assert_same(*forms, draw(96), 1e-10)
+
+
 @pytest.mark.parametrize("regime", ["0", "-20", "-1000"])
 def test_extreme_decays_keep_full_precision(draw, assert_same, regime):
     # At -20 a gradient of g that took differences would be rounding error only.

@@ -105,6 +105,21 @@ def test_gradients_stay_precise_over_spans_of_many_chunks(draw, assert_same, ran
     assert_same(run, recurrence, draw(length, ranks, dtype="float32", groups=1), 2e-5)
 
 
+@pytest.mark.parametrize("name", ["v", "rotation"])
+def test_second_derivatives_are_refused(draw, name):
+    inputs, *others = draw(30, ranks=2, dtype="float32")
+
+    def steepness(x, form):
+        def loss(inputs):
+            return jnp.sum(form(inputs, *others)[0] ** 2)
+
+        return jnp.sum(jax.grad(loss)(inputs._replace(**{name: x})).v ** 2)
+
+    jax.grad(steepness)(getattr(inputs, name), recurrence)
+    with pytest.raises(NotImplementedError, match="^implementation: expected .*got"):
+        jax.grad(steepness)(getattr(inputs, name), run)
+
+
 @pytest.mark.parametrize("regime", ["0", "-20", "-1000"])
 def test_extreme_decays_keep_full_precision(draw, assert_same, regime):
     assert_same(run, recurrence, draw(21, 2, regime, "float32"), 2e-5)
