@@ -19,8 +19,8 @@ Collectives are a share of all time on the devices in a profile of two steps.
 Every mesh's losses and gradient norms of the first four steps, at a constant learning rate, are set
 against those of one device on the same batch, which it takes in as many microbatches as there are
 devices. For context parallelism the batch is one sequence of --tokens. A relative difference of more
-than 1 % of a loss or 5 % of a norm (bf16; 0.01 % and 0.1 % in float32) ends the script with status 1, and so does a mesh that
-does not compile or run.
+than 1 % of a loss or 5 % of a norm (bf16; 0.01 % and 0.1 % in float32) ends the script with status 1,
+and so does a mesh that does not compile or run.
 
 Rows are appended to --output as they come. The same command goes on where it was stopped: what the
 output holds is not measured again. The figure beside it draws all rows. Begin a new output on

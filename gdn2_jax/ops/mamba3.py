@@ -46,7 +46,7 @@ class Mamba3Inputs(NamedTuple):
       g: log-decay dt A, <= 0, any finite size.
       dt: time step, >= 0.
       trapezoid: lambda in [0, 1], the share of a step that is weighted at its end.
-      rotation: angular velocity of each of the A rotated channel pairs, shared by the heads.
+      rotation: angular velocity of each of the A >= 1 rotated channel pairs, shared by the heads.
     """
 
     q: Float[Array, "B T R G K"]
