@@ -46,7 +46,8 @@ def predict_memory(config: TrainingConfig, mesh: Mesh) -> Memory:
     forward and backward. The working set is an estimate: what a block of the loop over layers would
     keep if nothing were recomputed, less a third of what is kept already; without the loop, what is
     recomputed of two layers. Together they are within 15 % of the compiler's own count on CPUs
-    (tests/training/test_memory.py); on GPUs products may take more room.
+    (tests/training/test_memory.py); on GPUs products may take more room. What devices of "sequence"
+    exchange is left out: a matrix for each span and head, and halos, which count in small models.
     """
     state = abstract_state(config, mesh)
     parameters, optimizer = (_shard_bytes(tree) for tree in (state.params, state.opt_state))
