@@ -29,7 +29,7 @@ class Mamba2(nn.Module):
         u, k, q = SiLU(conv(u, k, q))                 one convolution, with bias
         dt = softplus(s + dt_bias)                    g = -exp(A_log) dt
         o = mamba2(q, k, u, g, dt) + D u
-        y = out_proj(RMSNorm(o * SiLU(z)))            over the channels of each group's heads
+        y = out_proj(RMSNorm(o * SiLU(z)))            over H P / norm_groups channels each
 
     Mamba's names are x for u, B for k and C for q. Channels are head-major. Matrix products run in
     `dtype`; the convolution, the norm, the time step, the decay and the state are float32 (float64
@@ -41,6 +41,8 @@ class Mamba2(nn.Module):
       head_dim: value channels of each.
       state_dim: key channels.
       num_groups: groups G of heads that share keys and queries.
+      norm_groups: parts of the channels that the norm takes apart; `num_groups` if None, as in
+        mamba_ssm and flash-linear-attention; 1 in transformers.
       conv_size: tokens seen by the convolution.
       norm_epsilon: epsilon of the RMSNorm.
       dtype: dtype of the matrix products; promoted from input and parameters if None.
@@ -55,6 +57,7 @@ class Mamba2(nn.Module):
     head_dim: int = 64
     state_dim: int = 64
     num_groups: int = 1
+    norm_groups: int | None = None
     conv_size: int = 4
     norm_epsilon: float = 1e-5
     dtype: Any = None
@@ -121,7 +124,8 @@ class Mamba2(nn.Module):
         o = self._mix(q, k, v, -jnp.exp(a_log.astype(wide)) * dt, dt, segment_ids)
 
         y = o.astype(wide) + skip[:, None] * v.astype(wide)
-        y = (y.reshape(z.shape) * jax.nn.silu(z.astype(wide))).reshape(*x.shape[:2], groups, -1)
+        y = y.reshape(z.shape) * jax.nn.silu(z.astype(wide))
+        y = y.reshape(*x.shape[:2], self.norm_groups or groups, -1)
         norm = nn.RMSNorm(
             self.norm_epsilon,
             dtype=wide,
@@ -175,3 +179,6 @@ class Mamba2(nn.Module):
                 f"num_groups: expected a divisor of num_heads {self.num_heads}, "
                 f"got {self.num_groups}"
             )
+        inner, parts = self.num_heads * self.head_dim, self.norm_groups
+        if parts is not None and (parts < 1 or inner % parts):
+            raise ValueError(f"norm_groups: expected None or a divisor of {inner}, got {parts}")

@@ -31,8 +31,12 @@ _INTEGERS = (
     "window_size",
 )
 _NUMBERS = ("expand_v", "hidden_ratio", "lower_bound", "norm_eps", "rope_theta")
+_BOOLEANS = ("allow_neg_eigval", "safe_gate", "tie_word_embeddings")
 _NULLABLE = ("num_v_heads", "intermediate_size", "window_size", "hidden_ratio", "lower_bound")
 _ATTENTION_HEAD_DIM = 128  # In the paper's models.
+# The second is how our own checkpoints named it before.
+_OUTPUT_GATES = ("output_gate_activation", "output_gate")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 # Options of fla's models that ours lack, by the values that make no difference.
 _ALLOWED = {
     "use_short_conv": (True,),
@@ -40,7 +44,33 @@ _ALLOWED = {
     "conv_bias": (False,),
     "hidden_act": ("swish", "silu"),
     "attnres_block_size": (None,),
+    "norm_first": (False,),
 }
+# Neither fla nor transformers computes another function of the weights by these.
+_WITHOUT_EFFECT = {
+    *(
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attn_mode",
+    ),
+    *("auto_map", "bos_token_id", "dtype", "eos_token_id", "finetuning_task", "fuse_cross_entropy"),
+    *("fuse_linear_cross_entropy", "fuse_norm", "fuse_swiglu", "gradient_checkpointing"),
+    *("id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id"),
+    *("max_position_embeddings", "model_type", "num_labels", "output_attentions"),
+    *(
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+    ),
+    *("tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "use_bfloat16"),
+    *("use_cache", "use_l2warp"),
+}
+_OF_ATTENTION = {"window_size", "rope_theta"}
+_READ = {*_INTEGERS, *_NUMBERS, *_BOOLEANS, *_OUTPUT_GATES, *_ALLOWED, "attn"} - _OF_ATTENTION
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -58,34 +88,54 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
+def check_model_type(content: Mapping[str, Any]) -> None:
+    """Checks that the config.json of a checkpoint is of a model that is here.
+
+    Raises:
+      ValueError: it is of another.
+    """
+    model_type = content["model_type"]
+    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
+        raise ValueError(
+            f"model_type: {model_type} is not supported, expected one of {', '.join(_MODEL_TYPES)}"
+        )
+
+
 def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> ModelConfig:
     """Returns the configuration that the config.json of a checkpoint in fla's style describes.
 
-    The output gate of GDN-2 is "output_gate" there, else the sigmoid of fla's layer.
+    The output gate of GDN-2 is the sigmoid of fla's layer where the file names none.
 
     Args:
       content: of the file.
       dtype: of the weights; the model computes in it.
 
     Raises:
-      ValueError: it describes a model that `ModelConfig` cannot.
+      ValueError: it describes a model that `ModelConfig` cannot, or has keys that are not known to
+        leave the model's function as it is; all are named.
     """
-    model_type = content["model_type"]
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        raise ValueError(
-            f"model_type: expected one of {', '.join(_MODEL_TYPES)}, got {model_type!r}"
-        )
-    mixer = _MODEL_TYPES[model_type]
+    check_model_type(content)
+    mixer = _MODEL_TYPES[content["model_type"]]
     complaints = [
         f"{name}: expected {allowed[0]!r}, got {content[name]!r}"
         for name, allowed in _ALLOWED.items()
         if content.get(name, allowed[0]) not in allowed
     ]
     complaints += _mistyped(content)
+    complaints += [
+        f"{name}: expected no such key, got {value!r}"
+        for name, value in sorted(content.items())
+        if value is not None and name not in _READ | _WITHOUT_EFFECT
+    ]
+    bound = content.get("lower_bound")
+    if bound is None and content.get("safe_gate"):
+        complaints.append("lower_bound: expected a number beside safe_gate, got None")
+    if bound is not None and mixer != "kda":
+        complaints.append(f"lower_bound: expected None as in fla's {mixer} layer, got {bound!r}")
+    output_gate = _output_gate(content, "sigmoid" if mixer == "gdn2" else None, complaints)
     hybrid, attention = _attention(content, complaints)
     if complaints:
         raise ValueError(f"config.json describes no model of ours: {'; '.join(complaints)}")
-    default_gate = "sigmoid" if mixer == "gdn2" else None
     try:
         width = content["hidden_size"]
         return ModelConfig(
@@ -100,8 +150,9 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
             expand_v=content.get("expand_v", 2.0 if mixer == "gdn" else 1.0),
             conv_size=content.get("conv_size", 4),
             allow_negative_eigenvalues=content.get("allow_neg_eigval", False),
-            decay_lower_bound=content.get("lower_bound") if content.get("safe_gate") else None,
-            output_gate=content.get("output_gate", default_gate),
+            # Applied whatever safe_gate says, which tells fla's kernel only that it may rely on it.
+            decay_lower_bound=bound,
+            output_gate=output_gate,
             mlp_dim=content.get("intermediate_size") or _fla_mlp_dim(width, content),
             norm_epsilon=content.get("norm_eps", 1e-6),
             **attention,
@@ -151,7 +202,7 @@ def describe(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
             "rope_theta": config.rope_theta,
         }
     if config.mixer == "gdn2" or config.output_gate is not None:
-        content["output_gate"] = config.output_gate or "silu"
+        content["output_gate_activation"] = config.output_gate or "silu"
     if config.mixer == "kda" and config.decay_lower_bound is not None:
         content |= {"safe_gate": True, "lower_bound": config.decay_lower_bound}
     return content
@@ -252,6 +303,11 @@ def _attention(content: Mapping[str, Any], complaints: list[str]) -> tuple[bool,
         window_size = attention["window_size"]
         complaints += [f"attn.{complaint}" for complaint in _mistyped(attention)]
         complaints += [
+            f"attn.{name}: expected no such key, got {value!r}"
+            for name, value in attention.items()
+            if value is not None and name not in {*expected, "num_heads"} | _OF_ATTENTION
+        ]
+        complaints += [
             f"attn.{name}: expected {value!r}, got {attention[name]!r}"
             for name, value in expected.items()
             if attention.get(name, value) not in (value, None)
@@ -268,6 +324,21 @@ def _attention(content: Mapping[str, Any], complaints: list[str]) -> tuple[bool,
         return True, {}
 
 
+def _output_gate(
+    content: Mapping[str, Any], default: str | None, complaints: list[str]
+) -> str | None:
+    given = {name: content[name] for name in _OUTPUT_GATES if content.get(name) is not None}
+    complaints += [
+        f"{name}: expected one of {', '.join(_ACTIVATIONS)}, got {value!r}"
+        for name, value in given.items()
+        if value not in list(_ACTIVATIONS)
+    ]
+    gates = {_ACTIVATIONS.get(str(value)) for value in given.values()}
+    if len(gates) > 1:
+        complaints.append(f"{' and '.join(given)}: expected the same, got {given}")
+    return gates.pop() if gates else default
+
+
 def _mistyped(content: Mapping[str, Any]) -> list[str]:
     complaints = []
     for names, kinds, expected in (
@@ -279,6 +350,9 @@ def _mistyped(content: Mapping[str, Any]) -> list[str]:
             nothing = value is None and name in _NULLABLE
             if isinstance(value, bool) or not (isinstance(value, kinds) or nothing):
                 complaints.append(f"{name}: expected {expected}, got {value!r}")
+    for name in _BOOLEANS:
+        if not isinstance(content.get(name, False), bool):
+            complaints.append(f"{name}: expected true or false, got {content[name]!r}")
     return complaints
 
 

@@ -79,15 +79,17 @@ def leaves_of_tensors(
     entries: Iterable[Entry],
     shapes: Mapping[Leaf, tuple[int, ...]],
 ) -> dict[Leaf, StoredTensor]:
-    """Returns every parameter, read from the tensors.
+    """Returns every parameter, read from the tensors; those of entries without one are ignored.
 
     Raises:
       ValueError: tensors are missing, too many, of a wrong shape or not of floats; the message
         lists them all.
     """
+    unused = {entry.name for entry in entries if not entry.paths}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     complaints = _misfits(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {entry.name: _tensor_shape(entry, shapes) for entry in entries},
+        {entry.name: _tensor_shape(entry, shapes) for entry in entries if entry.paths},
     )
     if no_floats := [
         f"{name} ({tensor.dtype})"
@@ -118,18 +120,19 @@ def tensors_of_leaves(
 ) -> dict[str, StoredTensor]:
     """Returns the tensors of a state dict, in the order of the entries."""
 
-    def read(entry: Entry) -> np.ndarray:
-        return entry.layout.join(*(leaves[path, entry.index].read() for path in entry.paths))
+    def read(entry: Entry, dtype: np.dtype) -> np.ndarray:
+        arrays = (leaves[path, entry.index].read() for path in entry.paths)
+        return entry.layout.join(*(array.astype(dtype, copy=False) for array in arrays))
 
     shapes = {leaf: stored.shape for leaf, stored in leaves.items()}
-    return {
-        entry.name: StoredTensor(
-            _tensor_shape(entry, shapes),
-            np.result_type(*(leaves[path, entry.index].dtype for path in entry.paths)),
-            functools.partial(read, entry),
-        )
-        for entry in entries
-    }
+    tensors = {}
+    for entry in entries:
+        if entry.paths:
+            dtype = _common_dtype(leaves[path, entry.index] for path in entry.paths)
+            tensors[entry.name] = StoredTensor(
+                _tensor_shape(entry, shapes), dtype, functools.partial(read, entry, dtype)
+            )
+    return tensors
 
 
 def params_of_leaves(
@@ -137,12 +140,14 @@ def params_of_leaves(
 ) -> dict[str, Any]:
     """Returns the tree of parameters; each goes to the device before the next is read.
 
+    Stacked layers of several dtypes come in the narrowest that holds all of them exactly.
+
     Args:
       leaves: all of the tree, and all layers of each.
       sharding: of every parameter, or a tree of them; on the default device if None.
 
     Raises:
-      ValueError: the layers of a parameter differ in dtype, or JAX would narrow its dtype.
+      ValueError: JAX would narrow a dtype.
     """
     parts: dict[Path, dict[int | None, StoredTensor]] = {}
     for (path, index), stored in leaves.items():
@@ -150,11 +155,10 @@ def params_of_leaves(
     shardings = flatten(sharding) if isinstance(sharding, dict) else dict.fromkeys(parts, sharding)
     params = {}
     for path, layers in parts.items():
-        dtype, *others = {stored.dtype for stored in layers.values()}
-        if others or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        dtype = _common_dtype(layers.values())
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise ValueError(
-                f"{'/'.join(path)}: expected one dtype, float64 only if jax_enable_x64 is set, "
-                f"got {', '.join(map(str, (dtype, *others)))}"
+                f"{'/'.join(path)}: expected float64 only if jax_enable_x64 is set, got {dtype}"
             )
         if None in layers:
             array = layers[None].read()
@@ -167,6 +171,15 @@ def params_of_leaves(
             tree = tree.setdefault(key, {})
         tree[path[-1]] = jax.device_put(array, shardings[path])
     return params
+
+
+def _common_dtype(tensors: Iterable[StoredTensor]) -> np.dtype:
+    """The narrowest that holds all exactly: float32 for bfloat16 beside float16."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    # Not JAX's promotion, which knows no float64 unless jax_enable_x64 is set.
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
 
 
 def _tensor_shape(entry: Entry, shapes: Mapping[Leaf, tuple[int, ...]]) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,8 @@ FileFormat = Literal["safetensors", "bin"]
 
 _STEMS: dict[FileFormat, str] = {"safetensors": "model", "bin": "pytorch_model"}
 _PICKLED = (".pt", ".pth", ".bin")
+# Of torch.compile, of DDP and DataParallel, of FSDP, of activation checkpointing.
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -53,7 +55,8 @@ def open_tensors(path: str | Path) -> dict[str, StoredTensor]:
         that Hugging Face gives them.
 
     Returns:
-      Each tensor, to be read when needed.
+      Each tensor, to be read when needed. What a safetensors file holds once under several names,
+      by its metadata, has all of them.
 
     Raises:
       FileNotFoundError: there is no such file, or the index names one that is missing.
@@ -71,10 +74,12 @@ def open_tensors(path: str | Path) -> dict[str, StoredTensor]:
     if missing := [name for name in files if not (path.parent / name).is_file()]:
         raise FileNotFoundError(f"{path} names files that do not exist: {', '.join(missing)}")
     tensors, found = {}, {}
-    for name in files:
-        opened = _open_file(path.parent / name)
+    for file in files:
+        opened = _open_file(path.parent / file)
         tensors |= opened
-        found |= dict.fromkeys(opened, name)
+        # The index may leave out the other names of a tensor.
+        shared = _other_names(path.parent / file).keys() - weight_map.keys()
+        found |= dict.fromkeys(opened.keys() - shared, file)
     if found != weight_map:
         wrong = sorted(name for name, _ in found.items() ^ weight_map.items())
         raise ValueError(f"{path} and its files disagree on where these are: {', '.join(wrong)}")
@@ -147,6 +152,26 @@ def write_tensors(
     return [path / file for file in files]
 
 
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what torch.compile and parallel wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def unwrapped(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by their names without wrappers.
+
+    Raises:
+      ValueError: two of them then have one name.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        short = without_wrappers(name)
+        if short in found:
+            raise ValueError(f"tensors: expected one {short}, got one more as {name}")
+        found[short] = tensor
+    return found
+
+
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file, as a whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -206,7 +231,21 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
                 tensors[name] = StoredTensor(tuple(view.get_shape()), dtype, read)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    return tensors
+    return tensors | {other: tensors[name] for other, name in _other_names(path).items()}
+
+
+def _other_names(path: Path) -> dict[str, str]:
+    """Names of tensors that the file does not hold, and of those that they share numbers with.
+
+    safetensors.torch.save_model stores one of several tied weights and notes the rest like this.
+    """
+    if path.suffix != ".safetensors":
+        return {}
+    import safetensors
+
+    with safetensors.safe_open(path, "np") as file:
+        names, metadata = set(file.keys()), file.metadata() or {}
+    return {k: v for k, v in metadata.items() if v in names and k not in names}
 
 
 def _read_safetensor(path: Path, name: str) -> np.ndarray:

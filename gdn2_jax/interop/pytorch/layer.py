@@ -18,12 +18,13 @@ from gdn2_jax.interop.pytorch.convert import (
     params_of_leaves,
     tensors_of_leaves,
 )
-from gdn2_jax.interop.pytorch.files import StoredTensor
+from gdn2_jax.interop.pytorch.files import StoredTensor, unwrapped, without_wrappers
 from gdn2_jax.interop.pytorch.layouts import Entry, layer_entries
 from gdn2_jax.layers import (
     GatedDeltaNet,
     GatedDeltaNet2,
     KimiDeltaAttention,
+    Mamba2,
     SlidingWindowAttention,
 )
 
@@ -31,6 +32,7 @@ _MIXERS = {
     GatedDeltaNet2: "gdn2",
     KimiDeltaAttention: "kda",
     GatedDeltaNet: "gdn",
+    Mamba2: "mamba2",
     SlidingWindowAttention: "attention",
 }
 
@@ -41,13 +43,16 @@ def layer_from_pytorch(
     """Returns a layer's parameters from a PyTorch state dict, in the state dict's dtypes.
 
     The names are those of the layers of the paper's repository and of flash-linear-attention,
-    whose GDN-2 layers differ in `output_gate`: "silu" and "sigmoid".
+    whose GDN-2 layers differ in `output_gate`: "silu" and "sigmoid". Mamba-2's names are the same in
+    mamba_ssm, transformers and flash-linear-attention. So is its function, which `Mamba2` computes
+    where their `dt_limit` (`time_step_limit`) is (0, inf), `norm_before_gate` is False and biases
+    are the convolution's alone; transformers' layer is `Mamba2(..., norm_groups=1)`.
 
     Args:
-      layer: a `GatedDeltaNet2`, `KimiDeltaAttention`, `GatedDeltaNet` or attention module.
+      layer: a `GatedDeltaNet2`, `KimiDeltaAttention`, `GatedDeltaNet`, `Mamba2` or attention module.
       tensors: NumPy arrays, PyTorch tensors, or the result of `open_tensors`.
       prefix: what the names of the layer's tensors begin with, as "model.layers.0.attn."; others
-        are ignored.
+        are ignored. What torch.compile, DDP and FSDP put into names is taken out.
 
     Returns:
       The parameters, for `layer.apply({"params": params}, x)`.
@@ -57,16 +62,17 @@ def layer_from_pytorch(
       ValueError: tensors are missing, too many, of a wrong shape or not of floats; the message
         lists them all.
     """
+    mixer, prefix = _mixer(layer), without_wrappers(prefix)
     own = {
         name.removeprefix(prefix): _stored(tensor)
-        for name, tensor in tensors.items()
+        for name, tensor in unwrapped(tensors).items()
         if name.startswith(prefix)
     }
-    mixer = _mixer(layer)
-    output = own.get("o_proj.weight")
+    name = f"{_output(mixer)}.weight"
+    output = own.get(name)
     if output is None or len(output.shape) != 2:
         got = "none" if output is None else f"shape {output.shape}"
-        raise ValueError(f"{prefix}o_proj.weight: expected a matrix, got {got}")
+        raise ValueError(f"{prefix}{name}: expected a matrix, got {got}")
     abstract = _abstract_params(layer, width=output.shape[0])
     entries = _entries(mixer, abstract)
     return params_of_leaves(leaves_of_tensors(own, entries, leaf_shapes(abstract, entries)))
@@ -90,9 +96,11 @@ def layer_to_pytorch(
       ValueError: parameters are missing, too many or of a wrong shape; the message lists them all.
     """
     mixer, flat = _mixer(layer), flatten(params)
-    output = flat.get(("o_proj", "kernel"))
+    output = flat.get((_output(mixer), "kernel"))
     if output is None or output.ndim != 2:
-        raise ValueError(f"params: expected a layer's with o_proj, got {', '.join(params)}")
+        raise ValueError(
+            f"params: expected a layer's with {_output(mixer)}, got {', '.join(params)}"
+        )
     check_params(params, _abstract_params(layer, width=output.shape[-1]))
     entries = _entries(mixer, params)
     tensors = tensors_of_leaves(leaves_of_params(params, entries), entries)
@@ -106,6 +114,11 @@ def _mixer(layer: nn.Module) -> str:
     names = ", ".join(kind.__name__ for kind in _MIXERS)
     got = f"{type(layer).__module__}.{type(layer).__name__}"
     raise TypeError(f"layer: expected a linen module, one of {names}, got {got}")
+
+
+def _output(mixer: str) -> str:
+    """The projection that tells the model's width."""
+    return "out_proj" if mixer == "mamba2" else "o_proj"
 
 
 def _abstract_params(layer: nn.Module, width: int) -> Any:

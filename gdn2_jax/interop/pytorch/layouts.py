@@ -28,7 +28,8 @@ class Entry(NamedTuple):
 
     Attributes:
       name: of the tensor in the state dict.
-      paths: of the parameters in the tree.
+      paths: of the parameters in the tree; none where PyTorch's code never reads the tensor, which
+        may be there or not.
       layout: of the tensor.
       index: position along the parameters' leading axis, which stacks layers; None if they have
         none.
@@ -95,7 +96,16 @@ _KDA = [
 _LAYERS: dict[str, list[Entry]] = {
     "gdn2": [*_KDA, *_linears("w_proj")],
     "kda": _KDA,
-    "gdn": [*_DELTA_RULE, *_linears("a_proj", "g_proj")],
+    # Until February 2025 fla's layer had a D that it did not use.
+    "gdn": [*_DELTA_RULE, *_linears("a_proj", "g_proj"), Entry("D", (), _VECTOR)],
+    # mamba_ssm's, transformers' and fla's, which all have the same names.
+    "mamba2": [
+        *_linears("in_proj", "out_proj"),
+        Entry("conv1d.weight", (("conv1d", "kernel"),), _CONVOLUTION),
+        Entry("conv1d.bias", (("conv1d", "bias"),), _VECTOR),
+        *(Entry(name, ((name,),), _VECTOR) for name in ("A_log", "D", "dt_bias")),
+        Entry("norm.weight", (("norm", "scale"),), _VECTOR),
+    ],
     "attention": _linears("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 # The paper's repository publishes one recurrent mixer.
@@ -103,10 +113,10 @@ MIXERS: dict[Style, tuple[str, ...]] = {"paper": ("gdn2",), "fla": ("gdn2", "kda
 
 
 def layer_entries(mixer: str) -> list[Entry]:
-    """Returns the tensors of a layer, whose names the paper's repository and fla share.
+    """Returns the tensors of a layer, whose names all styles share.
 
     Args:
-      mixer: one of "gdn2", "kda", "gdn" and "attention". A layer without short convolutions has
+      mixer: one of "gdn2", "kda", "gdn", "mamba2" and "attention". A layer without short convolutions has
         no tensors for them.
     """
     return _LAYERS[mixer]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from gdn2_jax.interop.pytorch.config import (
+    check_model_type,
     check_style,
     config_from_description,
     config_from_shapes,
@@ -31,6 +32,7 @@ from gdn2_jax.interop.pytorch.files import (
     StoredTensor,
     names_a_file,
     open_tensors,
+    unwrapped,
     write_json,
     write_tensors,
 )
@@ -145,11 +147,17 @@ def convert_pretrained(
 
 
 def _open(path: Path, config: ModelConfig | None) -> tuple[ModelConfig, dict[Leaf, StoredTensor]]:
-    tensors = open_tensors(path)
-    style = style_of(tensors)
-    directory = path if path.is_dir() else path.parent
+    description_file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        tensors = unwrapped(open_tensors(path))
+        style = style_of(tensors)
+    except ValueError:
+        # Rather than names and dtypes of tensors, say what the model is.
+        if config is None and description_file.is_file():
+            check_model_type(read_description(description_file))
+        raise
     if config is None and style == "fla":
-        description = read_description(directory / "config.json")
+        description = read_description(description_file)
         config = config_from_description(description, tensors[_EMBEDDING].dtype)
         if description.get("tie_word_embeddings"):
             tensors.setdefault(_HEAD, tensors[_EMBEDDING])

@@ -156,6 +156,18 @@ def test_a_write_stopped_by_ctrl_c_can_be_started_again(tmp_path, arrays, file_f
     assert_same(open_tensors(tmp_path), arrays)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_tied_weights_stored_once_have_all_their_names(tmp_path, indexed):
+    """As safetensors.torch.save_model leaves them."""
+    weight = np.ones((3, 2), np.float32)
+    metadata = {"format": "pt", "lm_head.weight": "embed.weight", "embed.weight": "lm_head.weight"}
+    save_file({"embed.weight": weight}, tmp_path / "model.safetensors", metadata)
+    if indexed:
+        index = {"weight_map": {"embed.weight": "model.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(open_tensors(tmp_path), {"embed.weight": weight, "lm_head.weight": weight})
+
+
 def test_an_index_whose_files_are_missing_or_differ_is_refused(tmp_path, arrays):
     *shards, index = write_tensors(tmp_path, stored(arrays), shard_bytes=110)
     content = json.loads(index.read_text())

@@ -191,7 +191,7 @@ def test_the_output_gate_follows_the_checkpoint(tmp_path, make):
     # A checkpoint of fla itself has no such entry.
     description = tmp_path / "ours" / "config.json"
     content = json.loads(description.read_text())
-    del content["output_gate"]
+    del content["output_gate_activation"]
     description.write_text(json.dumps(content))
     assert load_pretrained(tmp_path / "ours").config.output_gate == "sigmoid"
     sigmoid = dataclasses.replace(config, output_gate="sigmoid")
@@ -243,7 +243,26 @@ def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path, make):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "model_type: expected one of gdn2, kda, gated_deltanet, got"),
+        (
+            {"model_type": "llama"},
+            "^model_type: llama is not supported, expected one of gdn2, kda, gated_deltanet$",
+        ),
+        (
+            {"gate_everything": 0, "nothing": None, "norm_first": True},
+            "norm_first: expected False, got True; gate_everything: expected no such key, got 0$",
+        ),
+        ({"lower_bound": -5.0}, "lower_bound: expected None as in fla's gdn2 layer, got -5.0"),
+        ({"safe_gate": True}, "lower_bound: expected a number beside safe_gate, got None"),
+        ({"allow_neg_eigval": "yes"}, "allow_neg_eigval: expected true or false, got 'yes'"),
+        (
+            {"output_gate_activation": "tanh"},
+            "output_gate_activation: expected one of silu, swish, sigmoid, got 'tanh'",
+        ),
+        ({"output_gate": "silu"}, "output_gate_activation and output_gate: expected the same"),
+        (
+            {"attn": {"layers": [1, 3], "num_heads": 2, "window_size": 8, "sinks": 4}},
+            "attn.sinks: expected no such key, got 4",
+        ),
         ({"conv_bias": True, "hidden_act": "gelu"}, "conv_bias: .*; hidden_act: .*gelu"),
         ({"use_short_conv": False}, "use_short_conv: expected True, got False"),
         (
@@ -256,7 +275,7 @@ def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path, make):
         ),
         ({"attn": {"layers": [1, 3]}}, "attn: expected layers, num_heads and window_size"),
         ({"head_dim": None}, "head_dim"),
-        ({"model_type": ["gdn2"]}, "model_type: expected one of"),
+        ({"model_type": ["gdn2"]}, "model_type: .* is not supported, expected one of"),
         (
             {"vocab_size": "32", "num_hidden_layers": 2.5, "norm_eps": None},
             "num_hidden_layers: expected an integer, got 2.5; .*norm_eps: expected a number, got",
@@ -360,6 +379,65 @@ def test_shapes_that_tell_no_model_are_named(tmp_path, make, name, shape, named)
     write_tensors(tmp_path / "m.pt", dict(tensors_of(config, params, "paper")) | {name: wrong})
     with pytest.raises(ValueError, match=named):
         load_pretrained(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "qwen3_next"])
+def test_a_model_that_is_not_here_is_named_before_its_tensors(tmp_path, model_type):
+    zeros = np.zeros(2, np.float32)
+    write_tensors(tmp_path, {"backbone.x": StoredTensor((2,), zeros.dtype, lambda: zeros)})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=f"^model_type: {model_type} is not supported, expected"):
+        load_pretrained(tmp_path)
+
+
+def edit_config(path, **changes):
+    content = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(content))
+
+
+def test_options_of_fla_that_change_the_function_are_read(tmp_path, make):
+    """Two checkpoints that computed another function, silently."""
+    gdn, params = make(mixer="gdn", output_gate=None)
+    save_pretrained(tmp_path / "gdn", gdn, params)
+    assert load_pretrained(tmp_path / "gdn").config.output_gate is None
+    edit_config(tmp_path / "gdn", output_gate_activation="sigmoid")
+    loaded = load_pretrained(tmp_path / "gdn")
+    assert loaded.config.output_gate == "sigmoid"
+    with pytest.warns(UserWarning, match="gates its output with sigmoid"):
+        save_pretrained(tmp_path / "again", *loaded)
+    assert load_pretrained(tmp_path / "again").config == loaded.config
+    kda, params = make(mixer="kda", output_gate=None, decay_lower_bound=-5.0)
+    save_pretrained(tmp_path / "kda", kda, params)
+    for safe in (True, False):
+        edit_config(tmp_path / "kda", safe_gate=safe)
+        assert load_pretrained(tmp_path / "kda").config.decay_lower_bound == -5.0
+
+
+def test_tensors_of_compiled_models_old_layers_and_mixed_dtypes_are_loaded(tmp_path, make):
+    config, params = make(mixer="gdn", output_gate=None)
+    save_pretrained(tmp_path / "plain", config, params)
+    content = (tmp_path / "plain" / "config.json").read_text()
+    tensors = {}
+    for name, tensor in tensors_of(config, params, "fla").items():
+        array = tensor.read()
+        if name.startswith("model.layers.1.mlp."):
+            array = array.astype(ml_dtypes.bfloat16)
+        stored = StoredTensor(array.shape, array.dtype, lambda array=array: array)
+        tensors[f"module._orig_mod.{name}"] = stored
+    ones = np.ones(2, np.float32)
+    for i in range(4):
+        name = f"module._orig_mod.model.layers.{i}.attn.D"
+        tensors[name] = StoredTensor(ones.shape, ones.dtype, lambda: ones)
+    write_tensors(tmp_path / "wrapped", tensors)
+    (tmp_path / "wrapped" / "config.json").write_text(content)
+    loaded = load_pretrained(tmp_path / "wrapped").params
+
+    def rounded(kernel):
+        return kernel.at[1].set(kernel[1].astype(jnp.bfloat16).astype(kernel.dtype))
+
+    mlp = params["layers"]["block"]["mlp"]
+    params["layers"]["block"]["mlp"] = jax.tree.map(lambda x: rounded(jnp.asarray(x)), mlp)
+    assert_same(loaded, params)
 
 
 def test_other_checkpoints_are_named(tmp_path):
