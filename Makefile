@@ -11,11 +11,12 @@ WORKERS ?= 2
 train: .venv/.installed
 	.venv/bin/python experiments/train.py $(ARGS)
 
+# glibc fills what it frees and allocates with MALLOC_PERTURB_: memory that nothing wrote shows.
 test: .venv/.installed
-	.venv/bin/python -m pytest -n $(WORKERS) --dist worksteal tests $(ARGS)
+	MALLOC_PERTURB_=129 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal tests $(ARGS)
 
 test-newest: .venv-newest/.installed
-	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --first-cases tests $(ARGS)
+	MALLOC_PERTURB_=129 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --first-cases tests $(ARGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

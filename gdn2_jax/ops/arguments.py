@@ -77,6 +77,19 @@ def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     return jnp.pad(changed, ((0, 0), (1, 0)))
 
 
+def opaque[Tree](arrays: Tree) -> Tree:
+    """The arrays, each behind a barrier, so that the compiler does not see which are constant.
+
+    XLA's CPU backend compiles a matrix product with a constant operand (a state of zeros, the
+    cotangent of a sum) wrongly where it fuses the product with a reduction: the result reads
+    memory that nothing wrote (docs/xla_cpu_constant_operand.md). An operator therefore passes its
+    inputs and its results through here. Cotangents pass the same barriers on their way back, but
+    the zeros that stand for a missing cotangent appear behind them: a custom backward calls this
+    for its cotangents, too.
+    """
+    return jax.tree.map(jax.lax.optimization_barrier, arrays)
+
+
 def match_varying_axes[Tree](arrays: Tree) -> Tree:
     """Inside shard_map, marks every array as varying over all mesh axes that any of them varies on.
 

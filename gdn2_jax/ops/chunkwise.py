@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gdn2_jax.ops.arguments import opaque
 from gdn2_jax.ops.arithmetic import Arithmetic, arithmetic_for
 from gdn2_jax.ops.decayed_products import (
     Decayed,
@@ -131,7 +132,7 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
 def _backward(layout, residuals, cotangents):
     q, k, v, g, b, w, segments, states = residuals
     inputs = (q, k, v, g, b, w)
-    d_outputs, d_final_state = cotangents
+    d_outputs, d_final_state = opaque(cotangents)
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
     dot, operand = arithmetic.product, arithmetic.operand
 

@@ -10,7 +10,7 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops.arguments import match_varying_axes
+from gdn2_jax.ops.arguments import match_varying_axes, opaque
 from gdn2_jax.ops.chunkwise import chunkwise
 from gdn2_jax.ops.decoding import decode_kernel, decode_xla, why_not_decode_kernel
 from gdn2_jax.ops.dispatch import on_hopper
@@ -96,7 +96,7 @@ def gated_delta_rule_2(
         initial_state = jnp.zeros(state_shape, g.dtype)
     state = fold_state(initial_state, key_heads)
     arrays, segment_ids = match_varying_axes(
-        ((q, k, v.reshape(folded), g, b, w.reshape(folded), state), segment_ids)
+        (opaque((q, k, v.reshape(folded), g, b, w.reshape(folded), state)), segment_ids)
     )
     starts = None if segment_ids is None else _segment_starts(segment_ids)
     if implementation == "recurrent":
@@ -111,6 +111,7 @@ def gated_delta_rule_2(
         else:
             form = functools.partial(on_hopper, kernels, xla)
         outputs, final_state = form(*arrays, starts)
+    outputs, final_state = opaque((outputs, final_state))
     return outputs.astype(v.dtype).reshape(v.shape), unfold_state(final_state, value_heads)
 
 
@@ -164,7 +165,7 @@ def gated_delta_rule_2_step(
         form = xla
     else:
         form = functools.partial(on_hopper, kernel, xla)
-    return form(*match_varying_axes((state, q, k, v, g, b, w)))
+    return opaque(form(*match_varying_axes(opaque((state, q, k, v, g, b, w)))))
 
 
 def _in_dtype(form: Callable, scale: float, dtype) -> Callable:

@@ -13,6 +13,7 @@ from gdn2_jax.ops.arguments import (
     check_segment_ids,
     check_shape,
     match_varying_axes,
+    opaque,
     segment_starts,
 )
 from gdn2_jax.ops.arithmetic import arithmetic_for
@@ -80,8 +81,8 @@ def mamba2(
     starts = None if segment_ids is None else segment_starts(jnp.asarray(segment_ids))
     form = _recurrent if implementation == "recurrent" else _chunkwise
     arrays = jax.tree.map(jnp.asarray, (q, k, v, g, dt, initial_state, starts))
-    outputs, final_state = form(*match_varying_axes(arrays))
-    return outputs.astype(v.dtype), final_state
+    outputs, final_state = form(*match_varying_axes(opaque(arrays)))
+    return opaque((outputs.astype(v.dtype), final_state))
 
 
 def mamba2_step(
@@ -111,8 +112,9 @@ def mamba2_step(
     _check_inputs(q, k, v, g, dt, "B")
     state_shape = (*v.shape[:2], q.shape[-1], v.shape[-1])
     dtype = _check_dtypes(q, k, v, g, dt, "state", state, state_shape)
-    state, o = _step(state, *(x.astype(dtype) for x in (q, k, v, g, dt)))
-    return state, o.astype(v.dtype)
+    state, *inputs = opaque((state, *(x.astype(dtype) for x in (q, k, v, g, dt))))
+    state, o = _step(state, *inputs)
+    return opaque((state, o.astype(v.dtype)))
 
 
 def _step(state, q, k, v, g, dt):

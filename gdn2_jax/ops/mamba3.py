@@ -15,6 +15,7 @@ from gdn2_jax.ops.arguments import (
     check_segment_ids,
     check_shape,
     match_varying_axes,
+    opaque,
     segment_starts,
 )
 from gdn2_jax.ops.arithmetic import arithmetic_for
@@ -142,8 +143,9 @@ def mamba3(
     starts = None if segment_ids is None else segment_starts(jnp.asarray(segment_ids))
     arguments = (inputs, _with_rank_weights(weights, inputs.v), initial_state, starts)
     form = _recurrent if implementation == "recurrent" else _chunkwise
-    outputs, state = form(*match_varying_axes(jax.tree.map(jnp.asarray, arguments)), dtype)
-    return outputs.astype(inputs.v.dtype), state
+    arguments = opaque(jax.tree.map(jnp.asarray, arguments))
+    outputs, state = form(*match_varying_axes(arguments), dtype)
+    return opaque((outputs.astype(inputs.v.dtype), state))
 
 
 def mamba3_step(
@@ -163,9 +165,11 @@ def mamba3_step(
       ValueError: an argument has a wrong shape or dtype.
     """
     dtype = _check_inputs(inputs, weights, state, "B")
-    inputs_ = Mamba3Inputs(*(x.astype(dtype) for x in inputs))
-    state, o = _step(state, inputs_, _with_rank_weights(weights, inputs.v))
-    return state, o.astype(inputs.v.dtype)
+    value_dtype = inputs.v.dtype
+    inputs = Mamba3Inputs(*(x.astype(dtype) for x in inputs))
+    weights = _with_rank_weights(weights, inputs.v)
+    state, o = _step(*opaque((state, inputs, weights)))
+    return opaque((state, o.astype(value_dtype)))
 
 
 def mamba3_initial_state(inputs: Mamba3Inputs, leading: Literal["B T", "B"] = "B T") -> Mamba3State:
