@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
+from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import small_xavier_uniform
 from gdn2_jax.layers.short_convolution import ShortConvolution, to_unit_length
 from gdn2_jax.ops import Implementation, gated_delta_rule_2, gated_delta_rule_2_step
@@ -199,7 +200,7 @@ def log_decay(
     wider.
     """
     wide = jnp.promote_types(f.dtype, jnp.float32)
-    rate = jnp.exp(a_log.astype(wide)).reshape(-1, *[1] * (dt_bias.ndim - 1))
+    rate = decay_rate(a_log, wide).reshape(-1, *[1] * (dt_bias.ndim - 1))
     f = f.astype(wide) + dt_bias
     if lower_bound is None:
         return -rate * jax.nn.softplus(f)

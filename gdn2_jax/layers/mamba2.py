@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import (
     fan_in_uniform,
     inverse_softplus_time_step,
@@ -121,7 +122,7 @@ class Mamba2(nn.Module):
         skip = per_head("D", nn.initializers.ones)
         wide = jnp.promote_types(projected.dtype, jnp.float32)
         dt = jax.nn.softplus(s.astype(wide) + dt_bias)
-        o = self._mix(q, k, v, -jnp.exp(a_log.astype(wide)) * dt, dt, segment_ids)
+        o = self._mix(q, k, v, -decay_rate(a_log, wide) * dt, dt, segment_ids)
 
         y = o.astype(wide) + skip[:, None] * v.astype(wide)
         y = y.reshape(z.shape) * jax.nn.silu(z.astype(wide))

@@ -1,5 +1,6 @@
-"""Dtypes and precision of the chunkwise form's matrix products."""
+"""Dtypes, precision and range of the chunkwise forms."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -43,3 +44,11 @@ def arithmetic_for(inputs: tuple[Array, ...], full: jnp.dtype) -> Arithmetic:
     if all(x.dtype in (jnp.bfloat16, jnp.float16) for x in inputs):
         return Arithmetic(jnp.dtype(jnp.bfloat16), jax.lax.Precision.DEFAULT)
     return Arithmetic(jnp.dtype(full), jax.lax.Precision.HIGHEST)
+
+
+def finite_log_decay(g: Array) -> Array:
+    """`g` with every value below the range of exp, -inf too, raised to one whose sums are finite.
+
+    Changes no decay and no gradient: exp of both, and of all sums that they enter, is zero.
+    """
+    return jnp.maximum(g, math.log(jnp.finfo(g.dtype).smallest_subnormal) - 1)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arguments import opaque
-from gdn2_jax.ops.arithmetic import Arithmetic, arithmetic_for
+from gdn2_jax.ops.arithmetic import Arithmetic, arithmetic_for, finite_log_decay
 from gdn2_jax.ops.decayed_products import (
     Decayed,
     decayed,
@@ -220,7 +220,7 @@ def _load(layout: _Layout, inputs: tuple[Array, ...], segments: Array | None, st
     # The barrier keeps the re-laid copies in the inputs' own dtype, read many times below.
     loaded = jax.lax.optimization_barrier([_load_one(layout, x, start) for x in inputs])
     q, k, v, g, b, w = (x.astype(inputs[3].dtype) for x in loaded)
-    return (q, k, v, g, b, w), _segment_masks(layout, segments, start)
+    return (q, k, v, finite_log_decay(g), b, w), _segment_masks(layout, segments, start)
 
 
 def _segment_masks(

@@ -50,7 +50,8 @@ def gated_delta_rule_2(
       q: queries; bf16, fp16, fp32 or fp64, as `k`, `v`, `b` and `w` (mixtures allowed).
       k: keys, normally of unit length.
       v: values.
-      g: log-decay, <= 0, any finite size; fp32 (fp64 when any other input is fp64).
+      g: log-decay, <= 0, of any size; -inf resets its channel of the state, and has gradient 0.
+        fp32 (fp64 when any other input is fp64).
       b: erase gate, in [0, 1], or [0, 2] with negative eigenvalues.
       w: write gate, in [0, 1].
       scale: factor on the output; 1 / sqrt(K) if None.
@@ -134,7 +135,7 @@ def gated_delta_rule_2_step(
       q: query; dtypes of all inputs as in `gated_delta_rule_2`.
       k: key.
       v: value.
-      g: log-decay, <= 0.
+      g: log-decay, <= 0; -inf resets its channel of the state.
       b: erase gate.
       w: write gate.
       scale: factor on the output; 1 / sqrt(K) if None.

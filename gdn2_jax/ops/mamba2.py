@@ -54,7 +54,8 @@ def mamba2(
       q: queries of each group; bf16, fp16, fp32 or fp64, as `k` and `v` (mixtures allowed).
       k: keys of each group.
       v: values.
-      g: log-decay, <= 0, any finite size; fp32 (fp64 when any other input is fp64).
+      g: log-decay, <= 0, of any size; -inf resets the state, and has gradient 0. fp32 (fp64 when
+        any other input is fp64).
       dt: time step, the weight of the token's write, >= 0; dtype as `g`.
       initial_state: state before the first token, dtype as `g`; zeros if None.
       segment_ids: document of each token; the state restarts from zero at every change.
@@ -100,7 +101,7 @@ def mamba2_step(
       q: query; dtypes of all inputs as in `mamba2`.
       k: key.
       v: value.
-      g: log-decay, <= 0.
+      g: log-decay, <= 0; -inf resets the state.
       dt: time step.
 
     Returns:

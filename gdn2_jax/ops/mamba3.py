@@ -44,7 +44,7 @@ class Mamba3Inputs(NamedTuple):
       k: keys, Mamba's B, likewise.
       v: values, Mamba's x.
       z: logits of the output gate.
-      g: log-decay dt A, <= 0, any finite size.
+      g: log-decay dt A, <= 0, of any size; -inf resets the state, and has gradient 0.
       dt: time step, >= 0.
       trapezoid: lambda in [0, 1], the share of a step that is weighted at its end.
       rotation: angular velocity of each of the A >= 1 rotated channel pairs, shared by the heads.

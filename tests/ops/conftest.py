@@ -1,7 +1,14 @@
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
+from gdn2_jax.ops.mamba3 import Mamba3Inputs, Mamba3State, Mamba3Weights, mamba3, mamba3_step
 
 
 def draw_log_decay(rng, shape, regime):
@@ -16,6 +23,95 @@ def draw_log_decay(rng, shape, regime):
 @pytest.fixture
 def log_decay():
     return draw_log_decay
+
+
+class Operator(NamedTuple):
+    """An operator with arguments for it.
+
+    Attributes:
+      run: function of tokens, state, segment_ids and implementation; returns outputs and state.
+      step: function of a state and a token; returns the state and the output.
+      tokens: arrays [B, T, ...] by name; "g" is the log-decay.
+      state: before the first token.
+    """
+
+    run: Callable[..., tuple]
+    step: Callable[..., tuple]
+    tokens: dict[str, jax.Array]
+    state: Any
+
+
+def _gated_delta_rule_2(arrays, lead):
+    key_side, value_side = (*lead, 1, 4), (*lead, 2, 3)
+    q, k, b, g = arrays(*[key_side] * 4)
+    v, w, state = arrays(value_side, value_side, (lead[0], 2, 4, 3))
+    tokens = {"q": q, "k": k / 2, "v": v, "g": -jnp.abs(g), "b": jax.nn.sigmoid(b), "w": w}
+
+    def run(tokens, state, segment_ids, implementation):
+        return gated_delta_rule_2(
+            **tokens,
+            initial_state=state,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+
+    return Operator(
+        run, lambda state, token: gated_delta_rule_2_step(state, **token), tokens, state
+    )
+
+
+def _mamba2(arrays, lead):
+    q, k, v, g, dt = arrays((*lead, 1, 4), (*lead, 1, 4), (*lead, 2, 3), (*lead, 2), (*lead, 2))
+    (state,) = arrays((lead[0], 2, 4, 3))
+    tokens = {"q": q, "k": k, "v": v, "g": -jnp.abs(g), "dt": jnp.abs(dt)}
+
+    def run(tokens, state, segment_ids, implementation):
+        return mamba2(
+            **tokens,
+            initial_state=state,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+
+    return Operator(run, lambda state, token: mamba2_step(state, **token), tokens, state)
+
+
+def _mamba3(arrays, lead):
+    shared, values, heads = (*lead, 1, 1, 4), (*lead, 2, 3), (*lead, 2)
+    shapes = (shared, shared, values, values, heads, heads, heads, (*lead, 1))
+    inputs = Mamba3Inputs(*arrays(*shapes))
+    weights = Mamba3Weights(*arrays((2, 1, 4), (2, 1, 4), (2,)))
+    state = Mamba3State(*arrays(*((lead[0], 2, *end) for end in ((1,), (4, 3), (1, 4), (3,)))))
+    tokens = inputs._asdict() | {"g": -jnp.abs(inputs.g), "dt": jnp.abs(inputs.dt)}
+
+    def run(tokens, state, segment_ids, implementation):
+        return mamba3(
+            Mamba3Inputs(**tokens),
+            weights,
+            initial_state=state,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+
+    def step(state, token):
+        return mamba3_step(state, Mamba3Inputs(**token), weights)
+
+    return Operator(run, step, tokens, state)
+
+
+@pytest.fixture(params=[_gated_delta_rule_2, _mamba2, _mamba3], ids=["gdn2", "mamba2", "mamba3"])
+def operator(request):
+    """A function of (B, T) and a dtype that draws arguments of each operator in turn."""
+
+    def make(batch, length, dtype="float32"):
+        rng = np.random.default_rng(0)
+
+        def arrays(*shapes):
+            return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+        return request.param(arrays, (batch, length))
+
+    return make
 
 
 def _outputs_and_gradients(fn, arguments):
