@@ -6,6 +6,7 @@ On 2, 4 or 8 GPUs of a host (--devices takes the first so many of them):
     python experiments/benchmark_scaling.py --devices 2
     python experiments/benchmark_scaling.py --devices 4
     python experiments/benchmark_scaling.py --devices 8
+    python experiments/benchmark_scaling.py --devices 4 --model gdn2_1.3B --axes tensor
 
 and without any, a tiny model:
 
@@ -14,27 +15,31 @@ and without any, a tiny model:
 Data, fsdp and tensor meshes take --tokens a device in sequences of --length; context parallelism
 takes one sequence of each of --sequences over all devices. Efficiency is tokens/s a device over those
 of one device that runs as many tokens: the same sequences, or one device's span of the long one.
-Collectives are a share of all time on the devices in a profile of two steps.
+Every row is timed after as many untimed steps: a GPU that was idle is 2 to 3 % faster.
+Collectives are a share of all time on the devices in a profile of two steps; exposed is the share of
+the time that a device is busy in which it runs collectives and nothing else.
 
 Every mesh's losses and gradient norms of the first four steps, at a constant learning rate, are set
 against those of one device on the same batch, which it takes in as many microbatches as there are
-devices. For context parallelism the batch is one sequence of --tokens. A relative difference of more
-than 1 % of a loss or 5 % of a norm (bf16; 0.01 % and 0.1 % in float32) ends the script with status 1,
-and so does a mesh that does not compile or run.
+devices. For context parallelism the batch is one device's span of the shortest of --sequences. A
+relative difference of more than 1 % of a loss or 5 % of a norm (bf16; 0.01 % and 0.1 % in float32)
+ends the script with status 1, and so does a mesh that does not compile or run.
 
-Rows are appended to --output as they come. The same command goes on where it was stopped: what the
-output holds is not measured again. The figure beside it draws all rows. Begin a new output on
-another machine, so that efficiency is that of one machine.
+What is worth most is measured first; rows are appended to --output as they come. The same command
+goes on where it was stopped: what the output holds is not measured again. The figure beside it draws
+all rows, and READMEs with a place for its table get it. Begin a new output on another machine, so
+that efficiency is that of one machine.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -47,7 +52,7 @@ from benchmark_training import compile_step, random_batch, read_rows, say
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS, ModelConfig, tensor_axes
 from gdn2_jax.parallel import MeshConfig, batch_sharding, make_mesh
-from gdn2_jax.timing import device_events, peak_gib
+from gdn2_jax.timing import Event, device_events, peak_gib
 from gdn2_jax.training import OptimizerConfig, TrainingConfig, check_mesh
 from gdn2_jax.training.step import initial_state, state_shardings
 
@@ -59,7 +64,11 @@ COLLECTIVES = (
     *("nccl", "allreduce", "allgather", "reducescatter"),
 )
 # What remat="full" leaves room for beside the state of 1.3B on 80 GB.
-LONGEST_SPAN = 65536
+LONGEST_SPAN = 131072
+# Of the timed steps together, if there are more than two.
+TIMED_SECONDS = 5
+# That may hold a table of rows, beside the one in the output's folder.
+README = Path(__file__).parents[1] / "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +78,18 @@ class Config:
     Attributes:
       model: a preset; swa_gdn2_1.3B on GPUs and tiny elsewhere if None.
       devices: the first so many; all if None.
-      axes: of the mesh, each tried alone; tensor beside data where it divides the heads no further.
+      axes: of the mesh, each tried alone; data and fsdp also together from 4 devices on, tensor
+        at 2 and as far as it divides the heads, with data for the rest.
       tokens: of a device in weak scaling; 16,384 on GPUs and 256 elsewhere if None.
       length: of the sequences in weak scaling; 4096 on GPUs and 128 elsewhere if None.
       sequences: tokens of one sequence over all devices. If empty: of 131,072 and 524,288 those of
-        which a device's span is at most 65,536 on GPUs, 512 elsewhere.
+        which a device's span is at most 131,072 on GPUs, 512 elsewhere.
       implementation: of the operators.
       remat: instead of the preset's, see `ModelConfig`.
       unroll: likewise.
       long_remat: the same where a device has more than `tokens`.
-      steps: timed.
+      steps: timed, or fewer (at least 2) of those that take more than 5 s together.
+      together: so many rows compile at once, before the first of them is measured.
       minutes: after these, no further row is compiled or measured.
       output: file for the rows, as JSON lines; by default
         experiments/results/scaling/<device>.jsonl.
@@ -96,7 +107,8 @@ class Config:
     remat: str | None = None
     unroll: bool | None = None
     long_remat: str = "full"
-    steps: int = 5
+    steps: int = 10
+    together: int = 16
     minutes: float = 20
     output: Path | None = None
 
@@ -120,7 +132,7 @@ def main(config: Config) -> None:
     start = time.monotonic()
     # Before the first use of the device; JAX would leave a quarter of it unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
-    device, groups = jax.devices()[0].device_kind, list(plan(config))
+    device, runs = jax.devices()[0].device_kind, plan(config)
     slug = re.sub(r"\W+", "-", device.lower())
     output = config.output or Path(__file__).parent / "results" / "scaling" / f"{slug}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +146,7 @@ def main(config: Config) -> None:
         return time.monotonic() - start < config.minutes * 60
 
     differing = False
-    for group in groups:
+    for group in itertools.batched(runs, config.together):
         todo = [run for run in group if not done(run)]
         with ThreadPoolExecutor(len(group)) as pool:
             # Nothing runs while others compile, which would disturb it.
@@ -158,6 +170,8 @@ def main(config: Config) -> None:
     figure = output.with_suffix(".png")
     draw(rows, figure)
     print(f"rows in {output}, figure in {figure}")
+    for readme in (output.with_name("README.md"), README):
+        renew_table(readme, output.name, table(rows))
     if late:
         print(f"not measured within {config.minutes:g} minutes, run again: {'; '.join(late)}")
     if failed:
@@ -168,8 +182,8 @@ def main(config: Config) -> None:
         raise SystemExit("some meshes could not be measured, see above")
 
 
-def plan(config: Config) -> Iterator[list[Run]]:
-    """Groups of runs that compile at once; those that others are compared with come first."""
+def plan(config: Config) -> list[Run]:
+    """What to measure: what is worth most first, but references before what they are set against."""
     on_gpu, devices = jax.default_backend() == "gpu", config.devices
     if devices is None:
         devices = jax.device_count()
@@ -182,38 +196,53 @@ def plan(config: Config) -> Iterator[list[Run]]:
         sequences = tuple(x for x in sequences if x <= devices * LONGEST_SPAN)
     if tokens % length:
         raise SystemExit(f"length: expected a divisor of {tokens} tokens, got {length}")
-    if wrong := [x for x in sequences if x % devices]:
-        raise SystemExit(f"sequences: expected multiples of {devices} devices, got {wrong[0]}")
+    if wrong := [x for x in sequences if x % devices**2]:
+        raise SystemExit(
+            f"sequences: expected multiples of {devices**2}, so that {devices} devices divide a "
+            f"device's span too, got {wrong[0]}"
+        )
     name = config.model or ("swa_gdn2_1.3B" if on_gpu else "tiny")
     options = ("remat", "unroll", "implementation")
     changes = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
     model = dataclasses.replace(PRESETS[name], **changes)
-    long = dataclasses.replace(model, remat=config.long_remat)
     rows = tokens // length
 
-    alone = MeshConfig(data=1)
-    group = [Run(name, training_config(model, alone, rows, length))]
-    if axes := [axis for axis in config.axes if axis != "sequence" and devices > 1]:
-        batch = rows * devices
+    alone, batch = MeshConfig(data=1), rows * devices
+    runs = [Run(name, training_config(model, alone, rows, length))]
+    if devices == 1:
+        return runs
+    meshes = [
+        Run(name, training_config(model, sizes, batch, length))
+        for sizes in batch_meshes(config.axes, devices, math.gcd(*tensor_axes(model).values()))
+    ]
+    if meshes:
         same = training_config(model, alone, batch, length, accumulation=devices)
-        group.append(Run(name, same, timed=False))
-        for axis in axes:
-            size = devices
-            if axis == "tensor":
-                size = math.gcd(devices, *tensor_axes(model).values())
-            sizes = MeshConfig(**{"data": devices // size, axis: size})
-            group.append(Run(name, training_config(model, sizes, batch, length)))
-    yield list(dict.fromkeys(group))
-    if devices == 1 or "sequence" not in config.axes:
-        return
+        runs.append(Run(name, same, timed=False))
 
-    sizes = MeshConfig(data=1, sequence=devices)
-    group = [Run(name, training_config(model, mesh, 1, tokens)) for mesh in (alone, sizes)]
-    for sequence in sequences:
-        span, of = sequence // devices, model if sequence <= tokens * devices else long
-        group.append(Run(name, training_config(of, alone, 1, span)))
-        group.append(Run(name, training_config(of, sizes, 1, sequence)))
-    yield list(dict.fromkeys(group))
+    sizes, long_runs = MeshConfig(data=1, sequence=devices), []
+    for sequence in sorted(sequences) if "sequence" in config.axes else ():
+        span, of = sequence // devices, model
+        if span > tokens:
+            of = dataclasses.replace(model, remat=config.long_remat)
+        long_runs += [
+            Run(name, training_config(of, alone, 1, span)),
+            Run(name, training_config(of, sizes, 1, sequence)),
+        ]
+        if len(long_runs) == 2:
+            long_runs.append(Run(name, training_config(of, sizes, 1, span), timed=False))
+    return list(dict.fromkeys(runs + meshes[:3] + long_runs[:2] + meshes[3:] + long_runs[2:]))
+
+
+def batch_meshes(axes: Collection[str], devices: int, heads: int) -> list[MeshConfig]:
+    """Meshes of all devices that split a batch's rows, parameters or heads."""
+    meshes = [MeshConfig(**{"data": 1, axis: devices}) for axis in ("data", "fsdp") if axis in axes]
+    largest = math.gcd(devices, heads)
+    tensors = [MeshConfig(data=devices // n, tensor=n) for n in (math.gcd(2, largest), largest)]
+    tensors = [sizes for sizes in tensors if "tensor" in axes and sizes.tensor > 1]
+    meshes += tensors[:1]
+    if devices > 2 and devices % 2 == 0 and {"data", "fsdp"} <= set(axes):
+        meshes.append(MeshConfig(data=2, fsdp=devices // 2))
+    return list(dict.fromkeys(meshes + tensors[1:]))
 
 
 def training_config(
@@ -279,6 +308,11 @@ def measure(run: Run, compiled: Future, steps: int) -> dict[str, Any]:
                 metrics.append(of_step)
             return metrics
 
+        def seconds_of(count: int) -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(take(count))
+            return time.perf_counter() - start
+
         metrics = jax.device_get(take(COMPARED_STEPS))
         row: dict[str, Any] = {
             "losses": [float(x.loss) for x in metrics],
@@ -287,27 +321,51 @@ def measure(run: Run, compiled: Future, steps: int) -> dict[str, Any]:
         }
         if not run.timed:
             return row
-        start = time.perf_counter()
-        jax.block_until_ready(take(steps))
-        seconds = (time.perf_counter() - start) / steps
+        # The first of what follows: a step's time decides how many there are.
+        count = max(2, min(steps, int(TIMED_SECONDS / seconds_of(1))))
+        seconds_of(count - 1)
+        seconds = seconds_of(count) / count
         events = device_events(lambda: take(2))
     except (ValueError, RuntimeError) as error:
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    collectives = sum(
-        event.milliseconds
-        for event in events
-        if any(word in f"{event.name} {event.operation}".lower() for word in COLLECTIVES)
-    )
     return row | {
         "ms": seconds * 1e3,
         "tokens_per_second": training.tokens_per_step / seconds / mesh.size,
-        "collectives": collectives / sum(event.milliseconds for event in events),
+        **communication(events),
     }
 
 
+def communication(events: list[Event]) -> dict[str, float]:
+    """Collectives as a share of all time, and where nothing else runs, of the time of any event."""
+    total = collectives = busy = exposed = 0.0
+    for device in {event.device for event in events}:
+        own = [event for event in events if event.device == device]
+        others = [event for event in own if not is_collective(event)]
+        total += sum(event.milliseconds for event in own)
+        collectives += sum(event.milliseconds for event in own if is_collective(event))
+        busy += covered(own)
+        exposed += covered(own) - covered(others)
+    return {"collectives": collectives / total, "exposed": exposed / busy}
+
+
+def is_collective(event: Event) -> bool:
+    """Whether an event is communication between devices."""
+    return any(word in f"{event.name} {event.operation}".lower() for word in COLLECTIVES)
+
+
+def covered(events: list[Event]) -> float:
+    """Milliseconds in which at least one of a device's events runs."""
+    total, end = 0.0, -math.inf
+    for event in sorted(events, key=lambda event: event.start):
+        stop = event.start + event.milliseconds
+        total += max(0.0, stop - max(end, event.start))
+        end = max(end, stop)
+    return total
+
+
 HEADER = (
-    f"{'mesh, tokens x sequences':<36}{'tokens/s a device':>18}{'efficiency':>11}"
-    f"{'collectives':>12}{'GiB':>8}{'last loss':>10}  differs from one device's by"
+    f"{'mesh, tokens x sequences':<36}{'tokens/s a device':>18}{'efficiency':>11}{'collectives':>12}"
+    f"{'exposed':>9}{'GiB':>8}{'last loss':>10}  differs from one device's by"
 )
 
 
@@ -343,30 +401,73 @@ def efficiency(rows: list[dict[str, Any]], row: dict[str, Any]) -> float | None:
     return one and row["tokens_per_second"] / one["tokens_per_second"]
 
 
+def differences(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[float, float] | None:
+    """Largest relative ones of losses and of gradient norms from those of one device, if known."""
+    reference = None
+    if set(row["mesh"].values()) != {1}:
+        reference = on_one_device(rows, row, whole=True)
+    return reference and tuple(
+        # Python's max would pass over a NaN.
+        np.max([abs(x - y) / y for x, y in zip(row[name], reference[name], strict=True)])
+        for name in ("losses", "grad_norms")
+    )
+
+
 def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     """Prints a line of the table; whether losses or gradients are not those of one device."""
     line, several = f"{label(row):<36}", set(row["mesh"].values()) != {1}
     if "tokens_per_second" in row:
         share = efficiency(rows, row)
         shown = f"{share:.1%}" if share and several else ""
-        line += f"{row['tokens_per_second']:18,.0f}{shown:>11}{row['collectives']:12.1%}"
+        line += f"{row['tokens_per_second']:18,.0f}{shown:>11}"
+        # Rows of earlier versions do not know what is exposed.
+        exposed = f"{row['exposed']:.1%}" if "exposed" in row else ""
+        line += f"{row['collectives']:12.1%}{exposed:>9}"
     else:
-        line += " " * 41
+        line += " " * 50
     line += f"{row['peak_gib']:8.2f}{row['losses'][-1]:10.5f}"
-    reference = on_one_device(rows, row, whole=True) if several else None
     agree = True
-    if reference:
-        errors = [
-            # Python's max would pass over a NaN.
-            np.max([abs(x - y) / y for x, y in zip(row[name], reference[name], strict=True)])
-            for name in ("losses", "grad_norms")
-        ]
+    if errors := differences(rows, row):
         bounds = TOLERANCES[PRESETS[row["model"]].dtype]
         agree = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
         line += "  {:.1e} (loss), {:.1e} (gradient norm)".format(*errors)
         line += "" if agree else ", TOO MUCH"
     print(line, flush=True)
     return not agree
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The latest row of each mesh and size as Markdown, without those that are only references."""
+    head = ("mesh, tokens x sequences", "tokens/s a device", "efficiency", "collectives", "exposed")
+    head += ("GiB", "loss differs by", "gradient norm by")
+    lines = [head, ("---",) * len(head)]
+    for row in {label(row): row for row in rows if "error" not in row}.values():
+        several, cells = set(row["mesh"].values()) != {1}, [label(row), "", "", "", ""]
+        if not several and "tokens_per_second" not in row:
+            continue
+        if "tokens_per_second" in row:
+            cells[1] = f"{row['tokens_per_second']:,.0f}"
+            if several:
+                share = efficiency(rows, row)
+                cells[2] = f"{share:.1%}" if share else ""
+                cells[3:] = [
+                    f"{row[x]:.1%}" if x in row else "" for x in ("collectives", "exposed")
+                ]
+        errors = differences(rows, row)
+        cells.append(f"{row['peak_gib']:.1f}")
+        cells += [f"{error:.1e}" for error in errors] if errors else ["", ""]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def renew_table(readme: Path, name: str, table: str) -> None:
+    """Puts the table between the README's comments that name its file of rows, if it has them."""
+    start, end = f"<!-- table of {name} -->", f"<!-- end of {name} -->"
+    text = readme.read_text() if readme.exists() else ""
+    if start in text and end in text:
+        before, after = text.split(start)[0], text.split(end)[1]
+        readme.write_text(f"{before}{start}\n\n{table}\n\n{end}{after}")
+        print(f"table in {readme}")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -74,11 +74,15 @@ class Event(NamedTuple):
       name: of the kernel or copy.
       operation: the instruction of the compiled computation that it belongs to; "" if not known.
       milliseconds: that it took.
+      start: when it began, in milliseconds.
+      device: that it ran on; a CPU's simulated devices are one.
     """
 
     name: str
     operation: str
     milliseconds: float
+    start: float = 0.0
+    device: str = ""
 
 
 def device_events(run: Callable[[], Any]) -> list[Event]:
@@ -93,12 +97,17 @@ def device_events(run: Callable[[], Any]) -> list[Event]:
         planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
     if jax.default_backend() == "gpu":
         planes = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-        lines = [line for p in planes for line in p.lines if line.name.startswith("Stream")]
-    else:
-        lines = [line for plane in planes for line in plane.lines]
     events = [
-        Event(event.name, str(dict(event.stats).get("hlo_op", "")), event.duration_ns / 1e6)
-        for line in lines
+        Event(
+            event.name,
+            str(dict(event.stats).get("hlo_op", "")),
+            event.duration_ns / 1e6,
+            event.start_ns / 1e6,
+            plane.name,
+        )
+        for plane in planes
+        for line in plane.lines
+        if jax.default_backend() != "gpu" or line.name.startswith("Stream")
         for event in line.events
     ]
     # A CPU's lines also hold what the host does.

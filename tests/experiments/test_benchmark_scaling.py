@@ -8,8 +8,10 @@ import pytest
 
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.parallel import MeshConfig
+from gdn2_jax.timing import Event
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark_scaling.py"
+ROWS = SCRIPT.parent / "results" / "scaling"
 MODEL = ModelConfig(
     vocab_size=64,
     d_model=16,
@@ -65,12 +67,12 @@ def test_meshes_are_timed_and_train_as_one_device_and_what_is_done_is_not_done_a
         (1, 1, 1, 1, 16, 8),
         (1, 8, 1, 1, 16, 8),
         (1, 1, 1, 1, 1, 16),
-        (1, 1, 1, 8, 1, 16),
         (1, 1, 1, 8, 1, 128),
+        (1, 1, 1, 8, 1, 16),
     ]
     fsdp, one = rows[1, 8, 1, 1, 16, 8], rows[1, 1, 1, 1, 2, 8]
     assert fsdp["tokens_per_second"] == pytest.approx(128 / fsdp["ms"] * 1e3 / 8)
-    assert 0 < fsdp["collectives"] < 1 and one["collectives"] == 0
+    assert 0 < fsdp["collectives"] < 1 and one["collectives"] == one["exposed"] == 0
     share = fsdp["tokens_per_second"] / one["tokens_per_second"]
     (line,) = (line for line in table.splitlines() if line.startswith("fsdp 8, 8 x 16"))
     assert f"{share:.1%}" in line and "(gradient norm)" in line
@@ -118,17 +120,73 @@ def test_a_mesh_that_cannot_be_measured_ends_the_script_with_an_error(
     assert "failed, see above: one device, 8 x 2; " in capsys.readouterr().out
 
 
-def test_tensor_goes_as_far_as_the_heads_divide_and_data_takes_the_rest(script):
-    config = script.Config(devices=8, tokens=16, length=8, axes=("data", "tensor"))
-    (group,) = script.plan(config)
-    assert [run.training.mesh for run in group] == [
-        MeshConfig(data=1),
-        MeshConfig(data=1),
-        MeshConfig(data=8),
-        MeshConfig(data=4, tensor=2),
+def test_what_is_worth_most_comes_first_and_references_before_what_is_set_against_them(script):
+    runs = script.plan(script.Config(devices=4, tokens=16, length=8, sequences=(64, 256)))
+    assert [(run.training.mesh, run.training.data.sequence_length, run.timed) for run in runs] == [
+        (MeshConfig(data=1), 8, True),
+        (MeshConfig(data=1), 8, False),
+        (MeshConfig(data=4), 8, True),
+        (MeshConfig(data=1, fsdp=4), 8, True),
+        (MeshConfig(data=2, tensor=2), 8, True),
+        (MeshConfig(data=1), 16, True),
+        (MeshConfig(data=1, sequence=4), 64, True),
+        (MeshConfig(data=2, fsdp=2), 8, True),
+        (MeshConfig(data=1, sequence=4), 16, False),
+        (MeshConfig(data=1), 64, True),
+        (MeshConfig(data=1, sequence=4), 256, True),
     ]
-    assert [run.training.global_batch_size for run in group] == [2, 16, 16, 16]
-    assert [run.training.accumulation for run in group] == [1, 8, 1, 1]
+    assert [run.training.global_batch_size for run in runs] == [2, 8, 8, 8, 8, 1, 1, 8, 1, 1, 1]
+    assert [run.training.accumulation for run in runs] == [1, 4, *[1] * 9]
+
+
+def test_tensor_also_goes_as_far_as_the_heads_divide_and_data_takes_the_rest(script):
+    def tensor(devices, heads):
+        return [
+            (sizes.data, sizes.tensor) for sizes in script.batch_meshes({"tensor"}, devices, heads)
+        ]
+
+    assert tensor(8, 2) == [(4, 2)]
+    assert tensor(8, 12) == [(4, 2), (2, 4)]
+    assert tensor(8, 16) == [(4, 2), (1, 8)]
+    assert tensor(9, 6) == [(3, 3)]
+    assert tensor(8, 3) == []
+
+
+def test_communication_is_exposed_where_nothing_else_runs_on_its_device(script):
+    events = [
+        Event("gemm", "", 2.0, 0.0, "one"),
+        Event("ncclAllReduce", "", 4.0, 1.0, "one"),
+        Event("gemm", "", 1.0, 3.0, "one"),
+        Event("copy", "", 1.0, 3.5, "one"),
+        Event("gemm", "", 5.0, 0.0, "two"),
+    ]
+    shares = script.communication(events)
+    # Of the second device nothing; of the first 2 to 3 and 4.5 to 5, of 5 ms busy.
+    assert shares == pytest.approx({"collectives": 4 / 13, "exposed": 1.5 / 10})
+
+
+@pytest.mark.parametrize("file", sorted(ROWS.glob("*.jsonl")), ids=lambda file: file.name)
+def test_the_readme_has_the_table_of_the_rows(script, tmp_path, file):
+    readme = tmp_path / "README.md"
+    committed = file.with_name("README.md").read_text()
+    assert f"<!-- table of {file.name} -->" in committed
+    readme.write_text(committed)
+    script.renew_table(readme, file.name, script.table(script.read_rows(file)))
+    assert readme.read_text() == committed
+
+
+def test_a_readme_gets_the_table_where_it_names_the_rows_file_and_stays_as_it_is_otherwise(
+    script, tmp_path
+):
+    readme = tmp_path / "README.md"
+    script.renew_table(readme, "a.jsonl", "| new |")
+    assert not readme.exists()
+    text = "before\n<!-- table of a.jsonl -->\nold\n<!-- end of a.jsonl -->\nafter\n"
+    readme.write_text(text)
+    script.renew_table(readme, "b.jsonl", "| new |")
+    assert readme.read_text() == text
+    script.renew_table(readme, "a.jsonl", "| new |")
+    assert readme.read_text() == text.replace("old", "\n| new |\n")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +195,7 @@ def test_tensor_goes_as_far_as_the_heads_divide_and_data_takes_the_rest(script):
         ({"devices": 0}, "devices: expected 1 to 8, got 0"),
         ({"devices": 9}, "devices: expected 1 to 8, got 9"),
         ({"length": 7}, "length: expected a divisor of 16 tokens, got 7"),
-        ({"sequences": (12,)}, "sequences: expected multiples of 8 devices, got 12"),
+        ({"sequences": (24,)}, "sequences: expected multiples of 64, so .* 8 devices .*, got 24"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(
