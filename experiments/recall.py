@@ -1,0 +1,865 @@
+"""Trains small models of several mixers on recall tasks: every seed and learning rate of a cell at once.
+
+    python experiments/recall.py mqar                       # all cells that are not finished
+    python experiments/recall.py mqar reassigned --devices 4 --minutes 9 --directory out
+    python experiments/recall.py mqar --mixers gdn2 kda --lengths 256 --steps 500
+
+A study is a file experiments/recall/STUDY.toml: a task, mixers, lengths, learning rates, seeds. A cell is
+one mixer at one length; its runs, all seeds and learning rates, are one compiled program. Cells go to
+as many processes as there are GPUs, small ones first, the first study's first. A batch is never seen
+twice, so accuracies are those of the training batches, each before its own update.
+
+--directory gets STUDY.jsonl, to which each run's row is appended, and the checkpoints of unfinished
+cells. Runs whose finished row lies there or in experiments/results/recall are skipped. After --minutes
+or SIGTERM all cells stop, record what they have as unfinished rows and go on from there next time.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdn2_jax.data.recall import TASKS, Questions, Task, draw, questions
+from gdn2_jax.models import LanguageModel, ModelConfig, model_sizes
+
+HERE = Path(__file__).resolve().parent
+STUDIES = HERE / "recall"
+RESULTS = HERE / "results" / "recall"
+
+_NEGATIVE = {"allow_negative_eigenvalues": True}
+MIXERS: dict[str, dict[str, Any]] = {
+    "gdn2": {"mixer": "gdn2"},
+    "gdn2_scalar_erase": {"mixer": "gdn2", "erase_gate": "scalar"},
+    "gdn2_scalar_write": {"mixer": "gdn2", "write_gate": "scalar"},
+    "gdn2_scalar_both": {"mixer": "gdn2", "erase_gate": "scalar", "write_gate": "scalar"},
+    "gdn2_sigmoid": {"mixer": "gdn2", "output_gate": "sigmoid"},
+    "gdn2_negative": {"mixer": "gdn2", **_NEGATIVE},
+    "kda": {"mixer": "kda"},
+    "kda_negative": {"mixer": "kda", **_NEGATIVE},
+    "gdn": {"mixer": "gdn"},
+    "gdn_negative": {"mixer": "gdn", **_NEGATIVE},
+    "deltanet": {"mixer": "deltanet"},
+    "deltanet_negative": {"mixer": "deltanet", **_NEGATIVE},
+    "mamba2": {"mixer": "mamba2"},
+    "mamba3": {"mixer": "mamba3"},
+    "attention": {"mixer": "attention"},
+}
+"""What a study names: fields of the model's configuration."""
+_MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What a file of experiments/recall holds; `task` and `model` are tables.
+
+    Attributes:
+      task: its name in `gdn2_jax.data.recall.TASKS` as "name", and its fields but `length`.
+      mixers: keys of `MIXERS`.
+      lengths: each is a cell of every mixer.
+      learning_rates: of all mixers.
+      seeds: of parameters and data; runs of one seed see the same batches.
+      steps: of every run.
+      tokens: a step's, for one run: the batch is as many sequences as that makes.
+      test_lengths: multiples of the training length, on which the trained models are tested.
+      warmup: share of the steps in which the learning rate rises; a cosine to 0 follows.
+      weight_decay: AdamW's, of all parameters.
+      window: steps a point of the accuracy's curve is the mean of; a dispatch.
+      solved: a cell ends when all its runs reach this accuracy.
+      runs_at_once: of a cell; memory bounds it.
+      sizes: fields of the task or of `ModelConfig`, each with values: every combination makes cells.
+      model: changes of `ModelConfig`'s fields, for all mixers.
+      shows: what the results page says of the study.
+    """
+
+    task: dict[str, Any]
+    mixers: tuple[str, ...]
+    lengths: tuple[int, ...]
+    learning_rates: tuple[float, ...] = (5e-5, 1e-4, 5e-4, 1e-3)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int
+    tokens: int = 16384
+    test_lengths: tuple[int, ...] = ()
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    window: int = 100
+    solved: float = 0.999
+    runs_at_once: int = 12
+    sizes: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shows: str = ""
+
+
+class Cell(NamedTuple):
+    """Runs that are one program.
+
+    Attributes:
+      study: name of the study.
+      mixer: key of `MIXERS`.
+      length: of the training sequences.
+      size: the fields that `Study.sizes` varies.
+      runs: (learning rate, seed) of each run.
+      config: of the study.
+    """
+
+    study: str
+    mixer: str
+    length: int
+    size: dict[str, Any]
+    runs: tuple[tuple[float, int], ...]
+    config: Study
+
+    def task(self, multiple: int = 1) -> Task:
+        """The task at a multiple of the training length."""
+        fields = {k: v for k, v in self.config.task.items() if k != "name"}
+        fields |= {k: v for k, v in self.size.items() if k not in _MODEL_FIELDS}
+        return TASKS[self.config.task["name"]](length=self.length * multiple, **fields)
+
+    @property
+    def batch(self) -> int:
+        """Sequences of a step."""
+        return max(1, self.config.tokens // self.length)
+
+    @property
+    def name(self) -> str:
+        """What people read."""
+        size = "".join(f" {key}={value}" for key, value in self.size.items())
+        return f"{self.study} {self.length}{size} {self.mixer}"
+
+    @property
+    def cost(self) -> int:
+        """Tokens."""
+        return len(self.runs) * self.config.steps * self.batch * self.length
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that a run's result depends on, but its learning rate and seed."""
+        config = dataclasses.asdict(self.config)
+        for key in (
+            "mixers",
+            "lengths",
+            "learning_rates",
+            "seeds",
+            "sizes",
+            "runs_at_once",
+            "shows",
+        ):
+            del config[key]
+        settings = {"study": self.study, "mixer": self.mixer, "length": self.length}
+        return json.loads(json.dumps({**settings, "size": self.size, **config}))
+
+
+# --- studies, rows ------------------------------------------------------------------------------
+
+
+def read_study(name: str, **changes: Any) -> Study:
+    """The study of a file, with changes.
+
+    Raises:
+      ValueError: there is no such file, or it has a wrong field.
+    """
+    path = STUDIES / f"{name}.toml"
+    if not path.exists():
+        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.toml")))
+        raise ValueError(f"studies: expected some of {known}, got {name!r}")
+    values = tomllib.loads(path.read_text()) | changes
+    known = {field.name for field in dataclasses.fields(Study)}
+    if unknown := values.keys() - known:
+        raise ValueError(f"{path.name}: expected fields of a study, got {', '.join(unknown)}")
+    study = Study(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    if wrong := [mixer for mixer in study.mixers if mixer not in MIXERS]:
+        raise ValueError(f"mixers: expected some of {', '.join(MIXERS)}, got {wrong[0]!r}")
+    if study.task.get("name") not in TASKS:
+        got = study.task.get("name")
+        raise ValueError(f"task.name: expected one of {', '.join(TASKS)}, got {got!r}")
+    return study
+
+
+def cells(name: str, study: Study, finished: set[str]) -> list[Cell]:
+    """The cells of a study's runs that are not finished, small ones first."""
+    sizes = [{}]
+    for key, values in study.sizes.items():
+        sizes = [{**size, key: value} for size in sizes for value in values]
+    found = []
+    for length in study.lengths:
+        for size in sizes:
+            for mixer in study.mixers:
+                cell = Cell(name, mixer, length, size, (), study)
+                cell.task()  # raises where the size does not fit
+                every = [(rate, seed) for seed in study.seeds for rate in study.learning_rates]
+                runs = [run for run in every if run_key(cell.settings, *run) not in finished]
+                for start in range(0, len(runs), study.runs_at_once):
+                    part = tuple(runs[start : start + study.runs_at_once])
+                    found.append(cell._replace(runs=part))
+    return sorted(found, key=lambda cell: cell.cost)
+
+
+def run_key(settings: dict[str, Any], rate: float, seed: int) -> str:
+    """Names a run by all that its result depends on."""
+    text = json.dumps([settings, float(rate), seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_rows(*paths: Path) -> list[dict]:
+    """The rows of these files; of a run with several the finished one or else the longest."""
+    best: dict[str, dict] = {}
+    for path in paths:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            row = json.loads(line)
+            old = best.get(row["run"])
+            if old is None or (row["finished"], row["steps"]) > (old["finished"], old["steps"]):
+                best[row["run"]] = row
+    return list(best.values())
+
+
+# --- models and programs ------------------------------------------------------------------------
+
+
+def model_config(cell: Cell) -> ModelConfig:
+    """The cell's model: the width of its heads, and an MLP that makes up for the mixer's parameters.
+
+    The state of a layer is that of all other recurrent mixers.
+    """
+    task, size = cell.task(), cell.size
+    changes = cell.config.model | {k: v for k, v in size.items() if k in _MODEL_FIELDS}
+    heads, head_dim = changes.pop("num_heads", 2), changes.pop("head_dim", 128)
+    width = heads * head_dim
+    mlp_dim = changes.pop("mlp_dim", width)
+    shared = {
+        "vocab_size": task.vocab_size,
+        "d_model": width,
+        "num_layers": 2,
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "ssm_inner_dim": width,
+        "ssm_head_dim": head_dim,
+        "ssm_state_dim": head_dim,
+        "attention_heads": heads,
+        **changes,
+    }
+    reference = ModelConfig(mlp_dim=mlp_dim, **shared)
+    config = ModelConfig(mlp_dim=8, **shared | MIXERS[cell.mixer])
+    wanted = model_sizes(reference, cell.length).block_parameters
+    missing = wanted - model_sizes(config, cell.length).block_parameters
+    # A channel of the MLP has three parameters for each channel of the model, in each layer.
+    channels = 8 + 8 * round(missing / (8 * 3 * width * config.num_layers))
+    return dataclasses.replace(config, mlp_dim=max(8, channels))
+
+
+def check_sizes(cell: Cell, config: ModelConfig) -> dict[str, int]:
+    """Parameters and state of the model.
+
+    Raises:
+      ValueError: its parameters are not within 2 % of GDN-2's, or its state is not GDN-2's.
+    """
+    ours = model_sizes(config, cell.length)
+    theirs = model_sizes(model_config(cell._replace(mixer="gdn2")), cell.length)
+    if abs(ours.block_parameters / theirs.block_parameters - 1) > 0.02:
+        raise ValueError(
+            f"mixers: expected parameters within 2 % of gdn2's {theirs.block_parameters:,}, "
+            f"got {ours.block_parameters:,} of {cell.mixer}"
+        )
+    if ours.state not in (theirs.state, 0):
+        raise ValueError(f"mixers: expected a state of {theirs.state:,}, got {ours.state:,}")
+    return {name: getattr(ours, name) for name in ("parameters", "block_parameters", "state")}
+
+
+class State(NamedTuple):
+    """Of all runs of a cell; every leaf has them as its first axis."""
+
+    params: Any
+    optimizer: Any
+
+
+class Measured(NamedTuple):
+    """Means over a window's batches, for each run.
+
+    Attributes:
+      loss: cross-entropy of the questions, in nats.
+      accuracy: of the questions of each kind [runs, kinds].
+      exact: share of sequences whose questions are all answered right.
+    """
+
+    loss: jax.Array
+    accuracy: jax.Array
+    exact: jax.Array
+
+
+def optimizer(study: Study) -> optax.GradientTransformation:
+    """Clipping and AdamW without the learning rate, which is each run's own."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(study.weight_decay),
+    )
+
+
+def initial_state(cell: Cell, config: ModelConfig, seeds: jax.Array) -> State:
+    """Parameters of each run's seed, and the optimizer's zeros."""
+    # Parameters do not depend on the implementation, and the recurrence compiles at once.
+    model = LanguageModel(dataclasses.replace(config, implementation="recurrent"))
+
+    def one(seed):
+        params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+        return State(params, optimizer(cell.config).init(params))
+
+    return jax.vmap(one)(seeds)
+
+
+def draw_batches(
+    task: Task, batch: int, count: int, split: int, seeds: jax.Array, start: jax.Array
+) -> tuple[jax.Array, Questions]:
+    """Batches `start` to `start + count - 1` of each run: tokens [count, runs, B, T], questions."""
+
+    def of_run(seed, step):
+        indices = (start + step) * batch + jnp.arange(batch)
+        example = draw(task, seed, split, indices)
+        return example.tokens, questions(task, example)
+
+    over_runs = jax.vmap(of_run, in_axes=(0, None))
+    return jax.vmap(over_runs, in_axes=(None, 0))(seeds, jnp.arange(count))
+
+
+def answer(config: ModelConfig, kinds: int, params: Any, tokens: jax.Array, asked: Questions):
+    """The loss of one run's batch, and a `Measured` of it."""
+    hidden = LanguageModel(config).apply({"params": params}, tokens, head=False)
+    at = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
+    hidden = jax.vmap(lambda x, positions: x.at[positions].get(**at))(hidden, asked.positions)
+    kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
+    logits = jnp.einsum("bqd,dv->bqv", hidden, kernel, preferred_element_type=jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, asked.targets)
+    is_asked = asked.kinds > 0
+    loss = jnp.sum(losses, where=is_asked) / jnp.sum(is_asked)
+    right = jnp.argmax(logits, axis=-1) == asked.targets
+    of_kind = asked.kinds[..., None] == 1 + jnp.arange(kinds)
+    accuracy = jnp.sum(right[..., None] & of_kind, (0, 1)) / jnp.sum(of_kind, (0, 1))
+    return loss, Measured(loss, accuracy, jnp.mean(jnp.all(right | ~is_asked, axis=-1)))
+
+
+def train_window(
+    cell: Cell,
+    config: ModelConfig,
+    state: State,
+    rates: jax.Array,
+    start: jax.Array,
+    batches: tuple[jax.Array, Questions],
+) -> tuple[State, Measured]:
+    """A step of every run for each of the batches, the first of which is batch `start`."""
+    study = cell.config
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, 1.0, max(1, int(study.warmup * study.steps)), study.steps
+    )
+    kinds = len(cell.task().kinds)
+
+    def step(state, rate, share, tokens, asked):
+        def loss(params):
+            return answer(config, kinds, params, tokens, asked)
+
+        gradients, measured = jax.grad(loss, has_aux=True)(state.params)
+        updates, moments = optimizer(study).update(gradients, state.optimizer, state.params)
+        updates = jax.tree.map(lambda x: -rate * share * x, updates)
+        return State(optax.apply_updates(state.params, updates), moments), measured
+
+    def steps_of_all(carry, batch):
+        state, number = carry
+        every_run = jax.vmap(step, in_axes=(0, 0, None, 0, 0))
+        state, measured = every_run(state, rates, schedule(number + 1), *batch)
+        return (state, number + 1), measured
+
+    (state, _), measured = jax.lax.scan(steps_of_all, (state, start), batches)
+    return state, jax.tree.map(lambda x: jnp.mean(x, axis=0), measured)
+
+
+def test_window(
+    config: ModelConfig, kinds: int, params: Any, batches: tuple[jax.Array, Questions]
+) -> Measured:
+    """The means over batches that nothing is learnt from."""
+
+    def measure(_, batch):
+        return None, jax.vmap(lambda *x: answer(config, kinds, *x)[1])(params, *batch)
+
+    measured = jax.lax.scan(measure, None, batches)[1]
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), measured)
+
+
+class Programs(NamedTuple):
+    """A cell's compiled functions.
+
+    Attributes:
+      initial_state: seeds -> state.
+      draw: seeds, start -> batches of a window.
+      train: state, rates, start, batches -> state, measured.
+      test: for each multiple of the length, (draw, measure).
+      sizes: of the model.
+      seconds: that tracing and compiling took.
+    """
+
+    initial_state: Callable
+    draw: Callable
+    train: Callable
+    test: dict[int, tuple[Callable, Callable]]
+    sizes: dict[str, int]
+    seconds: float
+
+
+def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
+    """Traces one after another, which holds Python's lock, and compiles at once, which does not."""
+    began = time.perf_counter()
+    config = model_config(cell)
+    sizes = check_sizes(cell, config)
+    count, study = len(cell.runs), cell.config
+    seeds, rates = (jax.ShapeDtypeStruct((count,), d) for d in (jnp.uint32, jnp.float32))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def submit(function, *shapes, **options):
+        lowered = jax.jit(function, **options).lower(*shapes)
+        return pool.submit(lowered.compile), lowered.out_info
+
+    def draws(task, split):
+        batch = max(1, study.tokens // task.length)
+
+        def window(seeds, start):
+            return draw_batches(task, batch, study.window, split, seeds, start)
+
+        return submit(window, seeds, number)
+
+    def shapes(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+    make, state = submit(lambda seeds: initial_state(cell, config, seeds), seeds)
+    train_draw, batches = draws(cell.task(), 0)
+    state = shapes(state)
+    train, _ = submit(
+        lambda *x: train_window(cell, config, *x),
+        *(state, rates, number, shapes(batches)),
+        donate_argnums=0,
+    )
+    kinds, test = len(cell.task().kinds), {}
+    for multiple in study.test_lengths:
+        test_draw, batches = draws(cell.task(multiple), 1)
+        measure, _ = submit(
+            lambda *x: test_window(config, kinds, *x), state.params, shapes(batches)
+        )
+        test[multiple] = test_draw, measure
+    test = {multiple: tuple(f.result() for f in pair) for multiple, pair in test.items()}
+    compiled = Programs(make.result(), train_draw.result(), train.result(), test, sizes, 0.0)
+    return compiled._replace(seconds=time.perf_counter() - began)
+
+
+# --- running cells ------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What all workers know.
+
+    Attributes:
+      directory: of the checkpoints.
+      deadline: in seconds since the epoch.
+      commit: of the sources.
+      checkpoint_seconds: between checkpoints.
+    """
+
+    directory: Path
+    deadline: float
+    commit: str
+    checkpoint_seconds: float = 120.0
+
+
+def run_cell(
+    cell: Cell,
+    programs: Programs,
+    job: Job,
+    report: Callable[[dict], None],
+    stopped: Callable[[], bool] = lambda: False,
+    waited: float = 0.0,
+) -> bool:
+    """Trains a cell's runs, from its checkpoint if there is one; returns whether it is finished.
+
+    Args:
+      cell: what to run.
+      programs: of it.
+      job: limits.
+      report: takes messages: "progress" after each window, "rows" at the end.
+      stopped: whether to stop for another reason than the deadline.
+      waited: seconds for which the device stood still for the compiler.
+    """
+    study = cell.config
+    rates = jnp.array([rate for rate, _ in cell.runs], jnp.float32)
+    seeds = jnp.array([seed for _, seed in cell.runs], jnp.uint32)
+    keys = [run_key(cell.settings, *run) for run in cell.runs]
+    path = (
+        job.directory / "checkpoints" / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}.npz"
+    )
+    state, curves, seconds = programs.initial_state(seeds), [], 0.0
+    if path.exists():
+        state, curves, seconds = load(path, state)
+    tokens = study.window * cell.batch * cell.length * len(cell.runs)
+    saved = time.perf_counter()
+    end, solved = -(-study.steps // study.window), False
+    while not (solved or len(curves) == end or stopped() or time.time() > job.deadline):
+        began = time.perf_counter()
+        start = jnp.int32(len(curves) * study.window)
+        state, measured = programs.train(state, rates, start, programs.draw(seeds, start))
+        measured = jax.tree.map(lambda x: np.asarray(x, np.float64).round(5), measured)
+        seconds += time.perf_counter() - began
+        curves.append(measured)
+        accuracy = measured.accuracy.mean(axis=-1)
+        solved = bool(accuracy.min() >= study.solved)
+        report(
+            {
+                "type": "progress",
+                "cell": cell.name,
+                "runs": len(cell.runs),
+                "step": len(curves) * study.window,
+                "steps": end * study.window,
+                "accuracy": [float(accuracy.min()), float(accuracy.max())],
+                "tokens": tokens,
+                "seconds": time.perf_counter() - began,
+            }
+        )
+        if time.perf_counter() - saved > job.checkpoint_seconds:
+            save(path, state, curves, seconds)
+            saved = time.perf_counter()
+    finished = solved or len(curves) == end
+    tests = {}
+    if finished:
+        for multiple, (test_draw, measure) in programs.test.items():
+            measured = measure(state.params, test_draw(seeds, jnp.int32(0)))
+            tests[multiple] = jax.tree.map(lambda x: np.asarray(x, np.float64).round(5), measured)
+    elif curves:
+        save(path, state, curves, seconds)
+    rows = []
+    for i, (rate, seed) in enumerate(cell.runs):
+        if not curves:
+            break
+        accuracy = [window.accuracy[i] for window in curves]
+        mean = np.mean(accuracy, axis=-1)
+        passed = np.flatnonzero(mean >= 0.9)
+        rows.append(
+            {
+                "run": keys[i],
+                "study": cell.study,
+                "task": cell.config.task["name"],
+                "length": cell.length,
+                "size": cell.size,
+                "mixer": cell.mixer,
+                "learning_rate": rate,
+                "seed": seed,
+                "finished": finished,
+                "steps": len(curves) * study.window,
+                "all_steps": end * study.window,
+                "batch": cell.batch,
+                "accuracy": float(mean[-1]),
+                "peak_accuracy": float(mean.max()),
+                "accuracy_by_kind": dict(zip(cell.task().kinds, map(float, accuracy[-1]))),
+                "exact": float(curves[-1].exact[i]),
+                "steps_to_90": int(passed[0] + 1) * study.window if len(passed) else None,
+                "window": study.window,
+                "curve": [[float(x) for x in point] for point in accuracy],
+                "loss_curve": [float(window.loss[i]) for window in curves],
+                "test": {
+                    str(multiple): {
+                        "accuracy": [float(x) for x in measured.accuracy[i]],
+                        "exact": float(measured.exact[i]),
+                    }
+                    for multiple, measured in tests.items()
+                },
+                **programs.sizes,
+                "runs_at_once": len(cell.runs),
+                "seconds": round(seconds, 2),
+                "tokens_per_second": round(tokens * len(curves) / seconds),
+                "compile_seconds": round(programs.seconds, 1),
+                "waited_seconds": round(waited, 1),
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "commit": job.commit,
+                "settings": cell.settings,
+            }
+        )
+    report({"type": "rows", "cell": cell.name, "rows": rows, "finished": finished})
+    if finished:
+        path.unlink(missing_ok=True)
+    return finished
+
+
+def save(path: Path, state: State, curves: list[Measured], seconds: float) -> None:
+    """Writes a checkpoint, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    for name in Measured._fields:
+        arrays[name] = np.stack([getattr(window, name) for window in curves])
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        np.savez(file, seconds=seconds, **arrays)
+    os.replace(file.name, path)
+
+
+def load(path: Path, like: State) -> tuple[State, list[Measured], float]:
+    """Reads what `save` wrote."""
+    with np.load(path) as arrays:
+        leaves, tree = jax.tree.flatten(like)
+        state = jax.tree.unflatten(
+            tree, [jnp.asarray(arrays[f"leaf{i}"]) for i in range(len(leaves))]
+        )
+        curves = [Measured(*window) for window in zip(*(arrays[name] for name in Measured._fields))]
+        return state, curves, float(arrays["seconds"])
+
+
+def work(
+    take: Callable[[], Cell | None],
+    job: Job,
+    report: Callable[[dict], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Runs the cells that `take` gives until there are none, compiling each while the last one runs."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(tempfile.gettempdir()) / "gdn2_jax_recall"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    ahead, pool = ThreadPoolExecutor(1), ThreadPoolExecutor()
+
+    def over() -> bool:
+        return stopped() or time.time() > job.deadline
+
+    def next_cell():
+        cell = None if over() else take()
+        return cell, cell and ahead.submit(compile_cell, cell, pool)
+
+    following = next_cell()
+    while following[0] is not None and not over():
+        (cell, programs), following, began = following, None, time.perf_counter()
+        try:
+            while not (programs.done() or over()):
+                concurrent.futures.wait([programs], timeout=1.0)
+            if over():
+                break
+            compiled, waited = programs.result(), time.perf_counter() - began
+            following = next_cell()
+            run_cell(cell, compiled, job, report, stopped, waited)
+        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+            # Such as too little memory: the other cells can still run.
+            message = f"{type(error).__name__}: {error}".splitlines()[0][:500]
+            report({"type": "failed", "cell": cell.name, "message": message})
+            following = following or next_cell()
+    ahead.shutdown(wait=False, cancel_futures=True)
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def worker(waiting, messages, stop, job: Job) -> None:
+    """`work` in a process of its own."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent stops its workers in order
+
+    def take() -> Cell | None:
+        try:
+            return waiting.get(timeout=0.5)
+        except queue.Empty:
+            return None
+
+    work(take, job, messages.put, stop.is_set)
+    messages.close()
+    messages.join_thread()
+    os._exit(0)  # does not wait for a compilation that nobody needs any more
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int | str:
+    """Returns the exit status, or a message for it to be 1."""
+    try:
+        waiting, job, devices = parse(arguments)
+    except ValueError as error:
+        return f"recall.py: {error}"
+    total = sum(len(cell.runs) for cell in waiting)
+    print(f"{total} runs in {len(waiting)} cells on {len(devices)} devices", flush=True)
+    context = multiprocessing.get_context("spawn")
+    cells_queue, messages, stop = context.Queue(), context.Queue(), context.Event()
+    for cell in waiting:
+        cells_queue.put(cell)
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    workers = []
+    for device in devices[: len(waiting)]:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+        process = context.Process(target=worker, args=(cells_queue, messages, stop, job))
+        process.start()
+        workers.append(process)
+    progress = Progress(waiting)
+    try:
+        for message in receive(messages, workers, job.deadline):
+            if message["type"] == "rows":
+                for row in message["rows"]:
+                    with (job.directory / f"{row['study']}.jsonl").open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+            progress.update(message)
+    except KeyboardInterrupt:
+        stop.set()
+        return "recall.py: interrupted; start again to continue"
+    cells_queue.cancel_join_thread()
+    progress.line()
+    if progress.failed or any(process.exitcode for process in workers):
+        return f"recall.py: failed: {'; '.join(progress.failed) or 'a worker died'}"
+    if progress.finished < total:
+        return "recall.py: stopped; start again to continue"
+    return 0
+
+
+def receive(messages, workers: list, deadline: float) -> Iterator[dict]:
+    """Messages until all workers have ended; a while after the deadline the last are ended."""
+    while True:
+        alive = any(process.is_alive() for process in workers)
+        try:
+            yield messages.get(timeout=1.0 if alive else 0.1)
+        except queue.Empty:
+            if not alive:
+                return
+        if time.time() > deadline + 40:
+            for process in workers:
+                process.kill()
+
+
+class Progress:
+    """Prints what the workers report, one line every few seconds."""
+
+    def __init__(self, waiting: list[Cell], seconds: float = 10.0):
+        """Counts what there is to do."""
+        self.finished, self.failed, self._seconds, self._printed = 0, [], seconds, 0.0
+        self._total = sum(len(cell.runs) for cell in waiting)
+        self._tokens = sum(cell.cost for cell in waiting)
+        self._cost = {cell.name: cell.cost for cell in waiting}
+        self._active: dict[str, dict] = {}
+
+    def update(self, message: dict) -> None:
+        """Takes a worker's message."""
+        if message["type"] == "progress":
+            self._active[message["cell"]] = message
+            self._tokens -= message["tokens"]
+            if time.monotonic() - self._printed > self._seconds:
+                self.line()
+            return
+        self._active.pop(message["cell"], None)
+        if message["type"] == "failed":
+            self.failed.append(f"{message['cell']}: {message['message']}")
+            print(f"failed: {self.failed[-1]}", flush=True)
+            return
+        rows = message["rows"]
+        self.finished += len(rows) * message["finished"]
+        if rows:
+            best = max(rows, key=lambda row: row["accuracy"])
+            left = rows[0]["all_steps"] - rows[0]["steps"]
+            self._tokens -= left * rows[0]["batch"] * rows[0]["length"] * len(rows)
+            print(
+                f"{'finished' if message['finished'] else 'stopped '} {message['cell']}: "
+                f"{best['accuracy']:.3f} at {best['learning_rate']:g}, "
+                f"{sum(row['accuracy'] > 0.9 for row in rows)} of {len(rows)} runs above 0.9, "
+                f"{rows[0]['steps']} steps, {rows[0]['tokens_per_second'] / 1e6:.2f}M tokens/s, "
+                f"{rows[0]['seconds']:.0f} s, compiled in {rows[0]['compile_seconds']:.0f} s, "
+                f"waited {rows[0]['waited_seconds']:.0f} s",
+                flush=True,
+            )
+
+    def line(self) -> None:
+        """Prints how far everything is."""
+        self._printed = time.monotonic()
+        parts, speed = [], 0.0
+        for name, message in self._active.items():
+            low, high = message["accuracy"]
+            speed += message["tokens"] / message["seconds"]
+            parts.append(f"{name} {message['step']}/{message['steps']} {low:.2f}..{high:.2f}")
+        left = f"{self._tokens / speed / 60:.1f} min left" if speed else ""
+        counts = f"[{self.finished}/{self._total} runs]"
+        print(f"{counts} {' | '.join(parts)} {speed / 1e6:.2f}M tokens/s {left}", flush=True)
+
+
+def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
+    """The cells to run, in order, what their workers know, and the devices to run them on."""
+    import tyro
+
+    def command(
+        studies: tyro.conf.Positional[tuple[str, ...]],
+        mixers: tuple[str, ...] = (),
+        lengths: tuple[int, ...] = (),
+        learning_rates: tuple[float, ...] = (),
+        seeds: tuple[int, ...] = (),
+        steps: int | None = None,
+        directory: Path = RESULTS,
+        devices: int | None = None,
+        minutes: float = float("inf"),
+    ):
+        """Takes the command line apart.
+
+        Args:
+          studies: names of files in experiments/recall.
+          mixers: instead of the studies'.
+          lengths: instead of the studies'.
+          learning_rates: instead of the studies'.
+          seeds: instead of the studies'.
+          steps: instead of the studies'.
+          directory: of rows and checkpoints.
+          devices: number of processes, one a GPU; all GPUs if None.
+          minutes: after which to stop.
+        """
+        changes = {
+            "mixers": mixers,
+            "lengths": lengths,
+            "learning_rates": learning_rates,
+            "seeds": seeds,
+            "steps": steps,
+        }
+        return studies, {k: v for k, v in changes.items() if v}, directory, devices, minutes
+
+    began = time.time()
+    studies, changes, directory, devices, minutes = tyro.cli(
+        command, args=arguments, prog="recall.py", description=__doc__
+    )
+    if not studies:
+        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.toml")))
+        raise ValueError(f"studies: expected some of {known}, got none")
+    directory.mkdir(parents=True, exist_ok=True)
+    waiting = []
+    for name in studies:
+        rows = read_rows(*{folder / f"{name}.jsonl" for folder in (RESULTS, directory)})
+        finished = {row["run"] for row in rows if row["finished"]}
+        waiting += cells(name, read_study(name, **changes), finished)
+    gpus = visible_gpus()
+    if gpus:
+        # The clock is short: cuBLAS' own choice instead of trying every kernel for every product.
+        flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ.setdefault("XLA_FLAGS", flags)
+    count = devices or max(1, len(gpus))
+    names = [gpus[i % len(gpus)] if gpus else "" for i in range(count)]
+    return waiting, Job(directory, began + 60 * minutes, commit()), names
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may say for one process; found without JAX, which would take them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def commit() -> str:
+    """Of the sources; "unknown" outside a repository."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or os.environ.get("GDN2_JAX_COMMIT", "unknown")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,249 @@
+"""Studies end to end on tiny shapes; GDN-2 must learn the easy setting of study 1."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "recall.py"
+
+
+def load(name):
+    specification = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # report.py imports recall.py by its name
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load("recall")
+
+
+@pytest.fixture(scope="module")
+def tiny(script):
+    """Two runs of two seeds with a test at twice the length; a window is two steps."""
+    return dataclasses.replace(
+        script.read_study("reassigned", steps=6),
+        mixers=("gdn2",),
+        lengths=(16,),
+        learning_rates=(1e-3, 1e-2),
+        seeds=(0, 1),
+        tokens=32,
+        window=2,
+        test_lengths=(1, 2),
+        task={"name": "reassigned", "pairs": 3, "updates": 1, "vocab_size": 16},
+        model={"num_heads": 1, "head_dim": 8, "dtype": "float32", "implementation": "recurrent"},
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(script, tiny):
+    (cell,) = script.cells("reassigned", tiny, set())
+    with ThreadPoolExecutor(2) as pool:
+        return cell, script.compile_cell(cell, pool)
+
+
+def job(script, directory, seconds=600.0):
+    return script.Job(directory, time.time() + seconds, "commit")
+
+
+def run(script, compiled, directory, **options):
+    messages = []
+    finished = script.run_cell(*compiled, job(script, directory), messages.append, **options)
+    assert messages[-1]["type"] == "rows" and messages[-1]["finished"] == finished
+    return messages[-1]["rows"]
+
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def test_gdn2_learns_the_easy_setting(script, tmp_path):
+    (cell,) = script.cells("easy", script.read_study("easy"), set())
+    with ThreadPoolExecutor(2) as pool:
+        (row,) = run(script, (cell, script.compile_cell(cell, pool)), tmp_path)
+    assert row["accuracy"] > 0.95, row["curve"]
+    assert row["steps_to_90"] <= row["steps"] <= row["all_steps"]
+
+
+def test_a_stopped_cell_goes_on_where_it_was(script, compiled, tmp_path):
+    whole = run(script, compiled, tmp_path / "whole")
+    assert [row["finished"] for row in whole] == [True] * 4
+    assert {(row["learning_rate"], row["seed"]) for row in whole} == {
+        *((1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1))
+    }
+    answers = iter([False, True])
+    parts = run(script, compiled, tmp_path, stopped=lambda: next(answers))
+    assert [(row["finished"], row["steps"]) for row in parts] == [(False, 2)] * 4
+    assert list((tmp_path / "checkpoints").iterdir())
+    resumed = run(script, compiled, tmp_path)
+    for row, expected in zip(resumed, whole, strict=True):
+        assert {k: v for k, v in row.items() if k not in TIMES} == {
+            k: v for k, v in expected.items() if k not in TIMES
+        }
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+    row = whole[0]
+    assert row["curve"][-1] == list(row["accuracy_by_kind"].values())
+    assert list(row["accuracy_by_kind"]) == ["untouched", "updated"]
+    assert list(row["test"]) == ["1", "2"] and len(row["test"]["2"]["accuracy"]) == 2
+    assert whole[0]["loss_curve"][0] == whole[1]["loss_curve"][0] or row["seed"] == 0
+
+
+def test_one_program_of_many_runs_trains_each_as_if_alone(script, tiny, compiled, tmp_path):
+    rows = run(script, compiled, tmp_path)
+    alone = dataclasses.replace(tiny, learning_rates=(1e-2,), seeds=(1,), test_lengths=())
+    (cell,) = script.cells("reassigned", alone, set())
+    with ThreadPoolExecutor(2) as pool:
+        (row,) = run(script, (cell, script.compile_cell(cell, pool)), tmp_path / "alone")
+    (together,) = [r for r in rows if (r["learning_rate"], r["seed"]) == (1e-2, 1)]
+    np.testing.assert_allclose(row["loss_curve"], together["loss_curve"], rtol=1e-4)
+
+
+def test_all_mixers_and_learning_rates_see_the_same_batches_and_no_batch_twice(script, tiny):
+    task = script.cells("reassigned", tiny, set())[0].task()
+    seeds = jnp.array([0, 0, 1], jnp.uint32)
+    tokens, _ = script.draw_batches(task, 2, 2, 0, seeds, jnp.int32(0))
+    later, _ = script.draw_batches(task, 2, 2, 0, seeds, jnp.int32(1))
+    np.testing.assert_array_equal(tokens[:, 0], tokens[:, 1])
+    np.testing.assert_array_equal(tokens[1], later[0])
+    assert len(np.unique(np.asarray(tokens[:, 1:]).reshape(8, -1), axis=0)) == 8
+
+
+def test_finished_runs_are_skipped_and_rows_of_several_files_merge(script, tiny, tmp_path):
+    (cell,) = script.cells("reassigned", tiny, set())
+    keys = [script.run_key(cell.settings, *run) for run in cell.runs]
+    (rest,) = script.cells("reassigned", tiny, set(keys[:3]))
+    assert rest.runs == cell.runs[3:] and not script.cells("reassigned", tiny, set(keys))
+    # What the study grows by, or how it is cut, does not change a run; what matters does.
+    same = dataclasses.replace(tiny, seeds=(0, 1, 2), lengths=(16, 32), runs_at_once=2)
+    assert not set(keys) - {
+        script.run_key(c.settings, *r)
+        for c in script.cells("reassigned", same, set())
+        for r in c.runs
+    }
+    other = dataclasses.replace(tiny, steps=8)
+    assert script.cells("reassigned", other, set(keys))[0].runs == cell.runs
+
+    def row(run, steps, finished):
+        return json.dumps({"run": run, "steps": steps, "finished": finished}) + "\n"
+
+    (tmp_path / "a").write_text(row("x", 6, False) + row("y", 4, True))
+    (tmp_path / "b").write_text(row("x", 4, True) + row("y", 2, False) + row("z", 2, False))
+    merged = script.read_rows(tmp_path / "a", tmp_path / "b", tmp_path / "none")
+    assert [(r["run"], r["steps"], r["finished"]) for r in merged] == [
+        *(("x", 4, True), ("y", 4, True), ("z", 2, False))
+    ]
+
+
+def test_small_cells_come_first_and_sizes_make_cells(script):
+    study = script.read_study("capacity", lengths=(512, 256), mixers=("gdn2",))
+    found = script.cells("capacity", study, set())
+    assert [cell.cost for cell in found] == sorted(cell.cost for cell in found)
+    assert {(c.length, c.size["pairs"], c.size["head_dim"]) for c in found} == {
+        (length, pairs, dim) for length in (256, 512) for pairs in (32, 64) for dim in (64, 128)
+    } | {(512, 128, 64), (512, 128, 128)}
+
+
+@pytest.mark.parametrize("mixer", ["kda", "gdn", "deltanet", "mamba2", "mamba3", "attention"])
+def test_every_mixer_has_gdn2s_parameters_and_state(script, mixer):
+    study = script.read_study("mqar", mixers=(mixer,), lengths=(256,))
+    (cell,) = script.cells("mqar", study, set())
+    sizes = script.check_sizes(cell, script.model_config(cell))
+    assert sizes["state"] == (0 if mixer == "attention" else 2 * 128 * 128)
+    wrong = dataclasses.replace(script.model_config(cell), mlp_dim=8)
+    with pytest.raises(ValueError, match="expected parameters within 2 %"):
+        script.check_sizes(cell, wrong)
+
+
+def test_every_study_can_be_read(script):
+    for path in script.STUDIES.glob("*.toml"):
+        assert script.cells(path.stem, script.read_study(path.stem), set())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "studies: expected some of capacity, "),
+        (["mqar", "--mixers", "gdn3"], "mixers: expected some of gdn2, "),
+        (["capacity", "--lengths", "64"], "length: expected an even number, at least 4 pairs"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_with_one_clear_message(
+    script, arguments, message, tmp_path
+):
+    assert message in script.main([*arguments, "--directory", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_cells_stop_in_time_and_go_on(script, tmp_path):
+    output = {"capture_output": True, "text": True}
+    command = [sys.executable, str(SCRIPT), "easy", "--seeds", "0", "1", "--lengths", "16", "32"]
+    command += ["--steps", "100", "--devices", "2", "--directory", str(tmp_path)]
+    stopped = subprocess.run([*command, "--minutes", "0"], check=False, **output)
+    assert "stopped; start again to continue" in stopped.stderr and stopped.returncode == 1
+    done = subprocess.run(command, check=False, **output)
+    assert done.returncode == 0, done.stderr
+    assert "4 runs in 2 cells on 2 devices" in done.stdout and "[4/4 runs]" in done.stdout
+    rows = script.read_rows(tmp_path / "easy.jsonl")
+    assert sorted((row["length"], row["seed"]) for row in rows) == [
+        *((16, 0), (16, 1), (32, 0), (32, 1))
+    ]
+    assert all(row["finished"] for row in rows)
+    again = subprocess.run(command, check=False, **output)
+    assert "0 runs in 0 cells" in again.stdout and again.returncode == 0
+
+
+def test_the_report_takes_the_best_rate_and_gives_the_range_over_seeds(script, tmp_path):
+    report = load("report")
+
+    def row(mixer, rate, seed, accuracy, finished=True, **fields):
+        return {
+            "run": f"{mixer}{rate}{seed}",
+            "mixer": mixer,
+            "learning_rate": rate,
+            "seed": seed,
+            "finished": finished,
+            "length": 256,
+            "size": {},
+            "steps": 200,
+            "all_steps": 200,
+            "window": 100,
+            "accuracy": accuracy,
+            "accuracy_by_kind": {"all": accuracy},
+            "curve": [[0.0], [accuracy]],
+            "steps_to_90": 200 if accuracy > 0.9 else None,
+            "test": {"1": {"exact": accuracy / 2}},
+            "seconds": 60.0,
+            "waited_seconds": 6.0,
+            "runs_at_once": 2,
+            "tokens_per_second": 2_000_000,
+            "device": "a GPU",
+            "commit": "abc",
+        } | fields
+
+    rows = [
+        *(row("kda", 1e-3, 0, 0.95), row("kda", 1e-3, 1, 0.85), row("kda", 1e-4, 0, 0.5)),
+        *(row("kda", 1e-4, 1, 0.7), row("gdn2", 1e-3, 0, 0.25, finished=False, steps=100)),
+    ]
+    (tmp_path / "mqar.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert report.main([str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text()
+    best = (
+        "| 256 tokens | kda | 0.900 (0.850 to 0.950) | 200, 1 of 2 seeds | 200 | 0.001 | 2 | 2.00 |"
+    )
+    assert best in page
+    assert "| 256 tokens | gdn2 (unfinished) | 0.250 | - | 100 | 0.001 | 1 | 2.00 |" in page
+    assert "| 256 tokens | kda | 0.600 (0.500 to 0.700) | 0.900 (0.850 to 0.950) |" in page
+    assert "| 256 tokens | kda | 0.450 (0.425 to 0.475) |" in page
+    assert "4 finished runs and 1 unfinished ones; 2.5 minutes of a GPU, 0.2 more" in page
+    assert (tmp_path / "mqar.png").read_bytes().startswith(b"\x89PNG")
