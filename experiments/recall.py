@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ import optax
 
 from gdn2_jax.data.recall import TASKS, Questions, Task, draw, questions
 from gdn2_jax.models import LanguageModel, ModelConfig, model_sizes
+from gdn2_jax.timing import device_events
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE / "recall"
@@ -63,6 +65,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "attention": {"mixer": "attention"},
 }
 """What a study names: fields of the model's configuration."""
+_OPERATOR = ("intra_chunk_forward", "chunk_backward", "state_pass")
+"""Parts of the names of the Hopper kernels."""
 _MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 
 
@@ -473,12 +477,14 @@ class Job(NamedTuple):
       directory: of the checkpoints.
       deadline: in seconds since the epoch.
       commit: of the sources.
+      profile: measure the GPU's share of the time after each cell.
       checkpoint_seconds: between checkpoints.
     """
 
     directory: Path
     deadline: float
     commit: str
+    profile: bool = False
     checkpoint_seconds: float = 120.0
 
 
@@ -507,7 +513,7 @@ def run_cell(
     path = (
         job.directory / "checkpoints" / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}.npz"
     )
-    state, curves, seconds = programs.initial_state(seeds), [], 0.0
+    state, curves, seconds, start = programs.initial_state(seeds), [], 0.0, jnp.int32(0)
     if path.exists():
         state, curves, seconds = load(path, state)
     tokens = study.window * cell.batch * cell.length * len(cell.runs)
@@ -545,6 +551,16 @@ def run_cell(
             tests[multiple] = jax.tree.map(lambda x: np.asarray(x, np.float64).round(5), measured)
     elif curves:
         save(path, state, curves, seconds)
+    shares = {}
+    if job.profile and curves:
+        # A window more, of which nothing is kept.
+        events = device_events(
+            lambda: programs.train(state, rates, start, programs.draw(seeds, start))
+        )
+        window = 1e3 * seconds / len(curves)
+        ours = [event for event in events if any(part in event.name for part in _OPERATOR)]
+        for name, some in (("gpu_share", events), ("operator_share", ours)):
+            shares[name] = round(sum(event.milliseconds for event in some) / window, 3)
     rows = []
     for i, (rate, seed) in enumerate(cell.runs):
         if not curves:
@@ -582,6 +598,7 @@ def run_cell(
                     for multiple, measured in tests.items()
                 },
                 **programs.sizes,
+                **shares,
                 "runs_at_once": len(cell.runs),
                 "seconds": round(seconds, 2),
                 "tokens_per_second": round(tokens * len(curves) / seconds),
@@ -695,7 +712,8 @@ def main(arguments: list[str]) -> int | str:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     workers = []
     for device in devices[: len(waiting)]:
-        os.environ["CUDA_VISIBLE_DEVICES"] = device
+        if device:
+            os.environ["CUDA_VISIBLE_DEVICES"] = device
         process = context.Process(target=worker, args=(cells_queue, messages, stop, job))
         process.start()
         workers.append(process)
@@ -781,9 +799,10 @@ class Progress:
             low, high = message["accuracy"]
             speed += message["tokens"] / message["seconds"]
             parts.append(f"{name} {message['step']}/{message['steps']} {low:.2f}..{high:.2f}")
-        left = f"{self._tokens / speed / 60:.1f} min left" if speed else ""
-        counts = f"[{self.finished}/{self._total} runs]"
-        print(f"{counts} {' | '.join(parts)} {speed / 1e6:.2f}M tokens/s {left}", flush=True)
+        if speed:
+            left = f"{self._tokens / speed / 60:.1f} min left"
+            parts.append(f"{speed / 1e6:.2f}M tokens/s, {left}")
+        print(f"[{self.finished}/{self._total} runs] {' | '.join(parts)}", flush=True)
 
 
 def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
@@ -800,6 +819,7 @@ def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
         directory: Path = RESULTS,
         devices: int | None = None,
         minutes: float = float("inf"),
+        profile: bool = False,
     ):
         """Takes the command line apart.
 
@@ -813,6 +833,7 @@ def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
           directory: of rows and checkpoints.
           devices: number of processes, one a GPU; all GPUs if None.
           minutes: after which to stop.
+          profile: measure which share of the time the GPU and the operator's kernels take.
         """
         changes = {
             "mixers": mixers,
@@ -821,10 +842,11 @@ def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
             "seeds": seeds,
             "steps": steps,
         }
-        return studies, {k: v for k, v in changes.items() if v}, directory, devices, minutes
+        changes = {k: v for k, v in changes.items() if v}
+        return studies, changes, directory, devices, minutes, profile
 
     began = time.time()
-    studies, changes, directory, devices, minutes = tyro.cli(
+    studies, changes, directory, devices, minutes, profile = tyro.cli(
         command, args=arguments, prog="recall.py", description=__doc__
     )
     if not studies:
@@ -843,7 +865,7 @@ def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
         os.environ.setdefault("XLA_FLAGS", flags)
     count = devices or max(1, len(gpus))
     names = [gpus[i % len(gpus)] if gpus else "" for i in range(count)]
-    return waiting, Job(directory, began + 60 * minutes, commit()), names
+    return waiting, Job(directory, began + 60 * minutes, commit(), profile), names
 
 
 def visible_gpus() -> list[str]:
@@ -851,7 +873,11 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
-    return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    if not shutil.which("nvidia-smi"):
+        return []
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    count = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+    return [str(i) for i in range(count)]
 
 
 def commit() -> str:

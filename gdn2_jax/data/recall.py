@@ -61,7 +61,7 @@ class Task(Protocol):
     def example(self, key: Array) -> Example: ...  # noqa: D102
 
 
-def draw(task: Task, seed: int | Array, split: int, indices: Int[Array, "N"]) -> Example:
+def draw(task: Task, seed: int | Array, split: int | Array, indices: Int[Array, "N"]) -> Example:
     """The examples of these indices, [N, T]; a function of (task, seed, split, index) alone.
 
     Args:
@@ -85,7 +85,7 @@ def questions(task: Task, example: Example) -> Questions:
     return Questions(order, targets, kinds)
 
 
-_draw = jax.jit(draw, static_argnums=(0, 2))
+_draw = jax.jit(draw, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)

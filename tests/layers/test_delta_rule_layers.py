@@ -242,11 +242,14 @@ def test_erase_and_write_gates_are_tied_exactly(make, monkeypatch, name):
         np.testing.assert_array_equal(arrays[side][:, :, 0::2], arrays[side][:, :, 1::2])
 
 
-def test_tied_gdn2_layer_is_a_kda_layer(make):
+@pytest.mark.parametrize("gate", ["channel", "scalar"])
+def test_tied_gdn2_layer_is_a_kda_layer(make, gate):
     # A GDN-2 layer whose gate projections repeat KDA's one column for every channel of its head.
     x = inputs(2, 9, WIDTH)
     kda, params = make("kda", x, output_gate="silu")
-    gdn2 = GatedDeltaNet2(num_heads=2, head_dim=4, implementation="recurrent")
+    gdn2 = GatedDeltaNet2(
+        num_heads=2, head_dim=4, erase_gate=gate, write_gate=gate, implementation="recurrent"
+    )
     repeated = jnp.repeat(params["b_proj"]["kernel"], 4, axis=1)
     tied = params | {"b_proj": {"kernel": repeated}, "w_proj": {"kernel": repeated}}
     np.testing.assert_allclose(apply(gdn2, tied, x), apply(kda, params, x), atol=1e-6)
