@@ -197,7 +197,7 @@ def read_study(name: str, **changes: Any) -> Study:
 
 
 def cells(name: str, study: Study, finished: set[str]) -> list[Cell]:
-    """The cells of a study's runs that are not finished, small ones first."""
+    """The cells of a study's runs that are not finished, short sequences first."""
     sizes = [{}]
     for key, values in study.sizes.items():
         sizes = [{**size, key: value} for size in sizes for value in values]
@@ -212,7 +212,7 @@ def cells(name: str, study: Study, finished: set[str]) -> list[Cell]:
                 for start in range(0, len(runs), study.runs_at_once):
                     part = tuple(runs[start : start + study.runs_at_once])
                     found.append(cell._replace(runs=part))
-    return sorted(found, key=lambda cell: cell.cost)
+    return sorted(found, key=lambda cell: (cell.length, cell.cost))
 
 
 def run_key(settings: dict[str, Any], rate: float, seed: int) -> str:

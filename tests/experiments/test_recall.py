@@ -146,12 +146,13 @@ def test_finished_runs_are_skipped_and_rows_of_several_files_merge(script, tiny,
 
 
 def test_small_cells_come_first_and_sizes_make_cells(script):
-    study = script.read_study("capacity", lengths=(512, 256), mixers=("gdn2",))
+    study = script.read_study("capacity", lengths=(1024, 512), mixers=("gdn2",), runs_at_once=9)
     found = script.cells("capacity", study, set())
-    assert [cell.cost for cell in found] == sorted(cell.cost for cell in found)
-    assert {(c.length, c.size["pairs"], c.size["head_dim"]) for c in found} == {
-        (length, pairs, dim) for length in (256, 512) for pairs in (32, 64) for dim in (64, 128)
-    } | {(512, 128, 64), (512, 128, 128)}
+    assert [cell.length for cell in found] == [512] * 6 + [1024] * 6
+    assert [(cell.size["pairs"], cell.size["head_dim"]) for cell in found[:6]] == [
+        *((32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (128, 128))
+    ]
+    assert script.model_config(found[0]).d_model == 128 and found[0].task().pairs == 32
 
 
 @pytest.mark.parametrize("mixer", ["kda", "gdn", "deltanet", "mamba2", "mamba3", "attention"])
