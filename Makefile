@@ -6,19 +6,22 @@ CUDA := $(shell command -v nvidia-smi >/dev/null && echo ,cuda)
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: train test test-newest lint clean
+.PHONY: help train test test-newest lint clean
 
-train: .venv/.installed
+help:  ## lists the commands
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
+
+train: .venv/.installed  ## trains a small model; options: make train ARGS="--help"
 	.venv/bin/python experiments/train.py $(ARGS)
 
 # glibc fills what it frees and allocates with MALLOC_PERTURB_: memory that nothing wrote shows.
-test: .venv/.installed
+test: .venv/.installed  ## runs the test-suite on the CPU
 	MALLOC_PERTURB_=129 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal tests $(ARGS)
 
-test-newest: .venv-newest/.installed
+test-newest: .venv-newest/.installed  ## runs the fast tests on the newest versions of the libraries
 	MALLOC_PERTURB_=129 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --first-cases tests $(ARGS)
 
-lint: .venv/.installed
+lint: .venv/.installed  ## checks style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
@@ -34,5 +37,5 @@ lint: .venv/.installed
 	$*/bin/python -m pip install --quiet --no-deps recurrentgemma==1.0.1 --constraint $(filter constraints%,$^)
 	@touch $@
 
-clean:
+clean:  ## removes what make has installed and built
 	rm -rf .venv .venv-newest build *.egg-info .pytest_cache .ruff_cache .hypothesis

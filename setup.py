@@ -1,5 +1,6 @@
 """Package metadata of gdn2-jax (build system and tool settings: pyproject.toml)."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -30,9 +31,11 @@ TEST = [
     "sentencepiece",
 ]
 
+INIT = (Path(__file__).parent / "gdn2_jax" / "__init__.py").read_text(encoding="utf-8")
+
 setup(
     name="gdn2-jax",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', INIT)[1],
     description="Gated DeltaNet-2 in JAX: operator, Flax layers, training and decoding",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
