@@ -881,10 +881,13 @@ def visible_gpus() -> list[str]:
 
 
 def commit() -> str:
-    """Of the sources; "unknown" outside a repository."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("GDN2_JAX_COMMIT", "unknown")
+    """Of the sources; $GDN2_JAX_COMMIT where there is no repository."""
+    described = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        described = done.stdout.strip()
+    return described or os.environ.get("GDN2_JAX_COMMIT", "unknown")
 
 
 if __name__ == "__main__":
