@@ -189,7 +189,8 @@ def test_a_mistake_on_the_command_line_ends_with_one_clear_message(
 def test_two_processes_share_the_cells_stop_in_time_and_go_on(script, tmp_path):
     output = {"capture_output": True, "text": True}
     command = [sys.executable, str(SCRIPT), "easy", "--seeds", "0", "1", "--lengths", "16", "32"]
-    command += ["--steps", "100", "--devices", "2", "--directory", str(tmp_path)]
+    command += ["--mixers", "attention", "--steps", "100", "--devices", "2"]
+    command += ["--directory", str(tmp_path)]
     stopped = subprocess.run([*command, "--minutes", "0"], check=False, **output)
     assert "stopped; start again to continue" in stopped.stderr and stopped.returncode == 1
     done = subprocess.run(command, check=False, **output)
