@@ -30,7 +30,7 @@ import tyro
 from absl import flags
 from tqdm import tqdm
 
-from gdn2_jax.data import prepare
+from gdn2_jax.data import path_options, prepare
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import model_sizes
 from gdn2_jax.parallel import make_mesh
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int | str:
         # What open_run checks of each holds for all, and is better known before they compile.
         first = next(iter(runs.values()))
         check_mesh(first, make_mesh(first.mesh))
-        prepare(first.data)
+        print(prepare(first.data).description, flush=True)
     except (ValueError, OSError) as error:
         return f"compare_mixers.py: {error}"
     results.mkdir(parents=True, exist_ok=True)
@@ -127,10 +127,9 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
         """
         return config, models, seeds, directory, results or directory
 
-    options = ["--data.paths" if option == "--data" else option for option in options]
     config, models, seeds, directory, results = tyro.cli(
         command,
-        args=options,
+        args=path_options(options),
         prog=f"compare_mixers.py {scale}",
         description=__doc__.format(scales=", ".join(SCALES)),
         config=(tyro.conf.FlagConversionOff,),

@@ -26,6 +26,7 @@ import jax
 import tyro
 from absl import flags
 
+from gdn2_jax.data import path_options
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import matched_preset
 from gdn2_jax.parallel import join_processes
@@ -95,10 +96,9 @@ def parse(arguments: list[str]) -> tuple[TrainingConfig, Path]:
         """
         return config, run_dir
 
-    options = ["--data.paths" if option == "--data" else option for option in options]
     return tyro.cli(
         command,
-        args=options,
+        args=path_options(options),
         prog=f"train.py {preset}",
         description=__doc__.format(presets=", ".join(PRESETS)),
         config=(tyro.conf.FlagConversionOff,),

@@ -9,7 +9,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from gdn2_jax.data.packing import PackedSequences
+from gdn2_jax.data.packing import Excerpt, PackedSequences
 
 # Sequences in "endless": more than any run consumes, and grain's index arithmetic stays exact.
 _ENDLESS = 2**48
@@ -60,7 +60,7 @@ def train_iterator(
 
 
 def validation_batches(
-    sequences: PackedSequences,
+    sequences: PackedSequences | Excerpt,
     *,
     global_batch_size: int,
     process_index: int = 0,
@@ -73,7 +73,7 @@ def validation_batches(
     batches.
 
     Args:
-      sequences: from `prepare(config).validation`.
+      sequences: from `prepare(config).validation`, or an excerpt of them.
       global_batch_size: as in `train_iterator`.
       process_index: as in `train_iterator`.
       process_count: as in `train_iterator`.
@@ -95,7 +95,7 @@ def validation_batches(
 class _ProcessRows(grain.sources.RandomAccessDataSource):
     """The rows that one process reads, in order; rows past `stop_sequence` have weight 0."""
 
-    sequences: PackedSequences
+    sequences: PackedSequences | Excerpt
     global_batch_size: int
     process_index: int
     process_count: int

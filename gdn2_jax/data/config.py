@@ -1,6 +1,8 @@
 """What a data set is made of: one dataclass, filled from the command line or by hand."""
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -13,14 +15,18 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()
-    """.txt, .jsonl or .parquet files, or directories of them (searched recursively). None: the
-    sources and documentation of the running Python."""
+    """.txt, .jsonl or .parquet files, the first two also as .gz, or directories of them (searched
+    recursively). None: the sources and documentation of the running Python."""
+
+    validation_paths: tuple[str, ...] = ()
+    """The same for validation, in place of a fraction of the text."""
 
     text_field: str = "text"
     """The .jsonl field or .parquet column that holds the text."""
 
     document_separator: str = ""
-    """Cuts each .txt file into documents where this string stands. Empty: one document a file."""
+    r"""Cuts each .txt file into documents where this string stands; \n, \r and \t may be written
+    with a backslash. Empty: one document a file."""
 
     tokenizer: str = "bytes"
     """"bytes" (257 entries: the byte values and the end of a document); the path of a Hugging Face
@@ -33,7 +39,8 @@ class DataConfig:
     """Tokens of an input sequence, T; the data is cut into blocks of T + 1 tokens."""
 
     validation_fraction: float = 0.05
-    """Share of the text, in whole documents, that is kept for validation. 0: no validation."""
+    """Share of the text that is kept for validation: whole documents, and the ends of those of more
+    than a twentieth of the text. 0: no validation."""
 
     reset_at_documents: bool = False
     """Whether state and attention start afresh at each document. The paper's recipe does not."""
@@ -47,9 +54,16 @@ class DataConfig:
     cache_directory: str = "~/.cache/gdn2_jax"
     """Where tokenized corpora are kept."""
 
+    verify: bool = False
+    """Whether to hash text and cache anew, rather than to trust unchanged sizes and times."""
+
     def __post_init__(self):
-        if type(self.paths) is str:
-            raise ValueError(f"paths must be a tuple of strings, got the string {self.paths!r}")
+        for name in ("paths", "validation_paths"):
+            value = getattr(self, name)
+            if type(value) is str:
+                raise ValueError(f"{name} must be a tuple of strings, got the string {value!r}")
+            if "" in value:
+                raise ValueError(f"{name}: expected files or directories, got an empty name")
         if not self.text_field:
             raise ValueError("text_field must not be empty")
         if not self.tokenizer:
@@ -79,9 +93,51 @@ class DataConfig:
             raise ValueError("cache_directory must not be empty")
 
     @property
+    def validates(self) -> bool:
+        """Whether there is text for validation."""
+        return bool(self.validation_paths) or self.validation_fraction > 0
+
+    @property
+    def separator(self) -> str:
+        r"""`document_separator`, where \n, \r, \t and \\ have become what they stand for."""
+        escapes = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+        return re.sub(r"\\([nrt\\])", lambda m: escapes[m[1]], self.document_separator)
+
+    @property
     def trained_vocab_size(self) -> int | None:
         """N of a tokenizer "train:N", None for the other tokenizers."""
         kind, colon, size = self.tokenizer.partition(":")
         if (kind, colon) != ("train", ":"):
             return None
         return int(size) if size.isdecimal() else -1
+
+
+def path_options(options: Sequence[str]) -> list[str]:
+    """Rewrites a command line's paths so that each option for them stands once, with all paths.
+
+    Args:
+      options: of a configuration whose `data` is a `DataConfig`; "--data" is short for
+        "--data.paths".
+
+    Raises:
+      ValueError: if such an option has no path.
+    """
+    names = {"--data": "--data.paths", "--data.validation_paths": "--data.validation-paths"}
+    others, given = [], {}
+    current = None
+    for option in options:
+        name, equals, value = option.partition("=")
+        name = names.get(name, name)
+        if name in ("--data.paths", "--data.validation-paths"):
+            current = given.setdefault(name, [])
+            current += [value] * bool(equals)
+        elif option.startswith("-") or current is None:
+            others.append(option)
+            current = None
+        else:
+            current.append(option)
+    for name, values in given.items():
+        if not values:
+            raise ValueError(f"{name}: expected files or directories, got none")
+        others += [name, *values]
+    return others

@@ -1,28 +1,55 @@
-"""From a DataConfig to packed sequences: read, split by document, tokenize, keep on disk."""
+"""From a DataConfig to packed sequences: read, split, tokenize, keep on disk."""
 
 import hashlib
+import itertools
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Int64, UInt64
 from tqdm import tqdm
 
+from gdn2_jax.data.cache import (
+    are_at_rest,
+    exclusive,
+    file_digest,
+    file_states,
+    find_trusted,
+    is_intact,
+    new_entry,
+    trust,
+)
 from gdn2_jax.data.config import DataConfig
 from gdn2_jax.data.packing import PackedSequences
-from gdn2_jax.data.sources import find_files, read_documents
-from gdn2_jax.data.store import StoreWriter, TokenStore, file_digest, is_intact, seal
-from gdn2_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from gdn2_jax.data.sources import Piece, file_kind, find_files, read_pieces
+from gdn2_jax.data.store import StoreWriter, TokenStore
+from gdn2_jax.data.tokenizer import (
+    Tokenizer,
+    describe_losses,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+_LOG = logging.getLogger(__name__)
 
 # Part of every cache key: raise it when the files' meaning changes.
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_CHARACTERS = 2**22
+_NOTES = "notes.json"
+
+# A document of more than this share of the text is long: it gives its own end for validation.
+_LONG = 0.05
+
+# A document that crosses the fraction is held out whole if that exceeds it by no more than this.
+_EXCESS = 0.1
+
+# A long document's end begins at a line, or a word, no further than this from where it should.
+_LINE = 4096
 
 # Bars show only for steps that take more than a moment.
 _BAR = {"delay": 2, "unit_scale": True, "leave": False}
@@ -30,13 +57,12 @@ _BAR = {"delay": 2, "unit_scale": True, "leave": False}
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus, split by document.
+    """A tokenized corpus, split for training and validation.
 
     Attributes:
       tokenizer: of `vocab_size` entries, with `encode`, `decode` and `save`.
       train: sequences of shuffled documents.
-      validation: sequences of the documents kept aside, in fixed order; None where
-        `validation_fraction` is 0.
+      validation: sequences of the text kept aside, in fixed order; None where nothing is.
       digest: of the files' contents, the tokenizer and the split. A run that goes on with another
         digest does not see the same data.
     """
@@ -46,13 +72,25 @@ class Corpus:
     validation: PackedSequences | None
     digest: str
 
+    @property
+    def description(self) -> str:
+        """Documents and bytes of both sides, in a line."""
+        parts = {"training": self.train, "validation": self.validation}
+        sizes = [
+            f"{name} {part.store.num_documents:,} documents, {part.store.num_bytes:,} bytes"
+            for name, part in parts.items()
+            if part is not None
+        ]
+        return "; ".join(sizes) if self.validation else f"{sizes[0]}; no validation"
+
 
 def prepare(config: DataConfig) -> Corpus:
     """Reads and tokenizes a corpus, or opens it from the cache.
 
-    The cache is keyed by the contents of the files, the tokenizer and the split, and checked byte
-    for byte when opened, so neither an outdated nor a damaged entry is ever used. Processes that
-    prepare the same corpus at once do the work twice but do not disturb each other.
+    The cache is keyed by the contents of the files, the tokenizer and the split. Contents are
+    hashed once, and then taken for unchanged while sizes, times and inodes are, unless
+    `config.verify` is set; the same holds for the files of the cache. Of several processes that
+    prepare the same corpus with the same cache at once, one does the work and the others wait.
 
     Args:
       config: where the text is and what to make of it.
@@ -65,18 +103,32 @@ def prepare(config: DataConfig) -> Corpus:
       ValueError: if a file cannot be read as text, or the corpus is empty or too small for one
         training and one validation sequence.
     """
-    files = find_files(config.paths)
+    files = find_files(config.paths, _LOG.warning)
+    held_out = []
+    if config.validation_paths:
+        held_out = find_files(config.validation_paths, _LOG.warning, "validation_paths")
     tokenizer = None
     if config.trained_vocab_size is None:
         tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
-    entry = Path(config.cache_directory).expanduser() / _cache_key(config, files)
-    if not is_intact(entry):
-        _build(config, files, tokenizer, entry)
+    cache = Path(config.cache_directory).expanduser()
+    request, at_rest = _request(config, files, held_out)
+    with exclusive(cache, request):
+        name = None if config.verify else find_trusted(cache, request)
+        if name is None or not is_intact(cache / name):
+            name = _cache_key(config, files, held_out)
+            if not is_intact(cache / name, config.verify):
+                with new_entry(cache / name, request) as directory:
+                    _build(config, files, held_out, tokenizer, directory)
+        if at_rest:
+            trust(cache, request, name)
+    entry = cache / name
+    for note in json.loads((entry / _NOTES).read_text()):
+        _LOG.warning("%s", note)
     return Corpus(
         tokenizer or load_tokenizer(entry / "tokenizer.json"),
         _pack(config, entry, "train", config.seed),
-        _pack(config, entry, "validation", None) if config.validation_fraction else None,
-        entry.name,
+        _pack(config, entry, "validation", None) if config.validates else None,
+        name,
     )
 
 
@@ -91,118 +143,239 @@ def _pack(config: DataConfig, entry: Path, split: str, seed: int | None) -> Pack
         ) from error
 
 
-def _cache_key(config: DataConfig, files: Sequence[Path]) -> str:
-    with ThreadPoolExecutor() as pool:
-        digests = list(tqdm(pool.map(file_digest, files), "hash", len(files), **_BAR))
-    tokenizer = config.tokenizer
-    if tokenizer != "bytes" and config.trained_vocab_size is None:
-        tokenizer = file_digest(Path(tokenizer).expanduser())
-    parts = {
+def _settings(config: DataConfig) -> dict[str, str | float]:
+    """What the entry depends on beside the contents of files."""
+    return {
         "format": _FORMAT,
-        "files": [(path.suffix, digest) for path, digest in zip(files, digests)],
         "text_field": config.text_field,
-        "document_separator": config.document_separator,
-        "tokenizer": tokenizer,
+        "document_separator": config.separator,
+        "tokenizer": config.tokenizer,
         "end_of_document": config.end_of_document,
-        "validation_fraction": config.validation_fraction,
+        "validation_fraction": 0 if config.validation_paths else config.validation_fraction,
     }
+
+
+def _request(
+    config: DataConfig, files: Sequence[Path], held_out: Sequence[Path]
+) -> tuple[str, bool]:
+    """Returns the digest of what is asked for, by paths and times, and whether times tell."""
+    read = [*files, *held_out]
+    if config.tokenizer != "bytes" and config.trained_vocab_size is None:
+        read.append(Path(config.tokenizer).expanduser())
+    states = file_states(read)
+    names = [str(path.absolute()) for path in read]
+    return _digest({**_settings(config), "files": [names, len(files), states]}), are_at_rest(states)
+
+
+def _cache_key(config: DataConfig, files: Sequence[Path], held_out: Sequence[Path]) -> str:
+    parts = _settings(config)
+    if config.tokenizer != "bytes" and config.trained_vocab_size is None:
+        parts["tokenizer"] = file_digest(Path(config.tokenizer).expanduser())
+    read = [*files, *held_out]
+    with ThreadPoolExecutor() as pool:
+        digests = list(tqdm(pool.map(file_digest, read), "hash", len(read), **_BAR))
+    kinds = [(file_kind(path), digest) for path, digest in zip(read, digests)]
+    return _digest({**parts, "files": kinds[: len(files)], "validation": kinds[len(files) :]})
+
+
+def _digest(parts) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _build(
-    config: DataConfig, files: Sequence[Path], tokenizer: Tokenizer | None, entry: Path
-) -> None:
-    """Writes a cache entry, complete or not at all."""
+class _Survey(NamedTuple):
+    """The documents of files.
 
-    def documents(description: str, total: int | None) -> Iterator[str]:
-        texts = read_documents(
-            files, text_field=config.text_field, document_separator=config.document_separator
-        )
-        return tqdm(texts, description, total, unit=" documents", **_BAR)
-
-    held_out = _split(documents("read", None), config.validation_fraction)
-    if tokenizer is None:
-        texts = zip(documents("train tokenizer", len(held_out)), held_out)
-        training_texts = (text for text, held in texts if not held)
-        tokenizer = train_tokenizer(training_texts, config.trained_vocab_size)
-
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=entry.parent) as temporary:
-        directory = Path(temporary) / entry.name
-        directory.mkdir()
-        tokenizer.save(directory / "tokenizer.json")
-        texts = documents("tokenize", len(held_out))
-        _write(texts, held_out, tokenizer, directory)
-        seal(directory)
-        _publish(directory, entry)
-
-
-def _split(documents: Iterable[str], fraction: float) -> Bool[np.ndarray, " documents"]:
-    """Chooses the validation documents: those of the smallest digests, up to `fraction` of bytes.
-
-    Depends on nothing but the texts, so it stays the same with another tokenizer, seed or order
-    of files, and equal documents fall on one side.
+    Attributes:
+      digests: of their texts.
+      sizes: their UTF-8 bytes.
     """
-    digests, sizes = [], []
-    for document in documents:
-        text = document.encode()
-        digests.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()))
-        sizes.append(len(text))
-    if not digests:
-        raise ValueError("paths: the corpus is empty, no document has any text")
-    digests = np.array(digests, np.uint64)
-    if fraction == 0:
-        return np.zeros(len(digests), bool)
-    order = np.argsort(digests)
-    totals = np.cumsum(np.array(sizes)[order])
-    held_out = digests <= digests[order[np.searchsorted(totals, fraction * totals[-1])]]
-    if held_out.all():
-        raise ValueError(
-            f"validation_fraction={fraction} leaves no document for training, of the "
-            f"{len(digests)} in the corpus: give more documents, set document_separator to cut "
-            ".txt files into several, or set validation_fraction to 0"
-        )
-    return held_out
+
+    digests: UInt64[np.ndarray, " documents"]
+    sizes: Int64[np.ndarray, " documents"]
 
 
-def _write(
-    texts: Iterable[str],
-    held_out: Bool[np.ndarray, " documents"],
-    tokenizer: Tokenizer,
+class _Part(NamedTuple):
+    """A piece of a document on one side of the split.
+
+    Attributes:
+      text: of the piece.
+      ends: whether the document ends with it, on this side.
+      held_out: whether it is for validation.
+      digest: of the document.
+    """
+
+    text: str
+    ends: bool
+    held_out: bool
+    digest: int
+
+
+def _build(
+    config: DataConfig,
+    files: Sequence[Path],
+    held_out_files: Sequence[Path],
+    tokenizer: Tokenizer | None,
     directory: Path,
 ) -> None:
-    """Tokenizes the documents into the stores "train" and "validation"."""
-    writers = [
-        StoreWriter(directory, split, tokenizer.vocab_size, tokenizer.end_of_document)
-        for split in ("train", "validation")
-    ]
-    for batch in _by_characters(zip(texts, held_out, strict=True), _BATCH_CHARACTERS):
-        encoded = tokenizer.encode_batch([text for text, _ in batch])
-        for (text, held), tokens in zip(batch, encoded, strict=True):
-            writers[int(held)].append(text, tokens)
-    for writer in writers:
-        writer.close()
+    """Writes the files of a cache entry."""
+    notes = []
+    options = {"text_field": config.text_field, "document_separator": config.separator}
+    survey = _survey(_bar(read_pieces(files, **options, note=notes.append), "read"))
+    if not len(survey.sizes):
+        raise ValueError("paths: the corpus is empty, no document has any text")
+    pieces = read_pieces(held_out_files, **options, note=notes.append)
+    held_out = _survey(_bar(pieces, "read validation"))
+    if held_out_files and not len(held_out.sizes):
+        raise ValueError("validation_paths: no document has any text")
+    if common := np.isin(held_out.digests, survey.digests).sum():
+        notes.append(f"validation_paths: {common} of the documents are in the training text too")
+
+    fraction = 0 if held_out_files else config.validation_fraction
+    starts = _split(survey, fraction)
+
+    def parts(description: str) -> Iterator[_Part]:
+        total = int(survey.sizes.sum() + held_out.sizes.sum())
+        training = _divide(read_pieces(files, **options), survey, starts)
+        validation = _divide(
+            read_pieces(held_out_files, **options), held_out, np.zeros_like(held_out.sizes)
+        )
+        return _bar(itertools.chain(training, validation), description, total)
+
+    if tokenizer is None:
+        texts = (part.text for part in parts("train tokenizer") if not part.held_out)
+        tokenizer = train_tokenizer(texts, config.trained_vocab_size)
+    tokenizer.save(directory / "tokenizer.json")
+    losses = _write(parts("tokenize"), tokenizer, directory)
+    if losses:
+        notes.append(f"tokenizer: {config.tokenizer} is lossy: {losses}")
+    (directory / _NOTES).write_text(json.dumps(notes))
 
 
-def _by_characters(pairs, limit):
+def _bar(pieces: Iterable, description: str, total: int | None = None) -> Iterator:
+    with tqdm(desc=description, total=total, unit="B", **_BAR) as bar:
+        for piece in pieces:
+            yield piece
+            bar.update(len(piece.text.encode()))
+
+
+def _survey(pieces: Iterable[Piece]) -> _Survey:
+    digests, sizes = [], []
+    digest, size = hashlib.blake2b(digest_size=8), 0
+    for text, ends in pieces:
+        encoded = text.encode()
+        digest.update(encoded)
+        size += len(encoded)
+        if ends:
+            digests.append(int.from_bytes(digest.digest()))
+            sizes.append(size)
+            digest, size = hashlib.blake2b(digest_size=8), 0
+    return _Survey(np.array(digests, np.uint64), np.array(sizes, np.int64))
+
+
+def _split(survey: _Survey, fraction: float) -> Int64[np.ndarray, " documents"]:
+    """Chooses the validation text; returns the byte of each document at which it begins.
+
+    A long document gives its end, as much of it as the fraction says. Of the others, those of the
+    smallest digests are held out, up to the fraction; the one that crosses it gives its end.
+
+    Depends on nothing but the texts, so it stays the same with another tokenizer, seed or order
+    of files; equal documents are divided equally, and a larger fraction holds out the same and more.
+    """
+    digests, sizes = survey
+    starts = sizes.copy()
+    long = sizes > _LONG * sizes.sum()
+    starts[long] -= (fraction * sizes[long]).astype(np.int64)
+
+    unique, which = np.unique(digests[~long], return_inverse=True)  # in ascending order
+    totals = np.bincount(which, sizes[~long], len(unique))  # of all copies
+    rest = totals.sum()
+    before = np.cumsum(totals) - totals
+    shares = np.clip((fraction * rest - before) / totals, 0, 1)
+    excess = totals * (1 - shares)
+    shares[(shares > 0) & (excess <= _EXCESS * rest * min(fraction, 1 - fraction))] = 1
+    starts[~long] -= (shares[which] * sizes[~long]).astype(np.int64)
+    return starts
+
+
+def _divide(
+    pieces: Iterable[Piece], survey: _Survey, starts: Int64[np.ndarray, " documents"]
+) -> Iterator[_Part]:
+    """Yields the pieces, cut where the held-out end of a document begins."""
+    documents = zip(survey.digests.tolist(), survey.sizes.tolist(), starts.tolist(), strict=True)
+    position = 0  # in its document; at its end, the next begins
+    held_out = False
+    for text, ends in pieces:
+        if position == 0:
+            digest, size, start = next(documents)
+            held_out = start == 0
+        encoded = text.encode()
+        if not held_out and position + len(encoded) > start:
+            cut = len(encoded[: start - position].decode(errors="ignore"))
+            cut = _line_start(text, cut, min(_LINE, (size - start) // 2))
+            yield _Part(text[:cut], True, False, digest)
+            held_out, text = True, text[cut:]
+        yield _Part(text, ends, held_out, digest)
+        position = 0 if ends else position + len(encoded)
+
+
+def _line_start(text: str, place: int, limit: int) -> int:
+    """Returns where the next line or, failing that, the next white space is, or `place`."""
+    following = text[place : place + limit]
+    newline = following.find("\n")
+    if newline >= 0:
+        return place + newline + 1
+    words = following.split(maxsplit=1)
+    return place + len(words[0]) if len(words) > 1 and following[0] > " " else place
+
+
+def _write(parts: Iterable[_Part], tokenizer: Tokenizer, directory: Path) -> str:
+    """Tokenizes into the stores "train" and "validation"; describes what tokens do not give back.
+
+    The validation documents are ordered by their digests, whatever files they are in.
+    """
+    train, validation = (
+        StoreWriter(
+            directory, name, tokenizer.vocab_size, tokenizer.end_of_document, name == "validation"
+        )
+        for name in ("train", "validation")
+    )
+    digests, samples = [], []
+    for batch in _batches(_at_cuts(parts, tokenizer.last_cut), _BATCH_CHARACTERS):
+        samples.append(batch[0].text[:1000].strip())
+        training = [part for part in batch if not part.held_out]
+        encoded = tokenizer.encode_batch([part.text for part in training])
+        for part, tokens in zip(training, encoded, strict=True):
+            train.append(tokens, len(part.text.encode()), ends=part.ends)
+        held_out = [part for part in batch if part.held_out]
+        encoded = tokenizer.encode_with_bytes([part.text for part in held_out])
+        for part, (tokens, lengths) in zip(held_out, encoded, strict=True):
+            num_bytes = len(part.text.encode())
+            if validation.append(tokens, num_bytes, ends=part.ends, byte_lengths=lengths):
+                digests.append(part.digest)
+    train.close()
+    validation.close(np.argsort(np.array(digests, np.uint64), kind="stable"))
+    return describe_losses(tokenizer, samples[:256])
+
+
+def _at_cuts(parts: Iterable[_Part], last_cut: Callable[[str], int]) -> Iterator[_Part]:
+    """Moves the borders between pieces to where tokenizing pieces gives the tokens of the whole."""
+    waiting = []
+    for part in parts:
+        cut = len(part.text) if part.ends else last_cut(part.text)
+        if not (cut or part.ends):
+            waiting.append(part.text)
+            continue
+        yield part._replace(text="".join([*waiting, part.text[:cut]]))
+        waiting = [part.text[cut:]]
+
+
+def _batches(parts: Iterable[_Part], limit: int) -> Iterator[list[_Part]]:
     batch, size = [], 0
-    for pair in pairs:
-        batch.append(pair)
-        size += len(pair[0])
+    for part in parts:
+        batch.append(part)
+        size += len(part.text)
         if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _publish(directory: Path, entry: Path) -> None:
-    """Moves a finished entry to its place, unless another process was first."""
-    if entry.exists() and not is_intact(entry):
-        logging.getLogger(__name__).warning("%s was damaged and is replaced", entry)
-        shutil.rmtree(entry)
-    try:
-        directory.rename(entry)
-    except OSError:
-        if not is_intact(entry):
-            raise

@@ -54,6 +54,33 @@ class PackedSequences:
 
         `inputs`, `targets` and `segment_ids` are int32, `weights` float32 (all ones).
         """
+        positions, counts = self._positions(index)
+        tokens = self.store.tokens[positions].astype(np.int32)
+        segment_ids = np.ones(self.sequence_length, np.int32)
+        if self.reset_at_documents:
+            documents = np.arange(1, len(counts) + 1, dtype=np.int32)
+            segment_ids = np.repeat(documents, counts)[:-1]
+        return {
+            "inputs": tokens[:-1],
+            "targets": tokens[1:],
+            "segment_ids": segment_ids,
+            "weights": np.ones(self.sequence_length, np.float32),
+        }
+
+    def target_bytes(self, index: int) -> float:
+        """Returns the bytes of text that the targets of sequence `index` stand for.
+
+        Where the store has not noted them, the mean of its tokens counts for each.
+        """
+        if self.store.byte_lengths is None:
+            return self.sequence_length * self.store.num_bytes / self.store.num_tokens
+        positions, _ = self._positions(index)
+        return float(self.store.byte_lengths[positions[1:]].sum())
+
+    def _positions(
+        self, index: int
+    ) -> tuple[Int64[np.ndarray, " T_plus_1"], Int64[np.ndarray, " documents"]]:
+        """Where a block's tokens lie in the store, and how many are of each document."""
         if index < 0:
             raise IndexError(f"sequences are counted from 0, got {index}")
         epoch, position = divmod(int(index), len(self))
@@ -68,19 +95,36 @@ class PackedSequences:
         counts = np.diff(bounds, prepend=start)
         # A document moves from where it stands in the epoch to where it lies in the store.
         shifts = self.store.offsets[order[first : last + 1] + 1] - ends[first : last + 1]
-        tokens = self.store.tokens[np.arange(start, stop) + np.repeat(shifts, counts)]
+        return np.arange(start, stop) + np.repeat(shifts, counts), counts
 
-        tokens = tokens.astype(np.int32)
-        segment_ids = np.ones(self.sequence_length, np.int32)
-        if self.reset_at_documents:
-            documents = np.arange(1, len(counts) + 1, dtype=np.int32)
-            segment_ids = np.repeat(documents, counts)[:-1]
-        return {
-            "inputs": tokens[:-1],
-            "targets": tokens[1:],
-            "segment_ids": segment_ids,
-            "weights": np.ones(self.sequence_length, np.float32),
-        }
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Sequences of one epoch, evenly spaced over it.
+
+    Attributes:
+      sequences: whose first epoch it is.
+      count: how many are taken; at most all.
+    """
+
+    sequences: PackedSequences
+    count: int
+
+    def __len__(self) -> int:
+        """Sequences taken."""
+        return min(self.count, len(self.sequences))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns sequence `index` of those taken, as `PackedSequences` does."""
+        return self.sequences[self._place(index)]
+
+    @functools.cached_property
+    def target_bytes(self) -> float:
+        """Bytes of text that the targets of all of them stand for."""
+        return sum(self.sequences.target_bytes(self._place(i)) for i in range(len(self)))
+
+    def _place(self, index: int) -> int:
+        return (2 * index + 1) * len(self.sequences) // (2 * len(self))
 
 
 @functools.lru_cache(maxsize=4)

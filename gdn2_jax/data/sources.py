@@ -1,21 +1,57 @@
-"""Documents from .txt, .jsonl and .parquet files, or from the running Python installation."""
+"""Documents from text, .jsonl and .parquet files, or from the running Python installation."""
 
+import codecs
+import gzip
 import json
+import os
+import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
+from typing import IO, NamedTuple
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+
+# Documents are read in pieces of so many characters, so that none has to fit into memory.
+PIECE = 2**16
 
 # Not prose nor code that a language model of this size could learn from, or not Python's own.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 
+_BAD_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 
-def find_files(paths: Sequence[str]) -> list[Path]:
+# Rows of a parquet file that are decoded at once.
+_ROWS = 1024
+
+
+class Piece(NamedTuple):
+    """A part of a document.
+
+    Attributes:
+      text: up to `PIECE` characters; never empty in all pieces of a document.
+      ends: whether it is the last of its document.
+    """
+
+    text: str
+    ends: bool
+
+
+def find_files(
+    paths: Sequence[str], note: Callable[[str], None], name: str = "paths"
+) -> list[Path]:
     """Lists the files that `paths` stand for, each once.
 
-    Directories are searched recursively, in the order of the names, for files with a suffix in
-    `SUFFIXES`. No paths at all stand for the default corpus.
+    Directories are searched recursively, through links too, in the order of the names, for files
+    with a suffix in `SUFFIXES`, in small or capital letters. Hidden files and folders, whose names
+    begin with a dot, are left out, but may be named themselves. No paths at all stand for the
+    default corpus.
+
+    Args:
+      paths: files and directories.
+      note: is told what a directory holds that is not read.
+      name: of the option that gives them, for messages.
 
     Raises:
       FileNotFoundError: if a path does not exist.
@@ -25,46 +61,77 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     if not paths:
         return _default_corpus()
     files = []
-    for name in paths:
-        path = Path(name).expanduser()
+    for given in paths:
+        path = Path(given).expanduser()
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            found, skipped = _search(path)
             if not found:
-                raise ValueError(f"paths: the directory {name} has no {_suffixes()} file")
+                raise ValueError(
+                    f"{name}: the directory {given} has no {_suffixes()} file"
+                    + (f" (skipped: {skipped})" if skipped else "")
+                )
+            if skipped:
+                note(f"{name}: skipped in {given}: {skipped}")
             files += found
         elif not path.exists():
-            raise FileNotFoundError(f"paths: {name} does not exist")
-        elif path.suffix not in SUFFIXES:
-            raise ValueError(f"paths: {name} is not a {_suffixes()} file")
+            raise FileNotFoundError(f"{name}: {given} does not exist")
+        elif file_kind(path) not in SUFFIXES:
+            raise ValueError(f"{name}: {given} is not a {_suffixes()} file")
         else:
             files.append(path)
-    return list(dict.fromkeys(path.resolve() for path in files))
+    unique = {}
+    for path in files:
+        unique.setdefault(path.resolve(), path.absolute())
+    return list(unique.values())
 
 
-def read_documents(
-    files: Sequence[Path], *, text_field: str = "text", document_separator: str = ""
-) -> Iterator[str]:
-    """Yields the documents of `files` in order, without the empty ones.
+def file_kind(path: Path) -> str:
+    """Returns the suffix in `SUFFIXES` that tells how to read a file, ".py", or ""."""
+    name = path.name.lower()
+    return next((suffix for suffix in (*SUFFIXES, ".py") if name.endswith(suffix)), "")
+
+
+def read_pieces(
+    files: Sequence[Path],
+    *,
+    text_field: str = "text",
+    document_separator: str = "",
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[Piece]:
+    r"""Yields the documents of `files` in order, piece by piece, without the empty ones.
 
     Args:
       files: from `find_files`.
-      text_field: the .jsonl field or .parquet column that holds the text.
-      document_separator: cuts .txt files into documents; empty: one document a file.
+      text_field: the .jsonl field or .parquet column that holds the text. Where it is null, the
+        record is left out.
+      document_separator: cuts text files into documents; empty: one document a file. A "\n" in it
+        stands for "\r\n" too.
+      note: is told of null texts, and of a separator that does not occur.
 
     Raises:
       ValueError: if a file does not hold text in the form that its suffix says; names the file
         and the line or row.
     """
+    text_files = cut_files = 0
     for path in files:
-        if path.suffix == ".jsonl":
-            documents = _read_jsonl(path, text_field)
-        elif path.suffix == ".parquet":
-            documents = _read_parquet(path, text_field)
-        elif path.suffix == ".py":
-            documents = _read_python(path)
+        kind = file_kind(path)
+        if kind.startswith(".jsonl"):
+            texts = _without_nulls(_read_jsonl(path, text_field), path, text_field, note)
+        elif kind == ".parquet":
+            texts = _without_nulls(_read_parquet(path, text_field), path, text_field, note)
+        elif kind == ".py":
+            texts = _read_python(path)
         else:
-            documents = _read_text(path, document_separator)
-        yield from (document for document in documents if document)
+            text_files += 1
+            cut_files += yield from _read_text(path, document_separator)
+            continue
+        for text in texts:
+            yield from _pieces(text)
+    if document_separator and text_files and not cut_files:
+        note(
+            f"document_separator: {document_separator!r} occurs in none of the {text_files} text "
+            "files, so each is one document"
+        )
 
 
 def _default_corpus() -> list[Path]:
@@ -75,12 +142,78 @@ def _default_corpus() -> list[Path]:
     return sorted(files)
 
 
-def _read_text(path: Path, separator: str) -> list[str]:
+def _search(directory: Path) -> tuple[list[Path], str]:
+    """Returns the files to read, in order, and a description of the others."""
+    found, others, hidden, seen = [], Counter(), [], set()
+    for folder, folders, names in os.walk(directory, followlinks=True):
+        # A folder that links lead to twice, or that contains itself, is searched once.
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        hidden += sorted(name for name in (*folders, *names) if name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.is_file() and file_kind(path) in SUFFIXES:
+                found.append(path)
+            else:
+                others["".join(path.suffixes[-2:]) or path.name] += 1
+    skipped = [f"{count} {suffix}" for suffix, count in others.most_common(5)]
+    skipped += ["other files"] * (len(others) > 5)
+    skipped += [f"{name} (hidden)" for name in hidden[:5]]
+    skipped += [f"{len(hidden) - 5} more hidden"] * (len(hidden) > 5)
+    return sorted(found), ", ".join(skipped)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _pieces(text: str) -> Iterator[Piece]:
+    for start in range(0, len(text), PIECE):
+        yield Piece(text[start : start + PIECE], start + PIECE >= len(text))
+
+
+def _read_text(path: Path, separator: str) -> Generator[Piece, None, bool]:
+    """Yields the pieces of a text file's documents; returns whether the separator occurs."""
+    newline = re.escape("\n")
+    pattern = re.escape(separator.replace("\r\n", "\n")).replace(newline, "\r?\n")
+    # A separator that begins in what was read must be there as a whole before a piece goes out.
+    margin = 2 * len(separator)
+    found, begun, rest = False, False, ""
+    for text in _decoded(path):
+        rest += text
+        if separator:
+            *documents, rest = re.split(pattern, rest)
+            for document in documents:
+                yield from _pieces(document)
+                if begun and not document:
+                    yield Piece("", True)
+                found, begun = True, False
+        while len(rest) > PIECE + margin:
+            yield Piece(rest[:PIECE], False)
+            begun, rest = True, rest[PIECE:]
+    yield from _pieces(rest)
+    if begun and not rest:
+        yield Piece("", True)
+    return found
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """Yields a file's text, without its byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    read = 0
     try:
-        text = path.read_bytes().decode()
+        with _open(path) as file:
+            while chunk := file.read(PIECE):
+                read += len(chunk)
+                yield decoder.decode(chunk)
+            yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
-    return text.split(separator) if separator else [text]
+        position = read - len(error.object) + error.start
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}, position {position})") from error
+    except _BAD_GZIP as error:
+        raise ValueError(f"{path}: not a whole .gz file ({error})") from error
 
 
 def _read_python(path: Path) -> list[str]:
@@ -95,43 +228,72 @@ def _read_python(path: Path) -> list[str]:
         return []
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not a line of JSON ({error})") from error
-            text = record.get(field) if type(record) is dict else None
-            if type(text) is not str:
-                raise ValueError(f"{path}:{number}: expected an object with a string {field!r}")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{path}:{number}: {field!r} is not Unicode ({error})") from error
-            yield text
+def _read_jsonl(path: Path, field: str) -> Iterator[str | None]:
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON ({error})") from error
+        if type(record) is not dict or type(record.get(field, 0)) not in (str, type(None)):
+            raise ValueError(f"{path}:{number}: expected an object with a string {field!r}")
+        text = record[field]
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}:{number}: {field!r} is not Unicode ({error})") from error
+        yield text
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with _open(path) as file:
+            yield from file
+    except _BAD_GZIP as error:
+        raise ValueError(f"{path}: not a whole .gz file ({error})") from error
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-    names = table.schema_arrow.names
-    if column not in names:
-        raise ValueError(f"{path}: expected a column {column!r}, found {', '.join(names)}")
-    row = 0
-    for batch in table.iter_batches(columns=[column]):
-        for text in batch.column(0).to_pylist():
-            if type(text) is not str:
-                raise ValueError(f"{path}: row {row}: expected a string {column!r}, got {text!r}")
-            row += 1
+        names = table.schema_arrow.names
+        if column not in names:
+            raise ValueError(f"{path}: expected a column {column!r}, found {', '.join(names)}")
+        row = 0
+        for batch in table.iter_batches(_ROWS, columns=[column]):
+            for text in batch.column(0).to_pylist():
+                if type(text) not in (str, type(None)):
+                    raise ValueError(
+                        f"{path}: row {row}: expected a string {column!r}, got {text!r:.60}"
+                    )
+                row += 1
+                yield text
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a parquet file, or a damaged one ({error})") from error
+
+
+def _without_nulls(
+    texts: Iterator[str | None], path: Path, field: str, note: Callable[[str], None]
+) -> Iterator[str]:
+    """Leaves null texts out, unless most are."""
+    count = nulls = 0
+    for text in texts:
+        count += 1
+        if text is None:
+            nulls += 1
+        else:
             yield text
+    if 2 * nulls > count:
+        raise ValueError(
+            f"{path}: expected a text in at least half of the records, got null {field!r} in "
+            f"{nulls} of {count}"
+        )
+    if nulls:
+        note(f"{path}: skipped {nulls} of {count} records, whose {field!r} is null")
 
 
 def _suffixes() -> str:

@@ -1,13 +1,11 @@
 """Tokenized documents on disk, read through memory maps."""
 
-import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, Integer
-
-_DIGESTS = "digests.json"
+from jaxtyping import Int32, Int64, Integer
 
 
 class TokenStore:
@@ -16,20 +14,24 @@ class TokenStore:
     Attributes:
       tokens: uint16 or int32 [num_tokens], mapped from disk.
       offsets: int64 [num_documents + 1]; document i is `tokens[offsets[i]:offsets[i + 1]]`.
-      num_bytes: UTF-8 bytes of the text, so that a loss per token converts to bits per byte:
-        `loss / log(2) * num_tokens / num_bytes`.
+      num_bytes: UTF-8 bytes of the text.
+      byte_lengths: int32 [num_tokens], how many of them each token stands for, so that a loss per
+        token converts to bits per byte; mapped from disk. None where they were not noted.
     """
 
     tokens: Integer[np.ndarray, " num_tokens"]
     offsets: Int64[np.ndarray, " num_documents_plus_1"]
     num_bytes: int
+    byte_lengths: Int32[np.ndarray, " num_tokens"] | None
 
     def __init__(self, directory: Path, name: str):
         self._source = (directory, name)
         facts = json.loads((directory / f"{name}.json").read_text())
         self.num_bytes = facts["num_bytes"]
-        self.tokens = np.memmap(directory / f"{name}.tokens", facts["dtype"], mode="r")
+        self.tokens = _map(directory / f"{name}.tokens", facts["dtype"])
         self.offsets = np.load(directory / f"{name}.offsets.npy", mmap_mode="r")
+        lengths = directory / f"{name}.byte_lengths"
+        self.byte_lengths = _map(lengths, "<i4") if lengths.exists() else None
 
     def __reduce__(self):
         # A worker process opens the files anew: pickling a memory map would copy the tokens.
@@ -49,48 +51,81 @@ class TokenStore:
 class StoreWriter:
     """Writes the files of one `TokenStore`, piece by piece."""
 
-    def __init__(self, directory: Path, name: str, vocab_size: int, end_of_document: int):
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        vocab_size: int,
+        end_of_document: int,
+        byte_lengths: bool = False,
+    ):
+        dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
         self._directory, self._name = directory, name
-        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<i4")
-        self._end = np.array([end_of_document], self._dtype)
-        self._lengths: list[int] = []
-        self._num_bytes = 0
-        self._file = (directory / f"{name}.tokens").open("wb")
+        self._end = np.array([end_of_document], dtype)
+        self._ends: list[int] = [0]
+        self._num_tokens = self._num_bytes = self._begun = 0
+        self._tokens = (directory / f"{name}.tokens").open("wb")
+        self._lengths = (directory / f"{name}.byte_lengths").open("wb") if byte_lengths else None
 
-    def append(self, text: str, tokens: Integer[np.ndarray, " N"]) -> None:
-        """Adds a document: its text and the same as tokens."""
-        self._file.write(tokens.astype(self._dtype).tobytes() + self._end.tobytes())
-        self._lengths.append(len(tokens) + 1)
-        self._num_bytes += len(text.encode())
+    def append(
+        self,
+        tokens: Integer[np.ndarray, " N"],
+        num_bytes: int,
+        *,
+        ends: bool = True,
+        byte_lengths: Int32[np.ndarray, " N"] | None = None,
+    ) -> bool:
+        """Adds a piece of a document; a document of no bytes is left out.
 
-    def close(self) -> None:
-        """Writes what belongs beside the tokens."""
-        self._file.close()
-        offsets = np.cumsum([0, *self._lengths], dtype=np.int64)
+        Args:
+          tokens: of the piece.
+          num_bytes: UTF-8 bytes of its text.
+          ends: whether its document ends with it.
+          byte_lengths: bytes of each token, where the store keeps them.
+
+        Returns:
+          Whether a document was completed.
+        """
+        self._write(tokens, byte_lengths)
+        self._begun += num_bytes
+        if not (ends and self._begun):
+            return False
+        self._write(self._end, np.zeros(1))
+        self._ends.append(self._num_tokens)
+        self._num_bytes += self._begun
+        self._begun = 0
+        return True
+
+    def close(self, order: Int64[np.ndarray, " documents"] | None = None) -> None:
+        """Writes what belongs beside the tokens; puts the documents in an order, if given."""
+        offsets = np.array(self._ends, np.int64)
+        for file, dtype in ((self._tokens, self._end.dtype), (self._lengths, np.dtype("<i4"))):
+            if file is not None:
+                file.close()
+                if order is not None:
+                    _reorder(Path(file.name), dtype, offsets, order)
+        if order is not None:
+            offsets = np.cumsum([0, *np.diff(offsets)[order]], dtype=np.int64)
         np.save(self._directory / f"{self._name}.offsets.npy", offsets)
-        facts = {"dtype": self._dtype.str, "num_bytes": self._num_bytes}
+        facts = {"dtype": self._end.dtype.str, "num_bytes": self._num_bytes}
         (self._directory / f"{self._name}.json").write_text(json.dumps(facts))
 
-
-def seal(directory: Path) -> None:
-    """Notes the digest of every file of `directory`, for `is_intact`."""
-    (directory / _DIGESTS).write_text(json.dumps(_digests(directory)))
-
-
-def is_intact(directory: Path) -> bool:
-    """Whether the files of `directory` are those that `seal` saw, byte for byte."""
-    try:
-        return json.loads((directory / _DIGESTS).read_text()) == _digests(directory)
-    except (OSError, ValueError):
-        return False
+    def _write(self, tokens, byte_lengths):
+        self._tokens.write(tokens.astype(self._end.dtype).tobytes())
+        self._num_tokens += len(tokens)
+        if self._lengths is not None:
+            self._lengths.write(byte_lengths.astype("<i4").tobytes())
 
 
-def file_digest(path: Path) -> str:
-    """Returns the BLAKE2b digest of a file's contents, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _reorder(path, dtype, offsets, order):
+    old, new = _map(path, dtype), path.with_suffix(".reordered")
+    with new.open("wb") as file:
+        for document in order:
+            file.write(old[offsets[document] : offsets[document + 1]].tobytes())
+    os.replace(new, path)
 
 
-def _digests(directory: Path) -> dict[str, str]:
-    files = sorted(path for path in directory.iterdir() if path.name != _DIGESTS)
-    return {path.name: file_digest(path) for path in files}
+def _map(path, dtype):
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")

@@ -1,6 +1,9 @@
 """Text to token ids and back: bytes, or any Hugging Face tokenizer.json."""
 
 import json
+import os
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +13,18 @@ from jaxtyping import Int32
 
 _END_OF_DOCUMENT = "<|endoftext|>"
 _USUAL_ENDS = (_END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
+
+# Where a long document may be cut for encoding: between words at best. The looks around keep to the
+# characters whose pre-tokens are apart in the usual patterns.
+_CUTS = tuple(
+    re.compile(pattern) for pattern in (r"[^\W_](?= [^\W_])", r"\S(?=\s)", r"[^\w\s](?=\w)")
+)
+_WINDOW = 128
+_SEARCHED = 4096
+_TRIED = 8
+
+# Longer runs without white space are cut before merges are learnt, whose time grows with the square.
+_LONGEST_WORD = 256
 
 # Merges learnt on more text than this hardly change.
 _TRAINING_CHARACTERS = 2**28
@@ -29,6 +44,17 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
         """Encodes many texts at once."""
+
+    def encode_with_bytes(
+        self, texts: Sequence[str]
+    ) -> list[tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"]]]:
+        """Encodes many texts; returns with each one's tokens the UTF-8 bytes each token is for."""
+
+    def last_cut(self, text: str) -> int:
+        """Returns where `text` can end so that what follows is encoded apart, as it would be whole.
+
+        The last such place near the end of `text`; 0 if there is none.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the tokens; special tokens and unknown ids give no text."""
@@ -50,6 +76,16 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
         """Encodes many texts."""
         return [self.encode(text) for text in texts]
+
+    def encode_with_bytes(
+        self, texts: Sequence[str]
+    ) -> list[tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"]]]:
+        """Encodes many texts; each token is for one byte."""
+        return [(ids, np.ones_like(ids)) for ids in self.encode_batch(texts)]
+
+    def last_cut(self, text: str) -> int:
+        """Returns the length of a text: bytes are encoded apart everywhere."""
+        return len(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the bytes; parts that are not UTF-8 become U+FFFD."""
@@ -93,6 +129,38 @@ class TextTokenizer:
         """Encodes many texts in parallel."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_with_bytes(
+        self, texts: Sequence[str]
+    ) -> list[tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"]]]:
+        """Encodes many texts in parallel; returns with each one's tokens the bytes of each token.
+
+        A character that is spread over several tokens counts for the first; what no token stands
+        for, such as white space that the tokenizer drops, counts for the next, or the last.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.int32), _byte_lengths(text, encoding.offsets))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def last_cut(self, text: str) -> int:
+        """Returns the last place found where the tokens of both sides are those of the whole.
+
+        A window around the place is encoded as one and as two. Without a pre-tokenizer, which keeps
+        tokens within words, that would prove nothing of the text beyond.
+        """
+        if self._tokenizer.pre_tokenizer is None:
+            return 0
+        start = max(_WINDOW, len(text) - _SEARCHED)
+        for pattern in _CUTS:
+            places = [match.end() for match in pattern.finditer(text, start, len(text) - _WINDOW)]
+            for place in places[: -_TRIED - 1 : -1]:
+                left, right = text[place - _WINDOW : place], text[place : place + _WINDOW]
+                whole, first, second = self.encode_batch([left + right, left, right])
+                if np.array_equal(whole, np.concatenate([first, second])):
+                    return place
+        return 0
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the tokens, without the special ones."""
@@ -154,15 +222,45 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
         vocab_size=vocab_size,
         special_tokens=[_END_OF_DOCUMENT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(_first_characters(documents, _TRAINING_CHARACTERS), trainer)
+    tokenizer.train_from_iterator(_training_texts(documents, _TRAINING_CHARACTERS), trainer)
     return TextTokenizer(tokenizer)
 
 
-def _first_characters(documents: Iterable[str], limit: int) -> Iterator[str]:
+def describe_losses(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
+    """Says which of `texts` their tokens do not give back; "" if all come back."""
+    lost = [
+        (text, back) for text in texts if (back := tokenizer.decode(tokenizer.encode(text))) != text
+    ]
+    if not lost:
+        return ""
+    text, back = lost[0]
+    at = len(os.path.commonprefix([text, back]))
+    shown = slice(max(0, at - 10), at + 20)
+    return (
+        f"{len(lost)} of {len(texts)} samples of the text do not come back from their tokens, such "
+        f"as {text[shown]!r}, which becomes {back[shown]!r}"
+    )
+
+
+def _byte_lengths(text: str, offsets: Sequence[tuple[int, int]]) -> Int32[np.ndarray, " N"]:
+    """Bytes of each token, from the characters (first, last + 1) that tokens cover."""
+    if not offsets:
+        return np.zeros(0, np.int32)
+    points = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    ends = np.maximum.accumulate([end for _, end in offsets])
+    ends[-1] = len(text)
+    return np.diff(np.cumsum([0, *widths])[ends], prepend=0).astype(np.int32)
+
+
+def _training_texts(documents: Iterable[str], limit: int) -> Iterator[str]:
     for document in documents:
-        yield document[:limit]
+        text = document[:limit]
+        if max(map(len, text.split()), default=0) > _LONGEST_WORD:
+            text = re.sub(rf"(\S{{{_LONGEST_WORD}}})(?=\S)", r"\1\n", text)
+        yield re.sub(rf"(\s{{{_LONGEST_WORD}}})\s+", r"\1", text)
         limit -= len(document)
         if limit <= 0:
             return

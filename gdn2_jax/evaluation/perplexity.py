@@ -1,7 +1,6 @@
 """How well a model predicts held-out text."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from gdn2_jax.data import PackedSequences, validation_batches
+from gdn2_jax.data import Excerpt, PackedSequences, validation_batches
 from gdn2_jax.models import ModelConfig, next_token_loss
 from gdn2_jax.parallel import batch_reader, on_mesh, put_batch
 
@@ -23,7 +22,7 @@ class Perplexity(NamedTuple):
     Attributes:
       loss: mean cross-entropy of a token, in nats.
       perplexity: its exponential.
-      bits_per_byte: the same loss per byte of text, which compares across tokenizers.
+      bits_per_byte: the same loss per byte of the text evaluated, which compares across tokenizers.
       tokens: evaluated.
     """
 
@@ -52,15 +51,17 @@ def evaluate_perplexity(
         they are so there.
       mesh: from `gdn2_jax.parallel.make_mesh`, where the parameters lie.
       batch_size: sequences of a batch, over all processes; the mesh divides it.
-      max_batches: stop after so many; None evaluates every sequence.
+      max_batches: evaluate so many, of sequences evenly spaced over all; None evaluates every one.
       summed_losses: from `lower_evaluation`, compiled, to be spared the wait.
 
     Returns:
       Loss, perplexity and bits per byte.
     """
     reader = batch_reader(mesh)
+    count = len(sequences) if max_batches is None else max_batches * batch_size
+    excerpt = Excerpt(sequences, count)
     batches = validation_batches(
-        sequences,
+        excerpt,
         global_batch_size=batch_size,
         process_index=reader.index,
         process_count=reader.count,
@@ -68,15 +69,14 @@ def evaluate_perplexity(
     if summed_losses is None:
         summed_losses = functools.partial(_summed_losses, config, mesh)
     sums = []
-    for batch in itertools.islice(batches, max_batches):
+    for batch in batches:
         batch = put_batch(mesh, batch)
         if not sequences.reset_at_documents:
             batch["segment_ids"] = None
         sums.append(summed_losses(params, batch))
     total, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     loss = total / tokens
-    tokens_per_byte = sequences.store.num_tokens / sequences.store.num_bytes
-    bits_per_byte = loss / math.log(2) * tokens_per_byte
+    bits_per_byte = total / math.log(2) / excerpt.target_bytes
     return Perplexity(float(loss), float(np.exp(loss)), float(bits_per_byte), int(tokens))
 
 

@@ -53,7 +53,7 @@ def submit_programs(config: TrainingConfig, mesh: Mesh, pool: Executor) -> Progr
     batch = abstract_batch(config, mesh, config.accumulation)
     train_step = submit(jit_train_step(config, mesh).lower(state, batch))
     summed_losses = None
-    if config.data.validation_fraction:
+    if config.data.validates:
         batch = abstract_batch(config, mesh)
         if not config.data.reset_at_documents:
             batch["segment_ids"] = None

@@ -29,7 +29,8 @@ from gdn2_jax.training.step import TrainState, abstract_state
 _FREE = {
     *("steps", "log_every", "validate_every", "validation_batches", "checkpoint_every"),
     *("checkpoints_kept", "sample_prompt", "sample_tokens"),
-    *("data.paths", "data.num_workers", "data.cache_directory"),
+    *("data.paths", "data.validation_paths", "data.num_workers", "data.cache_directory"),
+    "data.verify",
     *("model.remat", "model.unroll", "overlap", "model.loss_blocks", "model.implementation"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.sequence"),
 }
@@ -229,7 +230,8 @@ def load_config(path: Path) -> TrainingConfig:
     """
     try:
         fields = json.loads(path.read_text())
-        fields["data"]["paths"] = tuple(fields["data"]["paths"])
+        for name in ("paths", "validation_paths"):
+            fields["data"][name] = tuple(fields["data"].get(name, ()))
         parts = {
             "model": ModelConfig,
             "data": DataConfig,

@@ -59,6 +59,7 @@ def train(run: Run, programs: Programs | None = None) -> bool:
         if _is_primary():
             save_config(config, files.config)
             run.corpus.tokenizer.save(files.tokenizer)
+        _say(run.corpus.description)
         _say(_describe(run))
         if start:
             _say(f"continuing from the checkpoint of step {start}")

@@ -18,7 +18,7 @@ def make_store(tmp_path_factory):
         name = str(next(numbers))
         writer = StoreWriter(directory, name, vocab_size=1000, end_of_document=999)
         for document in documents:
-            writer.append("x" * len(document), np.array(document, np.int32))
+            writer.append(np.array(document, np.int32), len(document) + 1)
         writer.close()
         return TokenStore(directory, name)
 

@@ -1,13 +1,15 @@
 import json
 import os
+import re
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import tokenizers
 
 from gdn2_jax.data import DataConfig, prepare, train_tokenizer
-from gdn2_jax.data import corpus as corpus_module
-from gdn2_jax.data.store import is_intact
+from gdn2_jax.data.cache import file_digest, file_states, is_intact
 
 TEXTS = [f"document {i}: " + f"{i * 7919} " * (i % 5 + 3) for i in range(60)]
 
@@ -38,18 +40,86 @@ def texts_of(sequences, tokenizer):
 
 
 def cache_entries(tmp_path):
-    return sorted((tmp_path / "cache").iterdir())
+    return sorted(path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+
+
+def write_texts(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return (str(path),)
+
+
+def held_out_bytes(corpus):
+    sizes = [part.store.num_bytes for part in (corpus.train, corpus.validation)]
+    return sizes[1], sum(sizes)
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "train:300"])
-def test_every_document_is_in_one_part_of_the_split(corpus, tokenizer):
+def test_documents_are_held_out_whole_up_to_the_fraction(corpus, tokenizer):
     c = corpus(tokenizer=tokenizer)
     train, validation = (texts_of(part, c.tokenizer) for part in (c.train, c.validation))
     assert sorted(train + validation) == sorted(TEXTS)
     assert not set(train) & set(validation)
     share = sum(map(len, validation)) / sum(map(len, TEXTS))
-    assert 0.2 <= share < 0.25
+    assert share == pytest.approx(0.2, abs=0.02)
     assert c.train.store.num_bytes == sum(map(len, train))
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.5])
+@pytest.mark.parametrize("sizes", [[30_000], [1_200_000, 900, 5000, 70, 1300], [2500] * 30])
+def test_about_the_fraction_is_held_out_whatever_the_documents(corpus, tmp_path, sizes, fraction):
+    texts = [
+        "\n".join(f"line {n} of {i}" for n in range(size // 8))[:size]
+        for i, size in enumerate(sizes)
+    ]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    c = corpus(
+        paths=tuple(str(tmp_path / f"{i}.txt") for i in range(len(texts))),
+        validation_fraction=fraction,
+    )
+    held_out, total = held_out_bytes(c)
+    assert total == sum(map(len, texts))
+    assert 0.8 * fraction < held_out / total <= 1.1 * fraction
+    train, validation = (texts_of(part, c.tokenizer) for part in (c.train, c.validation))
+    # A document that is divided gives its end, from the beginning of a line.
+    for text in validation:
+        assert text in texts or any(head + text in texts and head[-1] == "\n" for head in train)
+
+
+def test_the_description_gives_documents_and_bytes_of_both_sides(corpus, tmp_path):
+    c = corpus(paths=write_texts(tmp_path / "one.jsonl", ["0123456789\n" * 100]))
+    assert c.description == ("training 1 documents, 891 bytes; validation 1 documents, 209 bytes")
+    assert corpus(validation_fraction=0).description.endswith(" bytes; no validation")
+
+
+def test_validation_paths_take_the_place_of_the_fraction(corpus, tmp_path):
+    paths = write_texts(tmp_path / "held.jsonl", [*TEXTS[:2], "another" * 9])
+    held = corpus(validation_paths=paths, validation_fraction=0.2)
+    assert texts_of(held.train, held.tokenizer) == TEXTS
+    assert sorted(texts_of(held.validation, held.tokenizer)) == sorted([*TEXTS[:2], "another" * 9])
+    assert held.digest == corpus(validation_paths=paths, validation_fraction=0).digest
+    assert held.digest != corpus(validation_fraction=0).digest
+    with pytest.raises(FileNotFoundError, match="validation_paths: nowhere does not exist"):
+        corpus(validation_paths=("nowhere",))
+
+
+def test_text_of_both_sides_is_told_at_each_start(corpus, tmp_path, caplog):
+    paths = write_texts(tmp_path / "held.jsonl", [*TEXTS[:2], "another" * 9])
+    for _ in range(2):
+        caplog.clear()
+        corpus(validation_paths=paths)
+        assert "validation_paths: 2 of the documents are in the training text too" in caplog.text
+
+
+def test_validation_is_the_same_under_other_file_names(corpus, tmp_path):
+    stores = []
+    for name, order in (("a", 1), ("b", -1)):
+        (tmp_path / name).mkdir()
+        for i, text in enumerate(TEXTS[::order]):
+            (tmp_path / name / f"{i:02}.txt").write_text(text)
+        stores.append(corpus(paths=(str(tmp_path / name),)).validation.store)
+    for field in ("tokens", "offsets", "byte_lengths"):
+        np.testing.assert_array_equal(*(getattr(store, field) for store in stores))
 
 
 def test_the_split_depends_on_neither_seed_nor_tokenizer_nor_order(corpus, tmp_path):
@@ -69,7 +139,7 @@ def test_the_split_depends_on_neither_seed_nor_tokenizer_nor_order(corpus, tmp_p
 
 
 def test_a_larger_fraction_holds_out_the_same_documents_and_more(corpus):
-    small, large = corpus(validation_fraction=0.2), corpus(validation_fraction=0.5)
+    small, large = corpus(validation_fraction=0.2), corpus(validation_fraction=0.6)
     small, large = (set(texts_of(c.validation, c.tokenizer)) for c in (small, large))
     assert small < large
 
@@ -79,9 +149,9 @@ def test_copies_of_a_document_stay_on_one_side(corpus, tmp_path):
     (tmp_path / "copies.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts)
     )
-    c = corpus(paths=(str(tmp_path / "copies.jsonl"),), validation_fraction=0.3)
+    c = corpus(paths=(str(tmp_path / "copies.jsonl"),), validation_fraction=0.25)
     train, validation = (texts_of(part, c.tokenizer) for part in (c.train, c.validation))
-    assert len(train) + len(validation) == 48
+    assert sorted(Counter(train + validation).values())[-8:] == [6] * 8
     assert not set(train) & set(validation)
 
 
@@ -121,7 +191,7 @@ def test_a_second_preparation_reads_the_cache(corpus, tmp_path, monkeypatch):
     for tokenizer in ("bytes", "train:300"):
         first = corpus(tokenizer=tokenizer)
         with monkeypatch.context() as patch:
-            patch.setattr("gdn2_jax.data.corpus.read_documents", None)
+            patch.setattr("gdn2_jax.data.corpus.read_pieces", None)
             second = corpus(tokenizer=tokenizer, seed=3, sequence_length=16)
         assert second.digest == first.digest
         np.testing.assert_array_equal(second.train.store.tokens, first.train.store.tokens)
@@ -131,10 +201,12 @@ def test_a_second_preparation_reads_the_cache(corpus, tmp_path, monkeypatch):
     assert len(cache_entries(tmp_path)) == 2
 
 
-def test_a_changed_file_is_read_anew_even_with_its_old_size_and_time(corpus, tmp_path):
+def test_a_changed_file_is_read_anew_even_with_its_old_size_and_time(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("gdn2_jax.data.cache._AT_REST", -1)  # times are trusted at once
     first = corpus()
     path = tmp_path / "corpus.jsonl"
     stat = path.stat()
+    time.sleep(0.02)
     path.write_text(path.read_text().replace("document 7:", "DOCUMENT 7:"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     second = corpus()
@@ -142,6 +214,45 @@ def test_a_changed_file_is_read_anew_even_with_its_old_size_and_time(corpus, tmp
     assert second.digest != first.digest
     texts = texts_of(second.train, second.tokenizer) + texts_of(second.validation, second.tokenizer)
     assert any(text.startswith("DOCUMENT 7:") for text in texts)
+
+
+def test_files_at_rest_are_hashed_once_and_again_on_request(corpus, tmp_path, monkeypatch):
+    hashed = []
+
+    def spy(path):
+        hashed.append(path.name)
+        return file_digest(path)
+
+    for module in ("corpus", "cache"):
+        monkeypatch.setattr(f"gdn2_jax.data.{module}.file_digest", spy)
+    first = corpus()
+    assert "corpus.jsonl" in hashed
+    # Files written a moment ago may be written again without another time.
+    hashed.clear()
+    corpus()
+    assert "corpus.jsonl" in hashed and "train.tokens" in hashed
+    monkeypatch.setattr("gdn2_jax.data.cache._AT_REST", -1)
+    corpus()
+    hashed.clear()
+    assert corpus(seed=1, sequence_length=8).digest == first.digest
+    assert hashed == []
+    corpus(verify=True)
+    assert "corpus.jsonl" in hashed and "train.tokens" in hashed
+
+
+def test_damage_that_leaves_the_times_is_found_on_request(corpus, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("gdn2_jax.data.cache._AT_REST", -1)
+    expected = np.array(corpus().train.store.tokens)
+    corpus()
+    (entry,) = cache_entries(tmp_path)
+    seal = json.loads((entry / "digests.json").read_text())
+    content = (entry / "train.tokens").read_bytes()
+    (entry / "train.tokens").write_bytes(bytes(len(content)))
+    files = sorted(path for path in entry.iterdir() if path.name != "digests.json")
+    (entry / "digests.json").write_text(json.dumps(seal | {"states": file_states(files)}))
+    assert not corpus().train.store.tokens.any()
+    np.testing.assert_array_equal(corpus(verify=True).train.store.tokens, expected)
+    assert "was damaged and is replaced" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -172,22 +283,10 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(corpus, tmp_path, caplog, name):
 
 def test_a_failed_preparation_leaves_nothing_in_the_cache(corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("gdn2_jax.data.corpus.seal", lambda directory: 1 / 0)
+        patch.setattr("gdn2_jax.data.corpus._write", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             corpus()
     assert cache_entries(tmp_path) == []
-
-
-def test_an_entry_that_another_process_wrote_first_is_used(corpus, tmp_path, monkeypatch):
-    build = corpus_module._build
-
-    def build_twice(*arguments):
-        build(*arguments)
-        build(*arguments)
-
-    monkeypatch.setattr(corpus_module, "_build", build_twice)
-    assert len(corpus().train) > 0
-    assert len(cache_entries(tmp_path)) == 1
 
 
 def test_an_empty_corpus_is_an_error(corpus, tmp_path):
@@ -196,13 +295,38 @@ def test_an_empty_corpus_is_an_error(corpus, tmp_path):
         corpus(paths=(str(tmp_path / "empty.txt"),))
 
 
-def test_one_document_cannot_be_split_and_the_ways_out_are_named(corpus, tmp_path):
-    (tmp_path / "one.txt").write_text("one long document\n\nwith parts\n\nand more parts" * 9)
-    paths = (str(tmp_path / "one.txt"),)
-    with pytest.raises(ValueError, match=r"(?s)validation_fraction=0.2 .* document_separator"):
-        corpus(paths=paths)
-    assert len(corpus(paths=paths, document_separator="\n\n").validation) > 0
-    assert len(corpus(paths=paths, validation_fraction=0).train) > 0
+def test_a_separator_may_be_typed_with_backslashes(corpus, tmp_path):
+    (tmp_path / "a.txt").write_text("one long document\n\nwith parts\n\nand more parts" * 9)
+    paths = (str(tmp_path / "a.txt"),)
+    typed = corpus(paths=paths, document_separator=r"\n\n")
+    assert typed.digest == corpus(paths=paths, document_separator="\n\n").digest
+    assert typed.train.store.num_documents > 9
+
+
+def test_a_lossy_tokenizer_is_told_at_each_start(corpus, tmp_path, caplog):
+    path = tmp_path / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1}, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(path))
+    for _ in range(2):
+        caplog.clear()
+        corpus(tokenizer=str(path), sequence_length=4)
+        assert re.search(
+            r"tokenizer: .*json is lossy: 1 of 1 samples .*'document 0: 0 0 0", caplog.text
+        )
+    caplog.clear()
+    corpus(tokenizer="train:300")
+    assert "lossy" not in caplog.text
+
+
+def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("gdn2_jax.data.sources.PIECE", 1000)
+    text = " ".join(f"word{i} {i * 7919},\n" for i in range(1000))
+    paths = write_texts(tmp_path / "long.jsonl", [text, *TEXTS])
+    for tokenizer in ("bytes", "train:400"):
+        c = corpus(paths=paths, tokenizer=tokenizer, validation_fraction=0)
+        whole = c.tokenizer.encode(text)
+        np.testing.assert_array_equal(c.train.store.tokens[: len(whole)], whole)
 
 
 @pytest.mark.parametrize(("sequence_length", "part"), [(1000, "validation"), (100_000, "train")])

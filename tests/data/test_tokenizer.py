@@ -5,9 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gdn2_jax.data import load_tokenizer, train_tokenizer
+from gdn2_jax.data.tokenizer import TextTokenizer, describe_losses
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "naïve café 東京 🙂"] * 5
 TRAINED = train_tokenizer(TEXTS, 300)
+
+
+LONG = " ".join(f"word {i} isn't {i**5}, naïve: 東京\n\n  (x)" for i in range(400))
 
 
 def word_level(vocabulary):
@@ -116,3 +120,90 @@ def test_training_reads_no_more_characters_than_its_limit(monkeypatch):
     tokenizer = train_tokenizer(["xyxyxyxy", "xyxyxyxy" + "pqpqpqpq" * 9, "pqpqpqpq" * 9], 300)
     assert len(tokenizer.encode("xyxyxyxy")) < 8
     assert len(tokenizer.encode("pqpqpqpq")) == 8
+
+
+def byte_level_bpe(pattern, normalizer=None):
+    """A byte-level BPE trained on LONG, with another pattern of pre-tokens."""
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([LONG], trainer)
+    return TextTokenizer(tokenizer)
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [load_tokenizer("bytes"), TRAINED, byte_level_bpe(LLAMA_3)],
+    ids=["bytes", "gpt-2", "llama-3"],
+)
+def test_a_text_cut_where_the_tokenizer_says_has_the_tokens_of_the_whole(tokenizer):
+    cuts = set()
+    for end in range(500, len(LONG), 61):
+        cut = tokenizer.last_cut(LONG[:end])
+        assert end - 500 < cut <= end
+        cuts.add(cut)
+    pieces = [LONG[a:b] for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), len(LONG)])]
+    whole = tokenizer.encode(LONG)
+    np.testing.assert_array_equal(np.concatenate(tokenizer.encode_batch(pieces)), whole)
+
+
+def test_a_text_is_not_cut_where_tokens_cross_every_border():
+    assert TRAINED.last_cut("x" * 5000) == 0
+    # As SentencePiece's: words begin with their space, and so does each text.
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0, "▁": 1, "a": 2}, []))
+    tokenizer.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    assert TextTokenizer(tokenizer).last_cut("a " * 1000) == 0
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
+    assert TextTokenizer(tokenizer).last_cut("a " * 1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "expected"),
+    [
+        (load_tokenizer("bytes"), "é", [1, 1]),
+        (TextTokenizer(word_level({"<unk>": 0, "</s>": 1, "a": 2})), " a  東京 a ", [2, 8, 3]),
+        (TextTokenizer(word_level({"<unk>": 0, "</s>": 1})), "  ", []),
+    ],
+)
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer, text, expected):
+    ((ids, lengths),) = tokenizer.encode_with_bytes([text])
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert (lengths.tolist(), lengths.dtype) == (expected, np.int32)
+
+
+@given(st.text(min_size=1))
+def test_the_bytes_of_a_trained_tokenizers_tokens_add_up(text):
+    ((ids, lengths),) = TRAINED.encode_with_bytes([text])
+    assert len(ids) == len(lengths)
+    assert lengths.sum() == len(text.encode())
+    assert (lengths >= 0).all()
+
+
+def test_text_that_does_not_come_back_is_shown():
+    lossy = TextTokenizer(word_level({"<unk>": 0, "</s>": 1, "a": 2, "b": 3}))
+    assert describe_losses(lossy, ["a", "a b"]) == ""
+    assert "1 of 2 samples" in describe_losses(lossy, ["a", "a c b"])
+    assert "'a c b', which becomes 'a <unk> b'" in describe_losses(lossy, ["a", "a c b"])
+
+
+def test_one_unbroken_word_is_learnt_from_in_linear_time():
+    """Ten times the time of a run of words would be far from the square's thousandfold."""
+    word = "".join(np.random.default_rng(0).choice(list("abcd"), 200_000))
+    tokenizer = train_tokenizer([word], 600)
+    assert len(tokenizer.encode(word[:1000])) < 400
+    spaces = train_tokenizer([" " * 200_000 + "a"], 270)
+    assert spaces.decode(spaces.encode(" " * 300)) == " " * 300

@@ -9,8 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gdn2_jax.data import DataConfig, prepare
 from gdn2_jax.evaluation import evaluate_perplexity, lower_evaluation
+from gdn2_jax.evaluation.perplexity import _summed_losses
 from gdn2_jax.models import LanguageModel, ModelConfig
-from gdn2_jax.parallel import batch_sharding, make_mesh
+from gdn2_jax.parallel import batch_sharding, make_mesh, put_batch
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def sequences(tmp_path_factory):
         paths=(str(directory),),
         document_separator="\n",
         sequence_length=15,
-        validation_fraction=0.15,
+        validation_fraction=0.3,
         cache_directory=str(directory / "cache"),
     )
     return prepare(data).validation
@@ -65,19 +66,37 @@ def test_every_token_counts_once_and_padding_not_at_all(config, params, sequence
     assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
 
 
-def test_bits_are_per_byte_of_text_whatever_a_token_is(config, params, sequences):
+def test_bits_are_per_byte_of_the_text_evaluated(config, params, sequences):
     result = evaluate_perplexity(config, params, sequences, mesh=make_mesh(), batch_size=8)
-    store = sequences.store
-    # 50 bytes a document, and one token more, its end.
-    assert store.num_tokens / store.num_bytes == pytest.approx(51 / 50)
-    assert result.bits_per_byte == pytest.approx(result.loss / math.log(2) * 51 / 50)
+    targets = np.stack([sequences[i]["targets"] for i in range(len(sequences))])
+    assert 0 < (targets == 256).sum()
+    expected = result.loss / math.log(2) * targets.size / (targets < 256).sum()
+    assert result.bits_per_byte == pytest.approx(expected)
 
 
-def test_evaluation_stops_after_max_batches(config, params, sequences):
-    result = evaluate_perplexity(
-        config, params, sequences, mesh=make_mesh(), batch_size=8, max_batches=1
-    )
+def test_max_batches_are_spread_over_the_whole_split(config, params, sequences):
+    """Their bytes too: some of these sequences hold two ends of documents, some none."""
+    mesh = make_mesh()
+    n = len(sequences)
+    chosen = [(2 * i + 1) * n // 16 for i in range(8)]
+    assert n > 16 and chosen[0] > 0
+    result = evaluate_perplexity(config, params, sequences, mesh=mesh, batch_size=8, max_batches=1)
     assert result.tokens == 8 * 15
+    rows = [sequences[i] for i in chosen]
+    inputs, targets = (np.stack([row[name] for row in rows]) for name in ("inputs", "targets"))
+    batch = {"inputs": inputs, "targets": targets, "weights": np.ones((8, 15), np.float32)}
+    batch = {**put_batch(mesh, batch), "segment_ids": None}
+    expected, _ = _summed_losses(config, mesh, params, batch)
+    assert result.loss == pytest.approx(float(expected) / targets.size, rel=1e-6)
+    bits = float(expected) / math.log(2) / (targets < 256).sum()
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-6)
+
+
+def test_more_batches_than_there_are_evaluate_all(config, params, sequences):
+    options = {"mesh": make_mesh(), "batch_size": 8}
+    assert evaluate_perplexity(
+        config, params, sequences, max_batches=99, **options
+    ) == evaluate_perplexity(config, params, sequences, **options)
 
 
 def test_what_is_compiled_ahead_is_all_that_an_evaluation_runs(
