@@ -89,9 +89,12 @@ class GatedDeltaNet2(DeltaRuleLayer):
         self._check_attributes()
         heads, key_dim = self.num_heads, self.head_dim
         value_heads, value_dim = self._value_heads, self._value_dim
-        q, k, v = self._queries_keys_values(x, segment_ids)
-
+        # First, so that in the sum of x's gradients all projections to heads meet without them between:
+        # a mesh axis "tensor" then takes one all-reduce for that sum, not one for each projection.
         f = self._low_rank("f_proj", x, value_dim, heads * key_dim)
+        z = self._low_rank("g_proj", x, value_dim, value_heads * value_dim, use_bias=True)
+
+        q, k, v = self._queries_keys_values(x, segment_ids)
         g = self._log_decay(split_heads(f, heads))
         b = _gate(split_heads(self._dense("b_proj", heads * key_dim)(x), heads), self.erase_gate)
         if self.allow_negative_eigenvalues:
@@ -100,8 +103,6 @@ class GatedDeltaNet2(DeltaRuleLayer):
         w = _gate(split_heads(w, value_heads), self.write_gate)
 
         o = self._mix(q, k, v, g, b, w, segment_ids)
-
-        z = self._low_rank("g_proj", x, value_dim, value_heads * value_dim, use_bias=True)
         return self._output(o, z, self.output_gate, x.shape[-1])
 
     def _log_decay(self, f: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:

@@ -73,10 +73,12 @@ class KimiDeltaAttention(DeltaRuleLayer):
         """
         check_inputs(x, segment_ids, self.variables.get("cache"))
         self._check_attributes()
-        q, k, v = self._queries_keys_values(x, segment_ids)
         heads, value_dim = self._value_heads, self._value_dim
-
+        # First, for one all-reduce on a mesh axis "tensor", as in GDN-2.
         f = split_heads(self._low_rank("f_proj", x, value_dim, heads * self.head_dim), heads)
+        z = self._low_rank("g_proj", x, value_dim, heads * value_dim, use_bias=True)
+
+        q, k, v = self._queries_keys_values(x, segment_ids)
         bounded = self.decay_lower_bound is not None
         rate_init = nn.initializers.zeros if bounded else log_uniform_rate
         a_log = self._per_head("A_log", rate_init, heads)
@@ -87,8 +89,6 @@ class KimiDeltaAttention(DeltaRuleLayer):
         if self.allow_negative_eigenvalues:
             beta = 2 * beta
         o = self._mix_tied(q, k, v, g, beta, segment_ids)
-
-        z = self._low_rank("g_proj", x, value_dim, heads * value_dim, use_bias=True)
         return self._output(o, z, self.output_gate, x.shape[-1])
 
     def _check_attributes(self) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.models.blocks import Layers, residual_dtype
 from gdn2_jax.models.config import ModelConfig
-from gdn2_jax.parallel import constrain, partitioned
+from gdn2_jax.parallel import constrain, gathered, partitioned
 
 
 class LanguageModel(nn.Module):
@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
         )
         with jax.named_scope("embed"):
             # Gathered over "fsdp" before the lookup: the rows it yields are split over that axis.
-            table = constrain(embed.embedding, "vocab", None)
+            table = gathered(embed.embedding, ("vocab", "embed"), ("vocab", None))
             x = jnp.take(table, tokens, axis=0).astype(dtype)
             x = constrain(x, "batch", "sequence", None)
         x, _ = layers(config, self.decode, name="layers")(x, segment_ids)

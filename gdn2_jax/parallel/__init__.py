@@ -5,6 +5,7 @@ from gdn2_jax.parallel.halo import previous_tokens, with_previous_tokens
 from gdn2_jax.parallel.logical import (
     axis_size,
     constrain,
+    gathered,
     on_mesh,
     param_shardings,
     partitioned,
@@ -29,6 +30,7 @@ __all__ = [
     "batch_shards",
     "constrain",
     "gated_delta_rule_2_on_mesh",
+    "gathered",
     "join_processes",
     "make_mesh",
     "on_mesh",

@@ -1,6 +1,7 @@
 """Names of array axes, and the mesh axes that they are split over."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,6 +73,27 @@ def constrain(x: Array, *names: str | None) -> Array:
     if ambient_mesh() is None:
         return x
     return nn.with_logical_constraint(x, names, rules=RULES)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(x: Array, names: Names, whole: Names) -> Array:
+    """A parameter whose axes have `names`, laid out as `whole` on the ambient mesh for use.
+
+    The transpose of `constrain` would sum the gradient whole on every device; here a device gets the
+    part alone that it keeps of the parameter.
+    """
+    return constrain(x, *whole)
+
+
+def _gathered_forward(x, names, whole):
+    return constrain(x, *whole), None
+
+
+def _gathered_backward(names, whole, _, gradient):
+    return (constrain(gradient, *names),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def param_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:

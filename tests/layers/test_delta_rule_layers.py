@@ -484,3 +484,25 @@ if __name__ == "__main__":  # Writes the committed numbers, from the reference.
     with jax.enable_x64(True):
         numbers = {name: np.asarray(reference(*case(name))).tolist() for name in LAYERS}
     EXPECTED.write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("layer", [GatedDeltaNet2, KimiDeltaAttention])
+def test_gradients_of_the_projections_to_heads_meet_first_in_that_of_the_inputs(layer):
+    """XLA then takes one all-reduce for their sum on a mesh that splits the heads."""
+    module = layer(num_heads=3, head_dim=4, use_short_conv=False, implementation="recurrent")
+    x = jax.ShapeDtypeStruct((1, 8, 8), "float32")
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    gradient = jax.make_jaxpr(jax.grad(lambda x, params: module.apply(params, x).sum()))(x, params)
+    made_by = {str(out): eqn for eqn in gradient.jaxpr.eqns for out in eqn.outvars}
+
+    def widths(name):
+        """Of the projections whose gradients make up a sum, in the order of adding."""
+        eqn = made_by[name]
+        if eqn.primitive.name == "add_any":
+            return [width for var in eqn.invars for width in widths(str(var))]
+        if eqn.primitive.name == "dot_general":
+            return [eqn.invars[0].aval.shape[-1]]
+        return widths(str(eqn.invars[0]))
+
+    added = widths(str(gradient.jaxpr.outvars[0]))
+    assert len(added) > 5 and sorted(added[-2:]) == [4, 4] and 4 not in added[:-2]

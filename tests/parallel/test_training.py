@@ -7,10 +7,12 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import ModelConfig
-from gdn2_jax.parallel import MeshConfig, make_mesh, put_batch
+from gdn2_jax.parallel import MeshConfig, gathered, make_mesh, on_mesh, put_batch
 from gdn2_jax.training import OptimizerConfig, TrainingConfig
 from gdn2_jax.training.run import check_mesh
 from gdn2_jax.training.step import (
@@ -137,6 +139,23 @@ def test_no_device_holds_a_whole_sequence_or_the_whole_of_a_split_parameter():
     for x in (x for x in split if x.size >= 128):
         assert x.sharding.shard_shape(x.shape) in shapes
         assert x.shape not in shapes
+
+
+def test_the_gradient_of_a_gathered_parameter_is_nowhere_summed_whole():
+    mesh = make_mesh(MESHES["fsdp 8"])
+    names, whole = ("vocab", "embed"), ("vocab", None)
+
+    def loss(table, ids):
+        with on_mesh(mesh):
+            return jax.numpy.sum(gathered(table, names, whole)[ids] ** 2)
+
+    table = jax.ShapeDtypeStruct((48, 16), "float32", sharding=NamedSharding(mesh, P(None, "fsdp")))
+    ids = jax.ShapeDtypeStruct((16, 8), "int32", sharding=NamedSharding(mesh, P("fsdp")))
+    text = (
+        jax.jit(jax.grad(loss), out_shardings=table.sharding).lower(table, ids).compile().as_text()
+    )
+    assert "f32[48,2]" in text
+    assert not re.search(r"f32\[48,16\]\S* all-reduce", text)
 
 
 @pytest.mark.slow
