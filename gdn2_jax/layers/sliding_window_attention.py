@@ -16,7 +16,7 @@ from gdn2_jax.layers.local_attention import (
     local_attention,
     local_attention_of_span,
 )
-from gdn2_jax.layers.rotary import rotate
+from gdn2_jax.layers.rotary import PERIOD, rotate
 from gdn2_jax.parallel import axis_size, partitioned, per_device
 
 
@@ -26,8 +26,9 @@ class SlidingWindowAttention(nn.Module):
     Query t sees the keys t - (window_size - 1), ..., t of its document.
 
     With `decode=True` the "cache" collection keeps the rotated keys, the values and the documents
-    of the last `window_size` tokens in ring buffers, and `index`, the number of tokens so far. Calls,
-    `init` and `segment_ids` behave as in `GatedDeltaNet2`.
+    of the last `window_size` tokens in ring buffers, `slot`, where the next token goes, and `index`,
+    the number of tokens so far, which from 2^31 on falls back to 2^30: outputs are as exact after any
+    number of tokens. Calls, `init` and `segment_ids` behave as in `GatedDeltaNet2`.
 
     Attributes:
       num_heads: number of heads, each of width D / num_heads.
@@ -117,27 +118,33 @@ class SlidingWindowAttention(nn.Module):
         keys = self.variable("cache", "key", jnp.zeros, ring, k.dtype)
         values = self.variable("cache", "value", jnp.zeros, ring, v.dtype)
         documents = self.variable("cache", "segment_ids", jnp.zeros, (batch, window), jnp.int32)
-        index = self.variable("cache", "index", jnp.zeros, (), jnp.int32)
+        # The angles of float64 have no period, to which an int32 could fall back.
+        whole = jnp.int64 if k.dtype == jnp.float64 else jnp.int32
+        index = self.variable("cache", "index", jnp.zeros, (), whole)
+        slot = self.variable("cache", "slot", jnp.zeros, (), jnp.int32)
 
-        start = index.value
-        positions = start + jnp.arange(length)
+        start, first = index.value, slot.value
+        positions = start + jnp.arange(length, dtype=start.dtype)
         q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
         if segment_ids is None:
-            last = documents.value[:, (start - 1) % window]
+            last = documents.value[:, (first - 1) % window]
             segment_ids = jnp.broadcast_to(last[:, None], (batch, length))
-        past = Past(keys.value, values.value, documents.value, _positions_in_ring(start, window))
+        past_positions = _positions_in_ring(start, first, window)
+        past = Past(keys.value, values.value, documents.value, past_positions)
+        stop = _advanced(start, length)
+        after = (first + length) % window
 
         # Only the last `window` of the new tokens can be seen again.
-        slots = positions[-window:] % window
+        slots = (first + jnp.arange(length)[-window:]) % window
         new = Past(
             keys.value.at[:, slots].set(k[:, -window:]),
             values.value.at[:, slots].set(v[:, -window:]),
             documents.value.at[:, slots].set(segment_ids[:, -window:].astype(jnp.int32)),
-            _positions_in_ring(start + length, window),
+            _positions_in_ring(stop, after, window),
         )
         if not self.is_initializing():
             keys.value, values.value, documents.value = new[:3]
-            index.value = start + length
+            index.value, slot.value = stop, after
         if length > 1:
             return self._attend(q, k, v, segment_ids, past)
         # One token attends to the ring as it is after its own entry, where it has position -1.
@@ -154,7 +161,17 @@ class SlidingWindowAttention(nn.Module):
             raise ValueError(f"window_size: expected at least 1, got {self.window_size}")
 
 
-def _positions_in_ring(index: Int[Array, ""], window_size: int) -> Int[Array, "W"]:
-    """Positions, counted from token `index`, of the tokens in a ring that ends before it."""
-    age = (index - 1 - jnp.arange(window_size)) % window_size
+def _positions_in_ring(
+    index: Int[Array, ""], slot: Int[Array, ""], window_size: int
+) -> Int[Array, "W"]:
+    """Positions, counted from token `index`, of the tokens in a ring that ends before `slot`."""
+    age = (slot - 1 - jnp.arange(window_size)) % window_size
     return jnp.where(age < index, -1 - age, -window_size - 1)
+
+
+def _advanced(index: Int[Array, ""], length: int) -> Int[Array, ""]:
+    """The sum, less what brings an int32 that overflows back to [2^30, 2^31)."""
+    total = index + length
+    if index.dtype == jnp.int64:
+        return total
+    return jnp.where(total < 0, total & (PERIOD - 1) | PERIOD, total)

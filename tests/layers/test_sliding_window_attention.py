@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.layers import SlidingWindowAttention
+from gdn2_jax.layers import Attention, SlidingWindowAttention
 from gdn2_jax.layers.local_attention import local_attention
 from gdn2_jax.layers.rotary import rotate
 
@@ -134,6 +134,51 @@ def test_decoding_equals_the_full_forward(make, documents):
         variables = {"params": params, **cache}
     assert variables["cache"]["key"].shape == (2, WINDOW, HEADS, WIDTH // HEADS)
     assert variables["cache"]["index"] == 23
+
+
+@pytest.mark.parametrize("layer_type", [SlidingWindowAttention, Attention])
+def test_decoding_is_as_exact_after_any_number_of_tokens(random_params, layer_type):
+    x = inputs(1, 12, WIDTH)
+    # No power of two, so that the ring does not fit into 2^31 a whole number of times.
+    layer = layer_type(num_heads=HEADS, window_size=6, decode=True)
+    params = random_params(layer, x)
+    expected = layer.clone(decode=False, window_size=6).apply({"params": params}, x[:, :6])
+    run = jax.jit(lambda *args: layer.apply(*args, mutable=["cache"]))
+    empty = jax.tree.map(jnp.zeros_like, jax.eval_shape(run, {"params": params}, x[:, :1])[1])
+
+    def decode(index):
+        cache = {"cache": empty["cache"] | {"index": jnp.full_like(empty["cache"]["index"], index)}}
+        outputs = []
+        for start, stop in [(0, 3), *((t, t + 1) for t in range(3, 12))]:
+            # The empty ring counts as tokens of another document.
+            ids = jnp.ones((1, stop - start), jnp.int32)
+            y, cache = run({"params": params, **cache}, x[:, start:stop], ids)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1), int(cache["cache"]["index"])
+
+    outputs, _ = decode(0)
+    np.testing.assert_allclose(outputs[:, :6], expected, atol=1e-5)
+    for index in (10**6, 10**7, 2**31 - 2):
+        later, stop = decode(index)
+        np.testing.assert_allclose(later, outputs, atol=2e-6)
+        assert stop == index + 12 or 2**30 <= stop < 2**31
+
+
+@pytest.mark.parametrize("theta", [10.0, 1e4, 5e5])
+def test_angles_are_those_of_float64_at_any_position(theta):
+    x = inputs(1, 4, 1, 16)
+    positions = np.array([1, 2047, 65_536, 131_071])
+    angles = positions[:, None] * theta ** (-np.arange(8) / 8)
+    turned = rotate(x, jnp.array(positions), theta)
+    expected = np.concatenate(
+        [
+            x[0, :, 0, :8] * np.cos(angles) - x[0, :, 0, 8:] * np.sin(angles),
+            x[0, :, 0, 8:] * np.cos(angles) + x[0, :, 0, :8] * np.sin(angles),
+        ],
+        axis=-1,
+    )
+    error = np.abs(turned[0, :, 0] - expected).max(-1)
+    assert np.all(error < np.abs(x).max() * (1e-6 + positions * 2 * np.pi * 2.0**-31))
 
 
 def test_init_leaves_an_empty_cache(make):
