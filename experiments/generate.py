@@ -1,10 +1,12 @@
-"""Continues a prompt with a trained model: of a run, or of a PyTorch checkpoint with its tokenizer.
+r"""Continues a prompt with a trained model: of a run, or of a PyTorch checkpoint with its tokenizer.
 
 python experiments/generate.py
 python experiments/generate.py runs/tiny --prompt "import " --temperature 0.7 --top-p 0.9
-python experiments/generate.py huggingface-model --prompt "Once upon a time"
+python experiments/generate.py huggingface-model --prompt "Once upon a time" --stop "\n\n" --stop "The end"
+git diff | python experiments/generate.py --prompt-file - --prompt-file notes.txt
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from gdn2_jax.interop.pytorch import load_pretrained
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.training import CheckpointError, load_trained
 
+_ESCAPES = {r"\\": "\\", r"\n": "\n", r"\t": "\t", r"\r": "\r"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -27,11 +31,22 @@ class Options:
     """The directory of a run of train.py, of which the latest checkpoint is used, or one with
     config.json, weights and tokenizer.json."""
 
-    prompt: str = ""
-    """The beginning of the document."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The beginning of the document; empty by default. May be given several times."""
+
+    prompt_file: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A UTF-8 file with a prompt, whose last line break is left out; - is stdin. May be given
+    several times."""
+
+    special_tokens: bool = False
+    """Read special tokens that a prompt spells out as such, not as text."""
 
     tokens: int = 512
-    """How many to add."""
+    """How many to add; a sample ends earlier at the end of its document."""
+
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text before which a sample ends, with escapes for line break, tab and return. May be given
+    several times."""
 
     temperature: float = 0.8
     """Divides the logits; 0 always takes the most likely token."""
@@ -46,7 +61,7 @@ class Options:
     """The same seed gives the same text."""
 
     batch: int = 1
-    """Number of samples; the first is shown while it grows."""
+    """Number of samples of each prompt; the first of all is shown while it grows."""
 
 
 def _load(directory: Path) -> tuple[ModelConfig, Any, Tokenizer]:
@@ -57,22 +72,45 @@ def _load(directory: Path) -> tuple[ModelConfig, Any, Tokenizer]:
     return trained.config.model, trained.params, trained.tokenizer
 
 
+def _prompts(options: Options) -> list[str]:
+    texts = [*options.prompt]
+    for name in options.prompt_file:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        try:
+            texts.append(re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig")))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt-file: expected UTF-8, got {name} ({error})") from error
+    return texts or [""]
+
+
+def _unescaped(text: str) -> str:
+    """The text with what its escapes stand for."""
+    return re.sub(r"\\[\\ntr]", lambda match: _ESCAPES[match[0]], text)
+
+
 def main(options: Options) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
+    # A character that the terminal's encoding lacks must not end the text.
+    sys.stdout.reconfigure(errors="replace")
     try:
         texts = sample_text(
             *_load(options.run_dir),
-            options.prompt,
+            _prompts(options),
             max_new_tokens=options.tokens,
             batch_size=options.batch,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             seed=options.seed,
+            stop=[_unescaped(stop) for stop in options.stop],
+            special_tokens=options.special_tokens,
             stream=sys.stdout,
         )
     except (ValueError, OSError, CheckpointError) as error:
         return f"generate.py: {error}"
+    except KeyboardInterrupt:
+        print()
+        return 130
     print()
     for number, text in enumerate(texts[1:], start=2):
         print(f"\n--- sample {number} ---\n{text}")

@@ -1,5 +1,6 @@
 """Text to token ids and back: bytes, or any Hugging Face tokenizer.json."""
 
+import functools
 import json
 import os
 import re
@@ -39,8 +40,12 @@ class Tokenizer(Protocol):
     end_of_document: int
     """The token that stands after each document."""
 
-    def encode(self, text: str) -> Int32[np.ndarray, " N"]:
-        """Returns the tokens of a text, with no token added."""
+    def encode(self, text: str, special_tokens: bool = False) -> Int32[np.ndarray, " N"]:
+        """Returns the tokens of a text, with no token added.
+
+        With `special_tokens` the names of special tokens in the text stand for these tokens;
+        otherwise they are text like any other.
+        """
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
         """Encodes many texts at once."""
@@ -69,8 +74,12 @@ class ByteTokenizer:
     vocab_size = 257
     end_of_document = 256
 
-    def encode(self, text: str) -> Int32[np.ndarray, " N"]:
-        """Returns the bytes of a text."""
+    def encode(self, text: str, special_tokens: bool = False) -> Int32[np.ndarray, " N"]:
+        """Returns the bytes of a text; the special token is called <|endoftext|>."""
+        if special_tokens:
+            first, *others = (self.encode(part) for part in text.split(_END_OF_DOCUMENT))
+            end = np.int32([self.end_of_document])
+            return np.concatenate([first, *(part for ids in others for part in (end, ids))])
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
@@ -121,9 +130,16 @@ class TextTokenizer:
         # Ids need not be dense, and the model's table must hold the greatest.
         self.vocab_size = max(vocabulary.values()) + 1
 
-    def encode(self, text: str) -> Int32[np.ndarray, " N"]:
+    def encode(self, text: str, special_tokens: bool = False) -> Int32[np.ndarray, " N"]:
         """Returns the tokens of a text, with no token added."""
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        tokenizer = self._reader_of_special_tokens if special_tokens else self._tokenizer
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _reader_of_special_tokens(self):
+        tokenizer = type(self._tokenizer).from_str(self._tokenizer.to_str())
+        tokenizer.encode_special_tokens = False
+        return tokenizer
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
         """Encodes many texts in parallel."""

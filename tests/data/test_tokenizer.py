@@ -61,6 +61,16 @@ def test_a_batch_encodes_as_its_texts_do_one_by_one():
             np.testing.assert_array_equal(ids, tokenizer.encode(text))
 
 
+def test_special_tokens_are_read_as_such_on_demand_only():
+    for tokenizer in (TRAINED, load_tokenizer("bytes")):
+        text, end = "a<|endoftext|> b<|endoftext|>", tokenizer.end_of_document
+        assert end not in tokenizer.encode(text)
+        expected = [*tokenizer.encode("a"), end, *tokenizer.encode(" b"), end]
+        ids = tokenizer.encode(text, special_tokens=True)
+        assert ids.tolist() == expected and ids.dtype == np.int32
+        assert end not in tokenizer.encode(text)
+
+
 @pytest.mark.parametrize("tokenizer", [TRAINED, load_tokenizer("bytes")], ids=["bpe", "bytes"])
 def test_a_saved_tokenizer_loads_as_the_same(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
