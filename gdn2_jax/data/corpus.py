@@ -1,5 +1,6 @@
 """From a DataConfig to packed sequences: read, split, tokenize, keep on disk."""
 
+import bisect
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int32, Int64, UInt64
 from tqdm import tqdm
 
 from gdn2_jax.data.cache import (
@@ -77,7 +78,8 @@ class Corpus:
         """Documents and bytes of both sides, in a line."""
         parts = {"training": self.train, "validation": self.validation}
         sizes = [
-            f"{name} {part.store.num_documents:,} documents, {part.store.num_bytes:,} bytes"
+            f"{name} {part.store.num_documents:,} document{'s' * (part.store.num_documents != 1)}, "
+            f"{part.store.num_bytes:,} bytes"
             for name, part in parts.items()
             if part is not None
         ]
@@ -182,6 +184,9 @@ def _digest(parts) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
+_Content = str | Int32[np.ndarray, " N"]
+
+
 class _Survey(NamedTuple):
     """The documents of files.
 
@@ -198,13 +203,13 @@ class _Part(NamedTuple):
     """A piece of a document on one side of the split.
 
     Attributes:
-      text: of the piece.
+      content: of the piece, text or token ids.
       ends: whether the document ends with it, on this side.
       held_out: whether it is for validation.
       digest: of the document.
     """
 
-    text: str
+    content: _Content
     ends: bool
     held_out: bool
     digest: int
@@ -219,12 +224,17 @@ def _build(
 ) -> None:
     """Writes the files of a cache entry."""
     notes = []
-    options = {"text_field": config.text_field, "document_separator": config.separator}
-    survey = _survey(_bar(read_pieces(files, **options, note=notes.append), "read"))
+    options = {
+        "text_field": config.text_field,
+        "document_separator": config.separator,
+        "tokenizer": tokenizer,
+    }
+    count = _byte_counter(tokenizer)
+    survey = _survey(_bar(read_pieces(files, **options, note=notes.append), count, "read"), count)
     if not len(survey.sizes):
         raise ValueError("paths: the corpus is empty, no document has any text")
     pieces = read_pieces(held_out_files, **options, note=notes.append)
-    held_out = _survey(_bar(pieces, "read validation"))
+    held_out = _survey(_bar(pieces, count, "read validation"), count)
     if held_out_files and not len(held_out.sizes):
         raise ValueError("validation_paths: no document has any text")
     if common := np.isin(held_out.digests, survey.digests).sum():
@@ -235,14 +245,14 @@ def _build(
 
     def parts(description: str) -> Iterator[_Part]:
         total = int(survey.sizes.sum() + held_out.sizes.sum())
-        training = _divide(read_pieces(files, **options), survey, starts)
+        training = _divide(read_pieces(files, **options), survey, starts, count)
         validation = _divide(
-            read_pieces(held_out_files, **options), held_out, np.zeros_like(held_out.sizes)
+            read_pieces(held_out_files, **options), held_out, np.zeros_like(held_out.sizes), count
         )
-        return _bar(itertools.chain(training, validation), description, total)
+        return _bar(itertools.chain(training, validation), count, description, total)
 
     if tokenizer is None:
-        texts = (part.text for part in parts("train tokenizer") if not part.held_out)
+        texts = (part.content for part in parts("train tokenizer") if not part.held_out)
         tokenizer = train_tokenizer(texts, config.trained_vocab_size)
     tokenizer.save(directory / "tokenizer.json")
     losses = _write(parts("tokenize"), tokenizer, directory)
@@ -251,20 +261,34 @@ def _build(
     (directory / _NOTES).write_text(json.dumps(notes))
 
 
-def _bar(pieces: Iterable, description: str, total: int | None = None) -> Iterator:
+def _byte_counter(tokenizer: Tokenizer | None) -> Callable[[_Content], int]:
+    """Returns a function that counts the bytes of text or token ids."""
+    lengths = None if tokenizer is None else tokenizer.byte_lengths()
+
+    def count(content: _Content) -> int:
+        return len(content.encode()) if type(content) is str else int(lengths[content].sum())
+
+    return count
+
+
+def _bar(
+    pieces: Iterable[Piece | _Part],
+    count: Callable[[_Content], int],
+    description: str,
+    total: int | None = None,
+) -> Iterator[Piece | _Part]:
     with tqdm(desc=description, total=total, unit="B", **_BAR) as bar:
         for piece in pieces:
             yield piece
-            bar.update(len(piece.text.encode()))
+            bar.update(count(piece.content))
 
 
-def _survey(pieces: Iterable[Piece]) -> _Survey:
+def _survey(pieces: Iterable[Piece], count: Callable[[_Content], int]) -> _Survey:
     digests, sizes = [], []
     digest, size = hashlib.blake2b(digest_size=8), 0
-    for text, ends in pieces:
-        encoded = text.encode()
-        digest.update(encoded)
-        size += len(encoded)
+    for content, ends in pieces:
+        digest.update(content.encode() if type(content) is str else content.tobytes())
+        size += count(content)
         if ends:
             digests.append(int.from_bytes(digest.digest()))
             sizes.append(size)
@@ -290,7 +314,8 @@ def _split(survey: _Survey, fraction: float) -> Int64[np.ndarray, " documents"]:
     totals = np.bincount(which, sizes[~long], len(unique))  # of all copies
     rest = totals.sum()
     before = np.cumsum(totals) - totals
-    shares = np.clip((fraction * rest - before) / totals, 0, 1)
+    # Documents of special tokens alone have no bytes.
+    shares = np.clip((fraction * rest - before) / np.maximum(totals, 1), 0, 1)
     excess = totals * (1 - shares)
     shares[(shares > 0) & (excess <= _EXCESS * rest * min(fraction, 1 - fraction))] = 1
     starts[~long] -= (shares[which] * sizes[~long]).astype(np.int64)
@@ -298,24 +323,34 @@ def _split(survey: _Survey, fraction: float) -> Int64[np.ndarray, " documents"]:
 
 
 def _divide(
-    pieces: Iterable[Piece], survey: _Survey, starts: Int64[np.ndarray, " documents"]
+    pieces: Iterable[Piece],
+    survey: _Survey,
+    starts: Int64[np.ndarray, " documents"],
+    count: Callable[[_Content], int],
 ) -> Iterator[_Part]:
     """Yields the pieces, cut where the held-out end of a document begins."""
     documents = zip(survey.digests.tolist(), survey.sizes.tolist(), starts.tolist(), strict=True)
-    position = 0  # in its document; at its end, the next begins
-    held_out = False
-    for text, ends in pieces:
-        if position == 0:
+    begins = True
+    for content, ends in pieces:
+        if begins:
             digest, size, start = next(documents)
-            held_out = start == 0
-        encoded = text.encode()
-        if not held_out and position + len(encoded) > start:
-            cut = len(encoded[: start - position].decode(errors="ignore"))
-            cut = _line_start(text, cut, min(_LINE, (size - start) // 2))
-            yield _Part(text[:cut], True, False, digest)
-            held_out, text = True, text[cut:]
-        yield _Part(text, ends, held_out, digest)
-        position = 0 if ends else position + len(encoded)
+            position, held_out = 0, start < size and start == 0
+        stop = position + count(content)
+        if not held_out and stop > start:
+            cut = _place_of_byte(content, start - position, count)
+            if type(content) is str:
+                cut = _line_start(content, cut, min(_LINE, (size - start) // 2))
+            yield _Part(content[:cut], True, False, digest)
+            held_out, content = True, content[cut:]
+        yield _Part(content, ends, held_out, digest)
+        position, begins = stop, ends
+
+
+def _place_of_byte(content: _Content, byte: int, count: Callable[[_Content], int]) -> int:
+    """Returns the last place in a piece before which are no more than so many bytes."""
+    if type(content) is str:
+        return len(content.encode()[:byte].decode(errors="ignore"))
+    return bisect.bisect_right(range(len(content)), byte, key=lambda n: count(content[: n + 1]))
 
 
 def _line_start(text: str, place: int, limit: int) -> int:
@@ -339,17 +374,20 @@ def _write(parts: Iterable[_Part], tokenizer: Tokenizer, directory: Path) -> str
         )
         for name in ("train", "validation")
     )
+    count, byte_lengths = _byte_counter(tokenizer), tokenizer.byte_lengths()
     digests, samples = [], []
     for batch in _batches(_at_cuts(parts, tokenizer.last_cut), _BATCH_CHARACTERS):
-        samples.append(batch[0].text[:1000].strip())
+        if type(batch[0].content) is str:
+            samples.append(batch[0].content[:1000].strip())
         training = [part for part in batch if not part.held_out]
-        encoded = tokenizer.encode_batch([part.text for part in training])
+        encoded = _encode(training, tokenizer.encode_batch)
         for part, tokens in zip(training, encoded, strict=True):
-            train.append(tokens, len(part.text.encode()), ends=part.ends)
+            train.append(tokens, count(part.content), ends=part.ends)
         held_out = [part for part in batch if part.held_out]
-        encoded = tokenizer.encode_with_bytes([part.text for part in held_out])
-        for part, (tokens, lengths) in zip(held_out, encoded, strict=True):
-            num_bytes = len(part.text.encode())
+        encoded = _encode(held_out, tokenizer.encode_with_bytes)
+        for part, tokens in zip(held_out, encoded, strict=True):
+            tokens, lengths = tokens if type(tokens) is tuple else (tokens, byte_lengths[tokens])
+            num_bytes = count(part.content)
             if validation.append(tokens, num_bytes, ends=part.ends, byte_lengths=lengths):
                 digests.append(part.digest)
     train.close()
@@ -357,23 +395,32 @@ def _write(parts: Iterable[_Part], tokenizer: Tokenizer, directory: Path) -> str
     return describe_losses(tokenizer, samples[:256])
 
 
+def _encode(parts: Sequence[_Part], encode_batch: Callable[[Sequence[str]], list]) -> list:
+    """Encodes what is text among the parts, and leaves token ids as they are."""
+    encoded = iter(encode_batch([part.content for part in parts if type(part.content) is str]))
+    return [next(encoded) if type(part.content) is str else part.content for part in parts]
+
+
 def _at_cuts(parts: Iterable[_Part], last_cut: Callable[[str], int]) -> Iterator[_Part]:
     """Moves the borders between pieces to where tokenizing pieces gives the tokens of the whole."""
     waiting = []
     for part in parts:
-        cut = len(part.text) if part.ends else last_cut(part.text)
-        if not (cut or part.ends):
-            waiting.append(part.text)
+        if type(part.content) is not str:
+            yield part
             continue
-        yield part._replace(text="".join([*waiting, part.text[:cut]]))
-        waiting = [part.text[cut:]]
+        cut = len(part.content) if part.ends else last_cut(part.content)
+        if not (cut or part.ends):
+            waiting.append(part.content)
+            continue
+        yield part._replace(content="".join([*waiting, part.content[:cut]]))
+        waiting = [part.content[cut:]]
 
 
 def _batches(parts: Iterable[_Part], limit: int) -> Iterator[list[_Part]]:
     batch, size = [], 0
     for part in parts:
         batch.append(part)
-        size += len(part.text)
+        size += len(part.content)
         if size >= limit:
             yield batch
             batch, size = [], 0

@@ -1,4 +1,4 @@
-"""Documents from text, .jsonl and .parquet files, or from the running Python installation."""
+"""Documents from text, .jsonl, .parquet and .npy files, or from the running Python installation."""
 
 import codecs
 import gzip
@@ -12,9 +12,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
+import numpy as np
+from jaxtyping import Int32, Integer
 
-# Documents are read in pieces of so many characters, so that none has to fit into memory.
+from gdn2_jax.data.tokenizer import Tokenizer
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".npy", ".parquet")
+
+# Documents are read in pieces of so many characters or tokens, so that none has to fit into memory.
 PIECE = 2**16
 
 # Not prose nor code that a language model of this size could learn from, or not Python's own.
@@ -30,11 +35,12 @@ class Piece(NamedTuple):
     """A part of a document.
 
     Attributes:
-      text: up to `PIECE` characters; never empty in all pieces of a document.
+      content: up to `PIECE` characters or, of a document that was tokenized before, token ids;
+        never empty in all pieces of a document.
       ends: whether it is the last of its document.
     """
 
-    text: str
+    content: str | Int32[np.ndarray, " N"]
     ends: bool
 
 
@@ -96,16 +102,19 @@ def read_pieces(
     *,
     text_field: str = "text",
     document_separator: str = "",
+    tokenizer: Tokenizer | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Piece]:
     r"""Yields the documents of `files` in order, piece by piece, without the empty ones.
 
     Args:
       files: from `find_files`.
-      text_field: the .jsonl field or .parquet column that holds the text. Where it is null, the
-        record is left out.
+      text_field: the .jsonl field or .parquet column that holds the text, or lists of token ids.
+        Where it is null, the record is left out.
       document_separator: cuts text files into documents; empty: one document a file. A "\n" in it
         stands for "\r\n" too.
+      tokenizer: that made token ids; None if it is not known. A .npy file of them is cut into
+        documents at its end of a document.
       note: is told of null texts, and of a separator that does not occur.
 
     Raises:
@@ -119,6 +128,8 @@ def read_pieces(
             texts = _without_nulls(_read_jsonl(path, text_field), path, text_field, note)
         elif kind == ".parquet":
             texts = _without_nulls(_read_parquet(path, text_field), path, text_field, note)
+        elif kind == ".npy":
+            texts = [_open_npy(path)]
         elif kind == ".py":
             texts = _read_python(path)
         else:
@@ -126,7 +137,7 @@ def read_pieces(
             cut_files += yield from _read_text(path, document_separator)
             continue
         for text in texts:
-            yield from _pieces(text)
+            yield from _pieces(text) if type(text) is str else _cut_ids(path, text, tokenizer)
     if document_separator and text_files and not cut_files:
         note(
             f"document_separator: {document_separator!r} occurs in none of the {text_files} text "
@@ -254,7 +265,44 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path}: not a whole .gz file ({error})") from error
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
+def _open_npy(path: Path) -> Integer[np.ndarray, "..."]:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a .npy file of numbers ({error})") from error
+
+
+def _cut_ids(
+    path: Path, ids: Integer[np.ndarray, "..."], tokenizer: Tokenizer | None
+) -> Iterator[Piece]:
+    """Yields token ids in pieces, cut into documents where they end."""
+    if tokenizer is None:
+        raise ValueError(
+            f"{path} holds token ids: expected the tokenizer that made them, got train:N"
+        )
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{path}: expected token ids, got {ids.dtype}")
+    ids, begun = ids.reshape(-1), False
+    for start in range(0, len(ids), PIECE):
+        chunk = ids[start : start + PIECE]
+        for extreme in (chunk.min(), chunk.max()):
+            if not 0 <= extreme < tokenizer.vocab_size:
+                raise ValueError(
+                    f"{path}: expected token ids in [0, {tokenizer.vocab_size}), as the tokenizer "
+                    f"has, got {extreme}"
+                )
+        chunk = chunk.astype(np.int32)
+        for part in np.split(chunk, np.flatnonzero(chunk == tokenizer.end_of_document) + 1):
+            ends = bool(len(part)) and part[-1] == tokenizer.end_of_document
+            part = part[:-1] if ends else part
+            if len(part) or (ends and begun):
+                yield Piece(part, ends)
+                begun = not ends
+    if begun:
+        yield Piece(np.zeros(0, np.int32), True)
+
+
+def _read_parquet(path: Path, column: str) -> Iterator[str | Integer[np.ndarray, " N"] | None]:
     import pyarrow
     from pyarrow import parquet
 
@@ -263,9 +311,17 @@ def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
         names = table.schema_arrow.names
         if column not in names:
             raise ValueError(f"{path}: expected a column {column!r}, found {', '.join(names)}")
+        kind = table.schema_arrow.field(column).type
+        is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+        is_list |= pyarrow.types.is_fixed_size_list(kind)
+        tokens = is_list and pyarrow.types.is_integer(kind.value_type)
         row = 0
         for batch in table.iter_batches(_ROWS, columns=[column]):
-            for text in batch.column(0).to_pylist():
+            values = batch.column(0)
+            if tokens:
+                yield from (np.asarray(row.values) if row.is_valid else None for row in values)
+                continue
+            for text in values.to_pylist():
                 if type(text) not in (str, type(None)):
                     raise ValueError(
                         f"{path}: row {row}: expected a string {column!r}, got {text!r:.60}"
@@ -277,8 +333,11 @@ def _read_parquet(path: Path, column: str) -> Iterator[str | None]:
 
 
 def _without_nulls(
-    texts: Iterator[str | None], path: Path, field: str, note: Callable[[str], None]
-) -> Iterator[str]:
+    texts: Iterator[str | Integer[np.ndarray, " N"] | None],
+    path: Path,
+    field: str,
+    note: Callable[[str], None],
+) -> Iterator[str | Integer[np.ndarray, " N"]]:
     """Leaves null texts out, unless most are."""
     count = nulls = 0
     for text in texts:

@@ -55,6 +55,9 @@ class Tokenizer(Protocol):
     ) -> list[tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"]]]:
         """Encodes many texts; returns with each one's tokens the UTF-8 bytes each token is for."""
 
+    def byte_lengths(self) -> Int32[np.ndarray, " vocab_size"]:
+        """Returns the UTF-8 bytes that each token is for, as far as that holds for all texts."""
+
     def last_cut(self, text: str) -> int:
         """Returns where `text` can end so that what follows is encoded apart, as it would be whole.
 
@@ -91,6 +94,10 @@ class ByteTokenizer:
     ) -> list[tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"]]]:
         """Encodes many texts; each token is for one byte."""
         return [(ids, np.ones_like(ids)) for ids in self.encode_batch(texts)]
+
+    def byte_lengths(self) -> Int32[np.ndarray, " vocab_size"]:
+        """Returns one for each byte and nothing for the end of a document."""
+        return np.array([1] * 256 + [0], np.int32)
 
     def last_cut(self, text: str) -> int:
         """Returns the length of a text: bytes are encoded apart everywhere."""
@@ -159,6 +166,23 @@ class TextTokenizer:
             (np.array(encoding.ids, np.int32), _byte_lengths(text, encoding.offsets))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def byte_lengths(self) -> Int32[np.ndarray, " vocab_size"]:
+        """Returns the bytes of each token: exact for byte-level BPE and SentencePiece's tokens."""
+        lengths = np.zeros(self.vocab_size, np.int32)
+        decoder = self._tokenizer.decoder
+        byte_level = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if byte_level:  # a character for each byte
+                lengths[number] = len(token)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                lengths[number] = 1
+            else:
+                lengths[number] = len(token.replace("▁", " ").removeprefix("##").encode())
+        for number, token in self._tokenizer.get_added_tokens_decoder().items():
+            lengths[number] = 0 if token.special else len(token.content.encode())
+        lengths[self.end_of_document] = 0
+        return lengths
 
     def last_cut(self, text: str) -> int:
         """Returns the last place found where the tokens of both sides are those of the whole.

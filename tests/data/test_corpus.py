@@ -5,10 +5,12 @@ import time
 from collections import Counter
 
 import numpy as np
+import pyarrow
 import pytest
 import tokenizers
+from pyarrow import parquet
 
-from gdn2_jax.data import DataConfig, prepare, train_tokenizer
+from gdn2_jax.data import DataConfig, load_tokenizer, prepare, train_tokenizer
 from gdn2_jax.data.cache import file_digest, file_states, is_intact
 
 TEXTS = [f"document {i}: " + f"{i * 7919} " * (i % 5 + 3) for i in range(60)]
@@ -88,7 +90,7 @@ def test_about_the_fraction_is_held_out_whatever_the_documents(corpus, tmp_path,
 
 def test_the_description_gives_documents_and_bytes_of_both_sides(corpus, tmp_path):
     c = corpus(paths=write_texts(tmp_path / "one.jsonl", ["0123456789\n" * 100]))
-    assert c.description == ("training 1 documents, 891 bytes; validation 1 documents, 209 bytes")
+    assert c.description == ("training 1 document, 891 bytes; validation 1 document, 209 bytes")
     assert corpus(validation_fraction=0).description.endswith(" bytes; no validation")
 
 
@@ -368,3 +370,53 @@ def test_a_missing_tokenizer_is_an_error_before_anything_is_written(corpus, tmp_
     with pytest.raises(FileNotFoundError, match="tokenizer: .* got nowhere.json"):
         corpus(tokenizer="nowhere.json")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "ids.parquet"])
+def test_token_ids_give_the_corpus_of_their_text(corpus, tmp_path, monkeypatch, name):
+    """Whole documents, the divided end of a long one, and the bytes of each token."""
+    monkeypatch.setattr("gdn2_jax.data.sources.PIECE", 1000)
+    long = " ".join(f"word {i * 7919} naïve" for i in range(100))
+    paths = write_texts(tmp_path / "all.jsonl", [long, *TEXTS])
+    path = str(tmp_path / "tokenizer.json")
+    train_tokenizer([long, *TEXTS], 400).save(path)
+    tokenizer = load_tokenizer(path)
+    ids = [[*tokenizer.encode(text), tokenizer.end_of_document] for text in [long, *TEXTS]]
+    if name == "ids.npy":
+        np.save(tmp_path / name, np.concatenate(ids).astype(np.uint16)[:, None])
+    else:
+        column = pyarrow.array([*ids, None], pyarrow.list_(pyarrow.int32()))
+        parquet.write_table(pyarrow.table({"text": column}), tmp_path / name)
+    for fraction in (0, 0.2):
+        options = {"tokenizer": path, "validation_fraction": fraction, "sequence_length": 8}
+        c = corpus(paths=(str(tmp_path / name),), **options)
+        if fraction:
+            held_out, total = held_out_bytes(c)
+            assert held_out == pytest.approx(0.2 * total, rel=0.1)
+            assert c.validation.store.byte_lengths.sum() == held_out
+        else:
+            expected = corpus(paths=paths, **options)
+            np.testing.assert_array_equal(c.train.store.tokens, expected.train.store.tokens)
+            assert c.train.store.num_bytes == expected.train.store.num_bytes
+            assert c.description == expected.description
+
+
+def test_token_ids_that_are_none_are_named(corpus, tmp_path):
+    path = tmp_path / "a.npy"
+    paths = {"paths": (str(path),)}
+    for ids, message in (
+        (np.array([1, 257]), r"a.npy: expected token ids in \[0, 257\), .* got 257"),
+        (np.array([-1]), "got -1"),
+        (np.array([0.5]), "a.npy: expected token ids, got float64"),
+        (np.array(["text"], object), "a.npy: not a .npy file of numbers"),
+        (np.array([256, 256]), "the corpus is empty"),
+    ):
+        np.save(path, ids)
+        with pytest.raises(ValueError, match=message):
+            corpus(**paths)
+    path.write_bytes(b"text")
+    with pytest.raises(ValueError, match="a.npy: not a .npy file of numbers"):
+        corpus(**paths)
+    np.save(path, np.arange(99))
+    with pytest.raises(ValueError, match="expected the tokenizer that made them, got train:N"):
+        corpus(**paths, tokenizer="train:300")

@@ -17,8 +17,8 @@ def read(*paths, notes=None, **options):
     documents, begun = [], []
     files = find_files([str(path) for path in paths], notes.append)
     for piece in read_pieces(files, note=notes.append, **options):
-        assert len(piece.text) <= PIECE
-        begun.append(piece.text)
+        assert len(piece.content) <= PIECE
+        begun.append(piece.content)
         if piece.ends:
             documents.append("".join(begun))
             begun = []
@@ -116,7 +116,7 @@ def test_long_documents_come_in_pieces_that_do_not_depend_on_the_kind_of_file(tm
     options = {"document_separator": "\n\n"}
     assert read(tmp_path / "a.txt", **options) == documents
     pieces = [
-        [piece.text for piece in read_pieces([tmp_path / name], **options) if piece.text]
+        [piece.content for piece in read_pieces([tmp_path / name], **options) if piece.content]
         for name in ("a.txt", "b.jsonl")
     ]
     assert pieces[0] == pieces[1]
