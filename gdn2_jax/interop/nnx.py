@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from gdn2_jax import layers
+from gdn2_jax.interop import functional
 
 
 class Mixer(nnx.Module):
@@ -24,6 +25,7 @@ class Mixer(nnx.Module):
         layer.q_proj.kernel, layer.A_log           # nnx.Param
         layer.init_cache(x.shape)                  # then:
         y = layer(x, decode=True)                  # any T >= 1; layer.state is an nnx.Cache
+        y, cache = layer.advance(x, cache)         # the same with a cache that the caller keeps
 
     Parameters, initialisation, dtypes, `segment_ids` and decoding are those of the linen module.
 
@@ -92,9 +94,8 @@ class Mixer(nnx.Module):
         variables["cache"] = _collect(self, nnx.Cache)
         if not variables["cache"]:
             raise ValueError("decode: expected a cache, got none: call init_cache first")
-        decoder = self.linen.clone(decode=True)
-        y, updated = decoder.apply(variables, x, segment_ids, mutable=["cache"])
-        _update(self, updated["cache"])
+        y, cache = functional.advance(self.linen, **variables, x=x, segment_ids=segment_ids)
+        _update(self, cache)
         return y
 
     def init_cache(self, input_shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> None:
@@ -104,11 +105,37 @@ class Mixer(nnx.Module):
           input_shape: [B, T, D] of inputs; T does not matter, as the cache does not grow.
           dtype: of inputs.
         """
-        x = jax.ShapeDtypeStruct((input_shape[0], 1, self.in_features), dtype)
-        decoder = self.linen.clone(decode=True)
-        abstract = jax.eval_shape(decoder.init, jax.random.key(0), x)["cache"]
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
-        _attach(self, nnx.Cache, zeros)
+        _attach(self, nnx.Cache, self.empty_cache(input_shape[0], dtype))
+
+    def empty_cache(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+        """Returns a cache for `advance`, of zeros: a tree of arrays whose first axis is the batch.
+
+        Args:
+          batch_size: rows B.
+          dtype: of inputs.
+        """
+        return functional.empty_cache(self.linen, batch_size, self.in_features, dtype)
+
+    def advance(
+        self,
+        x: Float[Array, "B T D"],
+        cache: dict[str, Any],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """Goes on from a cache that the caller keeps; the module stays as it is.
+
+        Args:
+          x: the next inputs, any T >= 1.
+          cache: from `empty_cache` or the last call.
+          segment_ids: as in a call.
+
+        Returns:
+          Outputs of `x`'s shape, and the cache after them.
+
+        Raises:
+          ValueError: an input is malformed.
+        """
+        return functional.advance(self.linen, _collect(self, nnx.Param), cache, x, segment_ids)
 
     def set_view(self, decode: bool | None = None, batch_size: int | None = None) -> None:
         """What `nnx.view` calls.

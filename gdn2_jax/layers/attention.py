@@ -25,6 +25,8 @@ class Attention(SlidingWindowAttention):
       dtype: dtype of the matrix products; promoted from input and parameters if None.
       param_dtype: dtype of the kernels.
       kernel_init: initialiser of the query, key and value kernels.
+        Made by nn.with_logical_partitioning, its two names are those of the model's width and of
+        the channels, in all parameters.
       out_kernel_init: initialiser of the output kernel (depth-scaled in the language model).
       decode: keep keys and values between calls.
     """

@@ -14,7 +14,13 @@ from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import small_xavier_uniform
 from gdn2_jax.layers.short_convolution import ShortConvolution, to_unit_length
 from gdn2_jax.ops import Implementation, gated_delta_rule_2, gated_delta_rule_2_step
-from gdn2_jax.parallel import gated_delta_rule_2_on_mesh, partitioned
+from gdn2_jax.parallel import (
+    as_typed,
+    beside,
+    dense_product,
+    gated_delta_rule_2_on_mesh,
+    partitioned,
+)
 
 
 class DeltaRuleLayer(nn.Module):
@@ -58,8 +64,9 @@ class DeltaRuleLayer(nn.Module):
             use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=partitioned(self.kernel_init, *axes),
-            bias_init=partitioned(nn.initializers.zeros, axes[1]),
+            kernel_init=partitioned(self.kernel_init, *axes, like=self.kernel_init),
+            bias_init=partitioned(nn.initializers.zeros, axes[1], like=self.kernel_init),
+            dot_general=dense_product,
             name=name,
         )
 
@@ -73,7 +80,8 @@ class DeltaRuleLayer(nn.Module):
     def _per_head(self, name: str, init: Initializer, *shape: int) -> Array:
         """A float32 parameter whose first axis is the heads."""
         names = ("heads", *(None for _ in shape[1:]))
-        return self.param(name, partitioned(init, *names), shape, jnp.float32)
+        init = partitioned(init, *names, like=self.kernel_init)
+        return self.param(name, init, shape, jnp.float32)
 
     def _queries_keys_values(self, x: Float[Array, "B T D"], segment_ids: Array | None) -> tuple:
         """Queries and keys [B, T, H, K] of unit length, values [B, T, Hv, V]."""
@@ -95,6 +103,7 @@ class DeltaRuleLayer(nn.Module):
             self.conv_size,
             unit_dim=unit_dim,
             param_dtype=self.param_dtype,
+            axes_like=self.kernel_init,
             decode=self.decode,
             name=f"{name}_conv1d",
         )
@@ -106,7 +115,7 @@ class DeltaRuleLayer(nn.Module):
         `g` [B, T, Hv, K or 1] is the log-decay of each value head, so q and k are repeated to the
         value heads. The gradient of what is broadcast here is the sum over channels.
         """
-        q, k = (jnp.repeat(u, self._value_heads // self.num_heads, axis=2) for u in (q, k))
+        q, k = (_repeat_heads(u, self._value_heads // self.num_heads) for u in (q, k))
         g, b = jnp.broadcast_to(g, k.shape), jnp.broadcast_to(beta, k.shape)
         return self._mix(q, k, v, g, b, jnp.broadcast_to(beta, v.shape), segment_ids)
 
@@ -123,22 +132,23 @@ class DeltaRuleLayer(nn.Module):
         document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
         initial_state = state.value
         if segment_ids is not None:
-            restarts = segment_ids[:, 0] != document.value
+            first = beside(segment_ids[:, 0], v)
+            restarts = first != beside(document.value, v)
             initial_state = jnp.where(restarts[:, None, None, None], 0, initial_state)
-        if length == 1:
-            final_state, o = gated_delta_rule_2_step(
-                initial_state,
-                *(array[:, 0] for array in (q, k, v, g, b, w)),
-                implementation=self.implementation,
-            )
-            o = o[:, None]
-        else:
-            o, final_state = gated_delta_rule_2(
-                *(q, k, v, g, b, w),
-                initial_state=initial_state,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-            )
+
+        def advance(state, arrays, segment_ids):
+            options = {"implementation": self.implementation}
+            if length > 1:
+                return gated_delta_rule_2(
+                    *arrays, initial_state=state, segment_ids=segment_ids, **options
+                )
+            token = (array[:, 0] for array in arrays)
+            state, o = gated_delta_rule_2_step(state, *token, **options)
+            return o[:, None], state
+
+        tokens, heads = ("batch", None, "heads"), ("batch", "heads")
+        advance = as_typed(advance, (heads, (tokens,) * 6, ("batch",)), (tokens, heads))
+        o, final_state = advance(initial_state, (q, k, v, g, b, w), segment_ids)
         if not self.is_initializing():
             state.value = final_state
             if segment_ids is not None:
@@ -184,6 +194,12 @@ class DeltaRuleLayer(nn.Module):
 def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H C"]:
     """Splits the last axis, whose channels are head-major."""
     return x.reshape(*x.shape[:2], heads, -1)
+
+
+def _repeat_heads(x: Float[Array, "B T H K"], count: int) -> Float[Array, "B T H*count K"]:
+    """Each head `count` times in a row; jnp.repeat would ask where Explicit axes put the result."""
+    shape = (*x.shape[:3], count, x.shape[3])
+    return jnp.broadcast_to(x[:, :, :, None], shape).reshape(*x.shape[:2], -1, x.shape[3])
 
 
 # The backward recomputes the float32 intermediates of the next two from their narrow inputs.

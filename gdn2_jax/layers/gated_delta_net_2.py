@@ -58,7 +58,8 @@ class GatedDeltaNet2(DeltaRuleLayer):
       norm_epsilon: epsilon of the output RMSNorm.
       dtype: dtype of the matrix products; promoted from input and parameters if None.
       param_dtype: dtype of all parameters but A_log and dt_bias.
-      kernel_init: initialiser of every projection.
+      kernel_init: initialiser of every projection. Made by nn.with_logical_partitioning, its two
+        names are those of the model's width and of the channels, in all parameters.
       decode: keep state between calls.
       implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`.
     """

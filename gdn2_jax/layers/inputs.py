@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.parallel import explicit_sharding
+
 
 def check_inputs(
     x: Float[Array, "B T D"],
@@ -18,6 +20,12 @@ def check_inputs(
         raise ValueError(
             f"x: expected a non-empty floating-point array [B T D], "
             f"got shape {tuple(x.shape)} of {x.dtype}"
+        )
+    sharding = explicit_sharding(x)
+    if sharding is not None and sharding.spec[1] is not None:
+        raise ValueError(
+            "x: expected T in one piece on a mesh of Explicit axes, got it split over "
+            f"{sharding.spec[1]}; spans of T need a mesh of gdn2_jax.parallel.make_mesh"
         )
     for leaf in jax.tree.leaves(cache):
         if leaf.ndim and leaf.shape[0] != x.shape[0]:
@@ -34,3 +42,13 @@ def check_inputs(
         )
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
+
+
+def check_decoding(x: Float[Array, "B T D"], decode: bool) -> None:
+    """Raises NotImplementedError if a mixer that cannot do it is to decode on Explicit axes."""
+    sharding = explicit_sharding(x)
+    if decode and sharding is not None and any(sharding.spec):
+        raise NotImplementedError(
+            "decode: expected x in one piece, or a mesh of Auto axes (axis_types of "
+            f"jax.make_mesh), got x split over Explicit axes as {sharding.spec}"
+        )

@@ -1,5 +1,6 @@
 """The Mamba-2 token mixer."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,11 +15,11 @@ from gdn2_jax.layers.initializers import (
     inverse_softplus_time_step,
     log_uniform_rate,
 )
-from gdn2_jax.layers.inputs import check_inputs
+from gdn2_jax.layers.inputs import check_decoding, check_inputs
 from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.ops import Implementation
 from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
-from gdn2_jax.parallel import partitioned, per_device
+from gdn2_jax.parallel import dense_product, partitioned, per_device
 
 
 class Mamba2(nn.Module):
@@ -49,6 +50,8 @@ class Mamba2(nn.Module):
       dtype: dtype of the matrix products; promoted from input and parameters if None.
       param_dtype: dtype of all parameters but A_log, dt_bias and D.
       kernel_init: initialiser of `in_proj`.
+        Made by nn.with_logical_partitioning, its two names are those of the model's width and of
+        the channels, in all parameters.
       out_kernel_init: initialiser of `out_proj` (depth-scaled in the language model).
       decode: keep state between calls.
       implementation: of the operator, see `gdn2_jax.ops.mamba2.mamba2`.
@@ -86,6 +89,7 @@ class Mamba2(nn.Module):
           ValueError: an input or an attribute is malformed.
         """
         check_inputs(x, segment_ids, self.variables.get("cache"))
+        check_decoding(x, self.decode)
         self._check_attributes()
         heads, groups = self.num_heads, self.num_groups
         inner, shared = heads * self.head_dim, groups * self.state_dim
@@ -96,12 +100,16 @@ class Mamba2(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=partitioned(kernel_init, *axes),
+                kernel_init=partitioned(kernel_init, *axes, like=self.kernel_init),
+                # The parts of in_proj's channels do not lie at the borders of devices.
+                dot_general=functools.partial(dense_product, split_channels=name != "in_proj"),
                 name=name,
             )
 
         def per_head(name, init):
-            return self.param(name, partitioned(init, "heads"), (heads,), jnp.float32)
+            return self.param(
+                name, partitioned(init, "heads", like=self.kernel_init), (heads,), jnp.float32
+            )
 
         features = 2 * inner + 2 * shared + heads
         projected = dense("in_proj", features, self.kernel_init, "embed", "heads")(x)
@@ -110,6 +118,7 @@ class Mamba2(nn.Module):
             self.conv_size,
             use_bias=True,
             param_dtype=self.param_dtype,
+            axes_like=self.kernel_init,
             decode=self.decode,
             name="conv1d",
         )

@@ -1,5 +1,6 @@
 """The Mamba-3 token mixer."""
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform, inverse_softplus_time_step
-from gdn2_jax.layers.inputs import check_inputs
+from gdn2_jax.layers.inputs import check_decoding, check_inputs
 from gdn2_jax.ops import Implementation
 from gdn2_jax.ops.mamba3 import (
     Mamba3Inputs,
@@ -20,7 +21,7 @@ from gdn2_jax.ops.mamba3 import (
     mamba3_step,
     restart,
 )
-from gdn2_jax.parallel import partitioned, per_device
+from gdn2_jax.parallel import dense_product, partitioned, per_device
 
 _MIN_RATE = 1e-4
 
@@ -54,6 +55,8 @@ class Mamba3(nn.Module):
       dtype: dtype of the matrix products; promoted from input and parameters if None.
       param_dtype: dtype of the projections and norms.
       kernel_init: initialiser of `in_proj`.
+        Made by nn.with_logical_partitioning, its two names are those of the model's width and of
+        the channels, in all parameters.
       out_kernel_init: initialiser of `out_proj` (depth-scaled in the language model).
       decode: keep state between calls.
       implementation: of the operator, see `gdn2_jax.ops.mamba3.mamba3`.
@@ -92,6 +95,7 @@ class Mamba3(nn.Module):
           ValueError: an input or an attribute is malformed.
         """
         check_inputs(x, segment_ids, self.variables.get("cache"))
+        check_decoding(x, self.decode)
         self._check_attributes()
         heads, ranks = self.num_heads, self.mimo_rank or 1
         inner = heads * self.head_dim
@@ -104,7 +108,9 @@ class Mamba3(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=partitioned(kernel_init, *axes),
+                kernel_init=partitioned(kernel_init, *axes, like=self.kernel_init),
+                # The parts of in_proj's channels do not lie at the borders of devices.
+                dot_general=functools.partial(dense_product, split_channels=name != "in_proj"),
                 name=name,
             )
 
@@ -120,7 +126,7 @@ class Mamba3(nn.Module):
             )
             return norm(u.reshape(shared)).astype(u.dtype)
 
-        dt_bias_init = partitioned(inverse_softplus_time_step, "heads")
+        dt_bias_init = partitioned(inverse_softplus_time_step, "heads", like=self.kernel_init)
         dt_bias = self.param("dt_bias", dt_bias_init, (heads,), jnp.float32)
         s, a, l, r = (u.astype(wide) for u in scalars)
         dt = jax.nn.softplus(s + dt_bias)
@@ -153,7 +159,7 @@ class Mamba3(nn.Module):
 
         def param(name, value, *shape):
             names = ("heads", *(None for _ in shape))
-            init = partitioned(nn.initializers.constant(value), *names)
+            init = partitioned(nn.initializers.constant(value), *names, like=self.kernel_init)
             return self.param(name, init, (heads, *shape), jnp.float32).astype(dtype)
 
         weights = Mamba3Weights(

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.parallel import axis_size, partitioned, per_device, with_previous_tokens
+from gdn2_jax.parallel import (
+    as_typed,
+    axis_size,
+    beside,
+    partitioned,
+    per_device,
+    with_previous_tokens,
+)
 
 
 def _uniform_fan_in_taps(key, shape, dtype=jnp.float32) -> jax.Array:
@@ -31,6 +38,7 @@ class ShortConvolution(nn.Module):
       unit_dim: scale every so many channels of y, a head, to unit length; not if None.
       param_dtype: dtype of the kernel [kernel_size, channels] and the bias [channels].
       kernel_init: by default uniform within +-1 / sqrt(kernel_size).
+      axes_like: initialiser whose names of axes, if it has any, those of the parameters follow.
       decode: keep the last kernel_size - 1 inputs, and their documents, in the "cache"
         collection; see `GatedDeltaNet2` for the meaning of `segment_ids` between calls.
     """
@@ -40,6 +48,7 @@ class ShortConvolution(nn.Module):
     unit_dim: int | None = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = _uniform_fan_in_taps
+    axes_like: Initializer | None = None
     decode: bool = False
 
     @nn.compact
@@ -49,14 +58,16 @@ class ShortConvolution(nn.Module):
         """Convolves `x` along T within each document."""
         batch, length, channels = x.shape
         past = self.kernel_size - 1
-        kernel_init = partitioned(self.kernel_init, None, "heads")
+        kernel_init = partitioned(self.kernel_init, None, "heads", like=self.axes_like)
         kernel = self.param("kernel", kernel_init, (self.kernel_size, channels), self.param_dtype)
         bias = None
         if self.use_bias:
             # The fan-in of a channel is its taps.
             taps = (self.kernel_size, channels)
             bias_init = partitioned(
-                lambda key, dtype: self.kernel_init(key, taps, dtype)[0], "heads"
+                lambda key, dtype: self.kernel_init(key, taps, dtype)[0],
+                "heads",
+                like=self.axes_like,
             )
             bias = self.param("bias", bias_init, self.param_dtype)
         padding = 0
@@ -66,8 +77,9 @@ class ShortConvolution(nn.Module):
             if segment_ids is None:
                 last = documents.value[:, -1:] if past else jnp.zeros((batch, 1), jnp.int32)
                 segment_ids = jnp.broadcast_to(last, (batch, length))
-            inputs = jnp.concatenate([window.value, x], axis=1)
-            segment_ids = jnp.concatenate([documents.value, segment_ids], axis=1, dtype=jnp.int32)
+            inputs = jnp.concatenate([beside(window.value, x), x], axis=1)
+            ids = [beside(part, x[..., 0]) for part in (documents.value, segment_ids)]
+            segment_ids = jnp.concatenate(ids, axis=1, dtype=jnp.int32)
             if not self.is_initializing():
                 window.value = inputs[:, length:]
                 documents.value = segment_ids[:, length:]
@@ -79,7 +91,14 @@ class ShortConvolution(nn.Module):
             return convolve(x, kernel, bias, segment_ids)
         else:
             inputs, padding = x, past
-        return _convolve(inputs, kernel, bias, segment_ids, padding, self.unit_dim)
+        rows = ("batch", None)
+        convolve = as_typed(
+            lambda *arrays: _convolve(*arrays, padding, self.unit_dim),
+            ((*rows, "heads"), (None, "heads"), ("heads",), rows),
+            (*rows, "heads"),
+            heads=channels // (self.unit_dim or 1),
+        )
+        return convolve(inputs, kernel, bias, segment_ids)
 
 
 def _convolve_span(x, kernel, bias, segment_ids, unit_dim) -> Float[Array, "B T D"]:

@@ -9,7 +9,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform
-from gdn2_jax.layers.inputs import check_inputs
+from gdn2_jax.layers.inputs import check_decoding, check_inputs
 from gdn2_jax.layers.local_attention import (
     Past,
     attend,
@@ -17,7 +17,7 @@ from gdn2_jax.layers.local_attention import (
     local_attention_of_span,
 )
 from gdn2_jax.layers.rotary import PERIOD, rotate
-from gdn2_jax.parallel import axis_size, partitioned, per_device
+from gdn2_jax.parallel import axis_size, dense_product, partitioned, per_device
 
 
 class SlidingWindowAttention(nn.Module):
@@ -37,6 +37,8 @@ class SlidingWindowAttention(nn.Module):
       dtype: dtype of the matrix products; promoted from input and parameters if None.
       param_dtype: dtype of the kernels.
       kernel_init: initialiser of the query, key and value kernels.
+        Made by nn.with_logical_partitioning, its two names are those of the model's width and of
+        the channels, in all parameters.
       out_kernel_init: initialiser of the output kernel (depth-scaled in the language model).
       decode: keep keys and values between calls.
     """
@@ -67,6 +69,7 @@ class SlidingWindowAttention(nn.Module):
           ValueError: an input or an attribute is malformed.
         """
         check_inputs(x, segment_ids, self.variables.get("cache"))
+        check_decoding(x, self.decode)
         self._check_attributes(x.shape[-1])
         batch, length, width = x.shape
 
@@ -76,7 +79,8 @@ class SlidingWindowAttention(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=partitioned(kernel_init, *axes),
+                kernel_init=partitioned(kernel_init, *axes, like=self.kernel_init),
+                dot_general=dense_product,
                 name=name,
             )
 

@@ -20,7 +20,8 @@ class SwiGLU(nn.Module):
       hidden_dim: width between the projections.
       dtype: dtype of the products; promoted from input and parameters if None.
       param_dtype: dtype of the kernels.
-      kernel_init: initialiser of the gate and up kernels.
+      kernel_init: initialiser of the gate and up kernels. Made by nn.with_logical_partitioning, its
+        two names are those of the model's width and of the channels, in all kernels.
       down_kernel_init: initialiser of the down kernel (depth-scaled in the language model).
     """
 
@@ -40,7 +41,7 @@ class SwiGLU(nn.Module):
                 use_bias=False,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=partitioned(kernel_init, *axes),
+                kernel_init=partitioned(kernel_init, *axes, like=self.kernel_init),
                 name=name,
             )
 

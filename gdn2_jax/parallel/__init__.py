@@ -3,8 +3,12 @@
 from gdn2_jax.parallel.delta_rule import gated_delta_rule_2_on_mesh
 from gdn2_jax.parallel.halo import previous_tokens, with_previous_tokens
 from gdn2_jax.parallel.logical import (
+    as_typed,
     axis_size,
+    beside,
     constrain,
+    dense_product,
+    explicit_sharding,
     gathered,
     on_mesh,
     param_shardings,
@@ -24,11 +28,15 @@ from gdn2_jax.parallel.processes import any_process, join_processes
 __all__ = [
     "MeshConfig",
     "any_process",
+    "as_typed",
     "axis_size",
     "batch_reader",
     "batch_sharding",
     "batch_shards",
+    "beside",
     "constrain",
+    "dense_product",
+    "explicit_sharding",
     "gated_delta_rule_2_on_mesh",
     "gathered",
     "join_processes",

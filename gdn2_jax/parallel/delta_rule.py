@@ -20,7 +20,7 @@ from gdn2_jax.ops import Implementation, gated_delta_rule_2
 from gdn2_jax.ops.arithmetic import arithmetic_for
 from gdn2_jax.ops.gated_delta_rule import fold_state, unfold_state
 from gdn2_jax.parallel.halo import AXIS, previous_tokens
-from gdn2_jax.parallel.logical import ambient_mesh, axis_size, per_device
+from gdn2_jax.parallel.logical import ambient_mesh, axis_size, explicit_sharding, per_device
 
 
 def gated_delta_rule_2_on_mesh(
@@ -39,7 +39,8 @@ def gated_delta_rule_2_on_mesh(
     """`gated_delta_rule_2` on the ambient mesh; that function itself without one.
 
     Rows lie over "data" and "fsdp", key heads with their value heads over "tensor", spans of T
-    over "sequence", where T need not divide. No device holds more of a sequence than its span.
+    over "sequence", where T need not divide. No device holds more of a sequence than its span. On a
+    mesh of Explicit axes, rows and heads stay split as the arguments' types say.
 
     Args:
       q: as in `gated_delta_rule_2`, like all others.
@@ -61,7 +62,8 @@ def gated_delta_rule_2_on_mesh(
       NotImplementedError: the implementation asked for cannot serve these inputs.
     """
     options = {"scale": scale, "implementation": implementation}
-    if ambient_mesh() is None:
+    arguments = (q, k, v, g, b, w, initial_state, segment_ids)
+    if ambient_mesh() is None and explicit_sharding(arguments) is None:
         return gated_delta_rule_2(
             q, k, v, g, b, w, initial_state=initial_state, segment_ids=segment_ids, **options
         )

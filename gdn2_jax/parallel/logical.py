@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -49,16 +52,38 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def partitioned(init: Initializer, *names: str | None) -> Callable:
+def partitioned(init: Initializer, *names: str | None, like: Initializer | None = None) -> Callable:
     """Names the axes of a parameter, as flax's metadata.
 
     Without logical axis rules in force the parameter is a plain array, so that a layer in someone's
-    model needs no unboxing.
+    model needs no unboxing; unless `like`, or else `init`, is of nn.with_logical_partitioning or
+    nn.with_partitioning: then the parameter is such a box, with the names given there.
+
+    Args:
+      init: initialiser of the parameter.
+      names: ours, of its axes.
+      like: initialiser of matrices [width, channels] whose two names stand for our "embed" and for
+        our other names.
     """
 
     def initialize(*args, **kwargs):
         value = init(*args, **kwargs)
-        return nn.LogicallyPartitioned(value, names) if nn.get_logical_axis_rules() else value
+        named = None if like is None else _box_of(like)
+        if named is not None:
+            theirs = (name and named.names[name != "embed"] for name in names)
+            return named.replace(value=nn.unbox(value), names=tuple(theirs))
+        if _is_box(value):
+            return value
+        if not (rules := nn.get_logical_axis_rules()):
+            return value
+        if not {"embed", "heads", "mlp"} & {rule[0] for rule in rules}:
+            warnings.warn(
+                "the logical axis rules in force have none of embed, heads, mlp: all parameters will "
+                "be replicated; give kernel_init names that they have: "
+                "nn.with_logical_partitioning(init, (NAME_OF_WIDTH, NAME_OF_CHANNELS))",
+                stacklevel=2,
+            )
+        return nn.LogicallyPartitioned(value, names)
 
     return initialize
 
@@ -121,7 +146,10 @@ def param_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
 
 
 def per_device(function: Callable, inputs: tuple[Names, ...], outputs: Any) -> Callable:
-    """Runs `function` on every device's parts of its arguments; plainly without an ambient mesh.
+    """Runs `function` on every device's parts of its arguments; plainly without a mesh.
+
+    On the ambient mesh the names tell the parts, on a mesh of Explicit axes the types do: see
+    `as_typed`.
 
     Args:
       function: of positional arrays or None; communicates only along axes it names itself.
@@ -129,16 +157,148 @@ def per_device(function: Callable, inputs: tuple[Names, ...], outputs: Any) -> C
       outputs: the same of its results.
     """
     if ambient_mesh() is None:
-        return function
+        return as_typed(function, inputs, outputs)
+    in_specs, out_specs = (_map_names(partition_spec, names) for names in (inputs, outputs))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
 
-    def specs(tree):
-        return jax.tree.map(partition_spec, tree, is_leaf=_is_names)
 
-    return jax.shard_map(function, in_specs=specs(inputs), out_specs=specs(outputs))
+def as_typed(
+    function: Callable, inputs: tuple[Names, ...], outputs: Any, heads: int | None = None
+) -> Callable:
+    """Runs `function` on parts of arguments whose types lie on Explicit axes; plainly on others.
+
+    Rows stay split as the arguments' are, and heads where each device gets whole ones of all.
+
+    Args:
+      function: as in `per_device`.
+      inputs: as there.
+      outputs: as there.
+      heads: how many there are, where axes of that name hold several channels of each.
+    """
+
+    def run(*arrays):
+        sharding = explicit_sharding(arrays)
+        if sharding is None:
+            return function(*arrays)
+        places = _places(inputs, arrays, heads)
+
+        def spec(names):
+            return PartitionSpec(*(places.get(name) for name in names))
+
+        def lay_out(names, tree):
+            target = NamedSharding(sharding.mesh, spec(names))
+            return jax.tree.map(lambda x: jax.sharding.reshard(x, target), tree)
+
+        mapped = jax.shard_map(
+            function,
+            mesh=None if jax.sharding.get_abstract_mesh().axis_names else sharding.mesh,
+            in_specs=_map_names(spec, inputs),
+            out_specs=_map_names(spec, outputs),
+            axis_names=_explicit_axes(sharding.mesh),
+        )
+        return mapped(*_map_names(lay_out, inputs, arrays))
+
+    return run
+
+
+def explicit_sharding(arrays: Any) -> NamedSharding | None:
+    """Of the first array whose type says how it lies on a mesh of Explicit axes, else None."""
+    for x in jax.tree.leaves(arrays):
+        sharding = jax.typeof(x).sharding
+        if _explicit_axes(sharding.mesh) and sharding.mesh.size > 1:
+            return sharding
+    return None
+
+
+def beside(array: Array, x: Array) -> Array:
+    """Lays the first axes of `array` out as those of `x`, where that lies on Explicit axes."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return array
+    spec = PartitionSpec(*sharding.spec[: array.ndim])
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+
+def dense_product(
+    x: Array, kernel: Array, dimensions: Any, *, split_channels: bool = True, **options: Any
+) -> Array:
+    """`jax.lax.dot_general` of a Dense layer [..., D] [D, F] -> [..., F].
+
+    On a mesh of Explicit axes, where the product of two split operands asks for a decision, rows
+    stay split as those of `x`; with `split_channels` channels are as the kernel's, where the rows
+    leave its axes free.
+    """
+    sharding = explicit_sharding((x, kernel))
+    if sharding is not None:
+        rows = tuple(jax.typeof(x).sharding.spec)[:-1]
+        channels = tuple(jax.typeof(kernel).sharding.spec)[-1]
+        if not split_channels or set(_axes(channels)) & {
+            axis for place in rows for axis in _axes(place)
+        }:
+            channels = None
+        options["out_sharding"] = NamedSharding(sharding.mesh, PartitionSpec(*rows, channels))
+    return jax.lax.dot_general(x, kernel, dimensions, **options)
+
+
+def _explicit_axes(mesh: AbstractMesh | Mesh) -> set[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types)
+    return {axis for axis, kind in kinds if kind == AxisType.Explicit}
+
+
+def _axes(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes in one entry of a PartitionSpec."""
+    return () if place is None else place if isinstance(place, tuple) else (place,)
+
+
+def _places(inputs: Any, arrays: Any, heads: int | None) -> dict[str | None, Any]:
+    """The mesh axes that rows and heads of the arguments lie over already."""
+    sizes: dict[str, set[int]] = {"batch": set(), "heads": {heads} if heads else set()}
+    found: dict[str, Any] = {}
+    mesh = None
+
+    def visit(names, tree):
+        nonlocal mesh
+        for x in jax.tree.leaves(tree):
+            sharding = jax.typeof(x).sharding
+            for name, size, place in zip(names, x.shape, sharding.spec):
+                if name in sizes:
+                    sizes[name].add(size)
+                    if place is not None and name not in found:
+                        found[name], mesh = place, sharding.mesh
+
+    _map_names(visit, inputs, arrays)
+
+    def parts(name):
+        return math.prod(mesh.shape[axis] for axis in _axes(found[name]))
+
+    if "heads" in found and (
+        any(size % parts("heads") for size in sizes["heads"])
+        or set(_axes(found["heads"])) & set(_axes(found.get("batch")))
+    ):
+        del found["heads"]
+    return found
+
+
+def _box_of(init: Initializer) -> nn.Partitioned | None:
+    """The box that an initialiser of matrices makes, if any."""
+    box = jax.eval_shape(lambda: init(jax.random.key(0), (1, 1), jnp.float32))
+    if not _is_box(box):
+        return None
+    if len(box.names) != 2:
+        raise ValueError(
+            "kernel_init: expected names of two axes, the model's width and the channels, "
+            f"got {box.names}"
+        )
+    return box
 
 
 def _is_box(x: Any) -> bool:
-    return isinstance(x, nn.LogicallyPartitioned)
+    return isinstance(x, nn.Partitioned)
+
+
+def _map_names(function: Callable, names: Any, *trees: Any) -> Any:
+    """Maps names of axes, and what the other trees have in their place."""
+    return jax.tree.map(function, names, *trees, is_leaf=_is_names)
 
 
 def _is_names(x: Any) -> bool:

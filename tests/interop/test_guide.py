@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "gdn2_jax" / "interop" / "README.md").read_text()
-LINEN, NNX, RECURRENTGEMMA, PYTORCH, EXPORT = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+LINEN, LOGICAL, NNX, OUTSIDE, RECURRENTGEMMA, PYTORCH, EXPORT = BLOCKS
 
 
 def run(code, directory, *options):
@@ -34,9 +36,12 @@ def run(code, directory, *options):
 
 @pytest.mark.slow
 def test_the_blocks_run_as_written(tmp_path):
-    assert run(f"{LINEN}\n{NNX}\n{PYTORCH}\n{EXPORT}", tmp_path) == [
+    blocks = [block for block in BLOCKS if block != RECURRENTGEMMA]
+    assert run("\n".join(blocks), tmp_path) == [
         "(2, 8, 32) ['LayerNorm_0', 'GatedDeltaNet2_0', 'LayerNorm_1', 'Dense_0', 'Dense_1']",
+        "PartitionSpec('fsdp', 'tensor')",
         "True (32, 32)",
+        "(2, 32) (2, 4, 8, 8)",
         "sigmoid model.layers.0.attn.w_proj.weight",
         "(3, 32)",
     ]
@@ -44,6 +49,8 @@ def test_the_blocks_run_as_written(tmp_path):
 
 def test_a_user_writes_as_many_lines_as_the_guide_says():
     assert LINEN.count("# new") == 3 and "| flax.linen, as in flax's examples | 3, " in GUIDE
+    assert LOGICAL.count("# new") == 3 and "as flax's lm1b | 3 |" in GUIDE
+    assert OUTSIDE.count("# new") == 3 and "as bonsai's Qwen3 | 3 |" in GUIDE
     count = len([line for line in RECURRENTGEMMA.splitlines() if line])
     assert f"| recurrentgemma, from PyPI | {count} |" in GUIDE and count < 30
 
@@ -110,6 +117,42 @@ def test_a_swapped_linen_transformer_keeps_weights_trains_and_decodes(linen, lay
         outputs.append(logits)
     actual = jnp.concatenate(outputs, axis=1)
     np.testing.assert_allclose(actual, full, atol=1e-4 * jnp.abs(full).max())
+
+
+def test_a_model_sharded_by_logical_axes_shards_the_layer_and_computes_the_same():
+    """A stand-in of flax's lm1b: no rules in force when parameters are made, only names."""
+    names = {}
+    exec(LOGICAL, names)  # noqa: S102
+    layer = names["params"]["params"]["GatedDeltaNet2_0"]
+    count = jax.device_count()
+    for name in ("q_proj", "b_proj", "w_proj", "f_proj_0"):
+        kernel = layer[name]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape)[0] == kernel.shape[0] // count
+    rows = jax.NamedSharding(names["mesh"], jax.P("fsdp"))
+    x = np.random.default_rng(0).normal(size=names["x"].shape).astype(np.float32)
+    apply = jax.jit(names["block"].apply)
+    actual = apply(names["params"], *jax.device_put((x, names["segment_ids"]), rows))
+    expected = apply(jax.device_get(names["params"]), x, names["segment_ids"])
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_a_model_that_keeps_its_cache_outside_decodes_as_a_whole_call_does():
+    """A stand-in of bonsai's Qwen3, whose prompts are padded on the left."""
+    names = {}
+    exec(OUTSIDE, names)  # noqa: S102
+    decoder, forward = names["decoder"], names["forward"]
+    tokens = names["tokens"]
+    before = jax.tree.map(jnp.copy, nnx.state(decoder))
+    logits, cache = forward(decoder, decoder.init_cache(2), tokens)
+    for _ in range(3):
+        tokens = jnp.append(tokens, jnp.argmax(logits, -1)[:, None], axis=1)
+        logits, cache = forward(decoder, cache, tokens[:, -1:])
+    whole, _ = forward(decoder, decoder.init_cache(2), tokens)
+    np.testing.assert_allclose(logits, whole, atol=1e-5)
+    # Padding is as if it were not there, and no call has changed the module.
+    alone, _ = forward(decoder, decoder.init_cache(1), tokens[:1, 2:])
+    np.testing.assert_allclose(whole[:1], alone, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(decoder), before)
 
 
 @pytest.mark.slow

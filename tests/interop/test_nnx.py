@@ -1,5 +1,6 @@
 """The nnx modules: the linen layers' numbers, and natural parts of an nnx transformer."""
 
+import functools
 import operator
 
 import chex
@@ -12,6 +13,7 @@ import pytest
 from flax import nnx
 
 from gdn2_jax import layers
+from gdn2_jax.interop import functional
 from gdn2_jax.interop import nnx as mixers
 
 WIDTH, VOCABULARY = 16, 13
@@ -113,6 +115,19 @@ def test_a_view_of_a_model_decodes():
     view = nnx.view(module, decode=True, batch_size=2)
     np.testing.assert_allclose(view(x), module(x), atol=1e-6)
     assert jnp.any(view.state[...] != 0) and not hasattr(module, "state")
+
+
+def test_a_linen_layer_goes_on_from_a_cache_that_its_caller_keeps():
+    layer = layers.GatedDeltaNet2(**SMALL["GatedDeltaNet2"])
+    x = inputs(2, 5, WIDTH)
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    expected = jax.jit(layer.apply)({"params": params}, x)
+    advance = jax.jit(functools.partial(functional.advance, layer))
+    empty = cache = functional.empty_cache(layer, 2, WIDTH)
+    first, cache = advance(params, cache, x[:, :4])
+    last, _ = advance(params, cache, x[:, 4:])
+    np.testing.assert_allclose(jnp.concatenate([first, last], 1), expected, atol=1e-6)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(empty))
 
 
 def test_malformed_uses_are_named():

@@ -1,5 +1,8 @@
 """Every mixer on a mesh of eight simulated devices computes what it does on one."""
 
+import warnings
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gdn2_jax import GatedDeltaNet2
+from gdn2_jax.layers import SlidingWindowAttention
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.models.blocks import MIXERS
 from gdn2_jax.models.config import SEQUENCE_PARALLEL_MIXERS
@@ -76,7 +81,124 @@ def test_outputs_and_gradients_on_a_mesh_are_those_of_one_device(mixer):
     jax.tree_util.tree_map_with_path(compare, *jax.device_get((actual, expected)))
 
 
+def on_explicit_axes(path, leaf, mesh):
+    """Matrices over both axes, as FSDP and tensor parallelism split them; the rest whole."""
+    name = jax.tree_util.keystr(path)
+    if leaf.ndim != 2 or "proj" not in name:
+        return NamedSharding(mesh, P())
+    names = ("rows", "columns")
+    if "o_proj" in name or "out_proj" in name:
+        names = names[::-1]
+    divided = [n if size % mesh.shape[n] == 0 else None for n, size in zip(names, leaf.shape)]
+    return NamedSharding(mesh, P(*divided))
+
+
+@pytest.mark.parametrize("mixer", ["gdn2", "kda", "mamba2", "sliding_window_attention"])
+def test_layers_run_on_the_mesh_that_jax_makes_by_default(mixer):
+    """Of Explicit axes with anyone's names: rows and heads stay split, nothing needs Auto."""
+    layer = MIXERS[mixer](ModelConfig(mixer=mixer, **SIZES), False, "mixer")
+    mesh = jax.make_mesh((4, 2), ("rows", "columns"))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 6, 16)).astype(np.float32)
+    segment_ids = np.cumsum(rng.random((4, 6)) < 0.2, axis=1).astype(np.int32)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+
+    def loss(params, x, segment_ids):
+        y = layer.apply(params, x, segment_ids)
+        return jnp.sum(jnp.square(y)), y
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    expected = step(params, x, segment_ids)
+    shardings = jax.tree.map_with_path(lambda k, p: on_explicit_axes(k, p, mesh), params)
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, P("rows"))
+        actual = step(*jax.device_put((params, x, segment_ids), (shardings, rows, rows)))
+    (_, y), (gradients, _) = actual
+    assert jax.typeof(y).sharding.spec == P("rows", None, None)
+    kernel = "in_proj" if mixer == "mamba2" else "q_proj"
+    kernel = gradients["params"][kernel]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[0] == kernel.shape[0] // 4
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5 * np.abs(e).max()),
+        *jax.device_get((actual, expected)),
+    )
+
+
+def test_decoding_on_explicit_axes_goes_on_or_is_refused_in_one_line():
+    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
+    x = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
+    sizes = {"num_heads": 2, "head_dim": 4, "implementation": "recurrent"}
+    layer = GatedDeltaNet2(**sizes)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+    expected = jax.jit(layer.apply)(params, x)
+    advance = jax.jit(lambda *args: layer.clone(decode=True).apply(*args, mutable=["cache"]))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, P("rows"))
+        variables, outputs = dict(jax.device_put(params, P())), []
+        for start, stop in ((0, 4), (4, 5)):
+            y, updated = advance(variables, placed[:, start:stop])
+            variables |= updated
+            outputs.append(y)
+        assert jax.typeof(updated["cache"]["state"]).sharding.spec[0] == "rows"
+        other = SlidingWindowAttention(num_heads=2, decode=True)
+        with pytest.raises(NotImplementedError, match="^decode: expected x in one piece, or a me"):
+            jax.eval_shape(other.init, jax.random.key(0), placed)
+        spans = jax.device_put(x[:, :4], P(None, "rows"))
+        with pytest.raises(ValueError, match="^x: expected T in one piece on a mesh of Explicit"):
+            jax.eval_shape(layer.apply, params, spans)
+    np.testing.assert_allclose(np.concatenate(outputs, 1), expected, atol=1e-6)
+
+
 def test_named_initialisers_take_their_dtype_by_keyword_too():
     """As packages that patch linen's `param` pass it."""
     init = partitioned(jax.nn.initializers.ones, "heads")
     assert init(jax.random.key(0), (3,), dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("mixer", ["gdn2", "mamba2", "mamba3", "attention"])
+def test_parameters_take_the_names_that_kernel_init_gives(mixer):
+    """As flax's attention does in models that ask for names without rules in force, as lm1b."""
+    named = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("width", "joined_kv"))
+    layer = MIXERS[mixer](ModelConfig(mixer=mixer, **SIZES), False, "mixer")
+    layer = layer.clone(kernel_init=named)
+    x = jax.ShapeDtypeStruct((1, 4, 16), jnp.float32)
+    boxed = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    specs = nn.get_partition_spec(boxed)
+    into, out = {
+        "gdn2": ("q_proj", "o_proj"),
+        "attention": ("q_proj", "o_proj"),
+        "mamba2": ("in_proj", "out_proj"),
+        "mamba3": ("in_proj", "out_proj"),
+    }[mixer]
+    assert specs[into]["kernel"] == P("width", "joined_kv")
+    assert specs[out]["kernel"] == P("joined_kv", "width")
+    if mixer == "gdn2":
+        assert specs["f_proj_0"]["kernel"] == P("width", None)
+        assert specs["A_log"] == specs["g_proj_1"]["bias"] == P("joined_kv")
+        assert specs["q_conv1d"]["kernel"] == P(None, "joined_kv")
+    plain = jax.eval_shape(layer.clone(kernel_init=nn.initializers.ones).init, jax.random.key(0), x)
+    assert jax.tree.map(lambda leaf: leaf.shape, nn.unbox(boxed)) == jax.tree.map(
+        lambda leaf: leaf.shape, plain["params"]
+    )
+
+
+def test_rules_without_any_name_of_ours_are_told_of():
+    layer = GatedDeltaNet2(num_heads=2, head_dim=4)
+    x = jax.ShapeDtypeStruct((1, 4, 16), jnp.float32)
+
+    def init(layer):
+        return jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    with nn.logical_axis_rules((("width", "tensor"), ("batch", "data"))):
+        with pytest.warns(
+            UserWarning, match="none of embed, heads, mlp: all parameters will be re"
+        ):
+            init(layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            names = ("width", None)
+            init(layer.clone(kernel_init=nn.with_logical_partitioning(nn.initializers.ones, names)))
+    names = ("embed", "heads", "kv")
+    of_attention = nn.with_logical_partitioning(nn.initializers.ones, names)
+    with pytest.raises(ValueError, match="^kernel_init: expected names of two axes"):
+        init(layer.clone(kernel_init=of_attention))
