@@ -18,7 +18,7 @@ from flax import nnx
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "gdn2_jax" / "interop" / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-LINEN, LOGICAL, NNX, OUTSIDE, RECURRENTGEMMA, PYTORCH, EXPORT = BLOCKS
+LINEN, LOGICAL, NNX, OUTSIDE, RECURRENTGEMMA, PYTORCH, OPERATORS, EXPORT = BLOCKS
 
 
 def run(code, directory, *options):
@@ -39,7 +39,7 @@ def test_the_blocks_run_as_written(tmp_path):
     blocks = [block for block in BLOCKS if block != RECURRENTGEMMA]
     assert run("\n".join(blocks), tmp_path) == [
         "(2, 8, 32) ['LayerNorm_0', 'GatedDeltaNet2_0', 'LayerNorm_1', 'Dense_0', 'Dense_1']",
-        "PartitionSpec('fsdp', 'tensor')",
+        "('fsdp', 'tensor')",
         "True (32, 32)",
         "(2, 32) (2, 4, 8, 8)",
         "sigmoid model.layers.0.attn.w_proj.weight",
@@ -153,6 +153,27 @@ def test_a_model_that_keeps_its_cache_outside_decodes_as_a_whole_call_does():
     alone, _ = forward(decoder, decoder.init_cache(1), tokens[:1, 2:])
     np.testing.assert_allclose(whole[:1], alone, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(decoder), before)
+
+
+@pytest.mark.parametrize("name", ["chunk_kda", "chunk_gated_delta_rule"])
+def test_gates_of_value_heads_in_half_precision_give_what_fla_defines(name):
+    names = {}
+    exec(OPERATORS, names)  # noqa: S102
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, 1, 5, 2, 4)).astype(np.float32) / 2
+    v = rng.normal(size=(1, 5, 4, 3)).astype(np.float32)
+    gates = (1, 5, 4, 4) if name == "chunk_kda" else (1, 5, 4)
+    g = -rng.random(gates).astype(np.float16)
+    beta = rng.random((1, 5, 4)).astype(np.float32)
+    o, state = names[name](q, k, v, g, beta, scale=1.0, implementation="recurrent")
+    for head in range(4):
+        expected = np.zeros((4, 3))
+        for t in range(5):
+            key, decay = k[0, t, head // 2].astype(np.float64), np.exp(g[0, t, head].astype(float))
+            expected = np.reshape(decay, (-1, 1)) * expected
+            expected += beta[0, t, head] * np.outer(key, v[0, t, head] - key @ expected)
+            np.testing.assert_allclose(o[0, t, head], q[0, t, head // 2] @ expected, atol=1e-6)
+        np.testing.assert_allclose(state[0, head], expected, atol=1e-6)
 
 
 @pytest.mark.slow
