@@ -16,9 +16,12 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gdn2_jax.command import require_positive, run_command
 
 import jax
 import jax.numpy as jnp
@@ -59,12 +62,7 @@ class Config:
 
     def __post_init__(self):
         """Raises a ValueError naming the field."""
-        sizes = {"heads": self.heads, "head_dim": self.head_dim, "repeats": self.repeats}
-        sizes |= {"batches": min(self.batches, default=0)}
-        sizes |= {"layers": 1 if self.layers is None else self.layers}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        require_positive(self)
 
 
 def main(config: Config) -> None:
@@ -178,4 +176,6 @@ def format_row(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(
+        run_command("benchmark_decode.py", lambda: main(tyro.cli(Config, description=__doc__)))
+    )

@@ -11,9 +11,12 @@ compares with the same part of gdn2, where that was timed before.
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+
+from gdn2_jax.command import require_positive, run_command
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +58,10 @@ class Config:
     implementation: Literal["xla", "pallas", "recurrent"] | None = "xla"
     repeats: int = 10
     output: Path | None = None
+
+    def __post_init__(self):
+        """Raises a ValueError naming the field."""
+        require_positive(self)
 
 
 def main(config: Config) -> None:
@@ -189,4 +196,6 @@ def print_row(row: dict[str, Any], first: float | None) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(
+        run_command("benchmark_mixers.py", lambda: main(tyro.cli(Config, description=__doc__)))
+    )

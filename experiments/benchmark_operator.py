@@ -14,10 +14,13 @@ a large copy, measured in the same process.
 import dataclasses
 import importlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+
+from gdn2_jax.command import require_positive, run_command
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +62,12 @@ class Config:
     peers: tuple[Literal["fla", "cudnn"], ...] = ()
     repeats: int = 10
     output: Path | None = None
+
+    def __post_init__(self):
+        """Raises a ValueError naming the field."""
+        require_positive(self)
+        for shape in self.shapes:
+            parse_shape(shape)
 
 
 def main(config: Config) -> None:
@@ -115,8 +124,8 @@ def main(config: Config) -> None:
 
 def parse_shape(text: str) -> Shape:
     """Reads "B,T,H,d"."""
-    shape = tuple(int(number) for number in text.split(","))
-    if len(shape) != 4 or min(shape) < 1:
+    shape = tuple(int(number) for number in text.split(",") if number.strip().isdecimal())
+    if len(shape) != 4 or text.count(",") != 3 or min(shape) < 1:
         raise ValueError(f"shapes: expected B,T,H,d, got {text!r}")
     return shape
 
@@ -300,4 +309,6 @@ def print_row(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(
+        run_command("benchmark_operator.py", lambda: main(tyro.cli(Config, description=__doc__)))
+    )

@@ -38,11 +38,14 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from gdn2_jax.command import require_positive, run_command
 
 import jax
 import numpy as np
@@ -111,6 +114,10 @@ class Config:
     together: int = 16
     minutes: float = 20
     output: Path | None = None
+
+    def __post_init__(self):
+        """Raises a ValueError naming the field."""
+        require_positive(self, minutes=0)
 
 
 class Run(NamedTuple):
@@ -497,4 +504,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(
+        run_command("benchmark_scaling.py", lambda: main(tyro.cli(Config, description=__doc__)))
+    )

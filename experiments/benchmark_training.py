@@ -28,6 +28,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
 
+from gdn2_jax.command import require_positive, run_command
+
 import jax
 import jax.numpy as jnp
 import tyro
@@ -88,6 +90,10 @@ class Config:
     operations: int = 12
     again: bool = False
     output: Path | None = None
+
+    def __post_init__(self):
+        """Raises a ValueError naming the field."""
+        require_positive(self, operations=0)
 
 
 def main(config: Config) -> None:
@@ -370,4 +376,6 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(
+        run_command("benchmark_training.py", lambda: main(tyro.cli(Config, description=__doc__)))
+    )

@@ -29,6 +29,8 @@ import tyro
 # Both frameworks share the GPU; JAX would take most of it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+from gdn2_jax.command import require_positive, run_command
+
 import jax
 import jax.numpy as jnp
 
@@ -86,6 +88,10 @@ class Options:
 
     seed: int = 0
     """Of weights and inputs."""
+
+    def __post_init__(self):
+        """Raises a ValueError naming the field."""
+        require_positive(self, seed=0)
 
 
 def main(options: Options) -> int:
@@ -355,4 +361,6 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(
+        run_command("check_fla_parity.py", lambda: main(tyro.cli(Options, description=__doc__)))
+    )

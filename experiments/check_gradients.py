@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from gdn2_jax.command import require_positive, run_command
+
 import tyro
 
 from gdn2_jax import gated_delta_rule_2
@@ -61,6 +63,10 @@ class Options:
     initial_state: bool = True
     finite_differences: bool = True
     seed: int = 0
+
+    def __post_init__(self):
+        """Raises a ValueError naming the field."""
+        require_positive(self, seed=0)
 
 
 def main(options: Options) -> int | str:
@@ -135,4 +141,6 @@ def check_numerically(fn, options: Options) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(
+        run_command("check_gradients.py", lambda: main(tyro.cli(Options, description=__doc__)))
+    )

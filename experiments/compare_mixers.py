@@ -8,7 +8,7 @@ The first argument, if it is no option, is the scale: {scales}. --models are pre
 scale; "swa_" makes a hybrid. All other options are those of train.py and hold for every model. What
 is stopped or killed continues when started again; finished runs are not repeated. So a limit on time
 is `timeout --signal TERM 400 python experiments/compare_mixers.py ...`: the run that it stops writes a
-checkpoint and its line of the table.
+checkpoint and its line of the table. The vocabulary is the tokenizer's unless --model.vocab-size is given.
 
 --directory gets a folder for each run. --results, the same folder unless given, gets results.jsonl (a
 line for each run), curves.jsonl (every logged step), results.md and results.png, all renewed after
@@ -18,6 +18,7 @@ each run.
 import dataclasses
 import json
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -25,12 +26,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated
 
+from gdn2_jax.command import out_of_memory, run_command
+
 import jax
 import tyro
 from absl import flags
 from tqdm import tqdm
 
-from gdn2_jax.data import path_options, prepare
+from gdn2_jax.data import load_tokenizer, path_options, prepare
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import model_sizes
 from gdn2_jax.parallel import make_mesh
@@ -39,6 +42,7 @@ from gdn2_jax.training import (
     CheckpointError,
     DivergenceError,
     Programs,
+    StoppedError,
     TrainingConfig,
     check_mesh,
     is_finished,
@@ -76,26 +80,29 @@ def main(arguments: list[str]) -> int | str:
     rows, curves, failed = [], [], []
     for number, (name, config) in enumerate(runs.items(), start=1):
         print(f"\n[{number}/{len(runs)}] {name}", flush=True)
-        finished = True
+        stopped = None
         if is_finished(config, directory / name):
             print(f"is finished in {directory / name}", flush=True)
         else:
             try:
                 compiled = wait_for(programs.pop(name))
-                finished = train(open_run(config, directory / name), compiled)
+                train(open_run(config, directory / name), compiled)
+            except StoppedError as error:
+                stopped = error
             except (ValueError, OSError, CheckpointError) as error:
                 return f"compare_mixers.py: {name}: {error}"
             except DivergenceError as error:
                 print(f"{name}: {error}", flush=True)
-            except jax.errors.JaxRuntimeError as error:  # such as too little memory
-                print(f"{name}: {error}", flush=True)
+            except jax.errors.JaxRuntimeError as error:
+                print(f"{name}: {out_of_memory(error) or error}", flush=True)
                 failed.append(name)
         metrics = read_metrics(run_files(directory / name).metrics)
         rows.append(summarize(name, config, metrics))
         curves += [{"run": name, **row} for row in metrics]
         write(results, rows, curves, arguments)
-        if not finished:
-            return "compare_mixers.py: stopped; start again to continue"
+        if stopped:
+            print(f"compare_mixers.py: {name}: {stopped}", file=sys.stderr)
+            return 128 + stopped.signal
     print(f"\n{table(rows)}\n\nin {results}: results.jsonl, curves.jsonl, results.md, results.png")
     return f"compare_mixers.py: failed: {', '.join(failed)}" if failed else 0
 
@@ -136,6 +143,11 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
     )
     # What was changed in the preset's model is changed in every model.
     changes = dict(dataclasses.asdict(config.model).items() - vars(preset.model).items())
+    if not any(re.match("--model.vocab.size", option) for option in options):
+        data = config.data
+        changes["vocab_size"] = data.trained_vocab_size or (
+            load_tokenizer(data.tokenizer, data.end_of_document).vocab_size
+        )
     if changes.keys() & {"mixer", "hybrid"}:
         raise ValueError("model.mixer, model.hybrid: expected no value, --models chooses them")
     if not (models and seeds):
@@ -158,7 +170,8 @@ def compile_all(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, P
       Done futures of the runs' programs. Speeds are measured after this, on an idle CPU.
     """
     unfinished = [name for name in runs if not is_finished(runs[name], directory / name)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         programs = {
             name: submit_programs(runs[name], make_mesh(runs[name].mesh), pool)
             for name in tqdm(unfinished, "trace", unit="run", mininterval=1)
@@ -166,6 +179,9 @@ def compile_all(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, P
         futures = jax.tree.leaves(programs)
         for _ in tqdm(as_completed(futures), "compile", len(futures), mininterval=1):
             pass
+    finally:
+        # Ctrl-C does not wait for what is being compiled.
+        pool.shutdown(wait=False, cancel_futures=True)
     return programs
 
 
@@ -279,4 +295,4 @@ def plot(rows: list[dict], curves: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("compare_mixers.py", lambda: main(sys.argv[1:]), keep_programs=True))

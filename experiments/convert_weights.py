@@ -6,15 +6,18 @@
     python experiments/convert_weights.py huggingface-model converted.safetensors --style paper
 
 Style "fla" is that of flash-linear-attention's Hugging Face checkpoints: a directory with config.json
-(and with the tokenizer, from a run), which generate.py and `load_pretrained` read; "paper" is that of
+and the tokenizer, if the source has one, which generate.py and `load_pretrained` read; "paper" is that of
 the paper's repository. No number changes, and nothing is overwritten.
 """
 
+import contextlib
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+
+from gdn2_jax.command import run_command
 
 import tyro
 from tqdm import tqdm
@@ -22,6 +25,12 @@ from tqdm import tqdm
 from gdn2_jax.interop.pytorch import convert_pretrained, save_pretrained
 from gdn2_jax.models import PRESETS
 from gdn2_jax.training import CheckpointError, load_trained
+
+# Of a Hugging Face checkpoint.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,12 @@ class Options:
     preset: str | None = None
     """The model, where it is in the paper's style and its shapes do not tell all."""
 
+    def __post_init__(self):
+        if not 0 < self.shard_gigabytes < float("inf"):
+            raise ValueError(
+                f"shard_gigabytes: expected a positive number, got {self.shard_gigabytes}"
+            )
+
 
 def main(options: Options) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
@@ -65,20 +80,27 @@ def main(options: Options) -> int | str:
         }
         warnings.showwarning = lambda message, *_: bar.write(f"note: {message}", file=sys.stderr)
         try:
+            names = [name for name in TOKENIZER_FILES if (options.source / name).is_file()]
+            if taken := [name for name in names if (options.output / name).exists()]:
+                return f"convert_weights.py: {options.output} has a {taken[0]} already"
             if (options.source / "checkpoints").is_dir():
-                if (options.output / "tokenizer.json").exists():
-                    return f"convert_weights.py: {options.output} has a tokenizer.json already"
                 trained = load_trained(options.source)
                 model = trained.config.model
                 files = save_pretrained(options.output, model, trained.params, **arguments)
-                if options.output.is_dir():
-                    files.append(options.output / "tokenizer.json")
-                    trained.tokenizer.save(files[-1])
             else:
                 config = PRESETS[options.preset] if options.preset else None
                 files = convert_pretrained(
                     options.source, options.output, config=config, **arguments
                 )
+            if options.output.is_dir():
+                with contextlib.ExitStack() as undo:
+                    for file in files:
+                        undo.callback(file.unlink)
+                    for name in names:
+                        files.append(options.output / name)
+                        undo.callback(files[-1].unlink, missing_ok=True)
+                        files[-1].write_bytes((options.source / name).read_bytes())
+                    undo.pop_all()
         except (ValueError, OSError, CheckpointError) as error:
             return f"convert_weights.py: {error}"
         except KeyboardInterrupt:
@@ -88,4 +110,6 @@ def main(options: Options) -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(
+        run_command("convert_weights.py", lambda: main(tyro.cli(Options, description=__doc__)))
+    )

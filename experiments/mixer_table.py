@@ -9,6 +9,8 @@ The table for sequences of 4096 tokens stands in gdn2_jax/layers/README.md.
 import argparse
 import sys
 
+from gdn2_jax.command import run_command
+
 from gdn2_jax.models import PRESETS, matched_preset, model_sizes
 from gdn2_jax.training.flops import training_flops_per_token
 
@@ -30,6 +32,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--scale", choices=SCALES, help="all of them by default")
     parser.add_argument("--sequence-length", type=int, default=4096)
     options = parser.parse_args(arguments)
+    if options.sequence_length < 1:
+        raise ValueError(f"sequence_length: expected at least 1, got {options.sequence_length}")
     print(HEADER)
     for scale in [options.scale] if options.scale else SCALES:
         for reference in (f"gdn2_{scale}", f"swa_gdn2_{scale}"):
@@ -56,4 +60,4 @@ def row(name: str, reference: str, sequence_length: int) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_command("mixer_table.py", lambda: main(sys.argv[1:])))

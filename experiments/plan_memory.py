@@ -9,7 +9,10 @@
 
 import dataclasses
 import os
+import sys
 from typing import Literal
+
+from gdn2_jax.command import require_positive, run_command
 
 import jax
 import tyro
@@ -42,6 +45,10 @@ class Config:
     length: int = 4096
     rows: int = 1
     check: bool = False
+
+    def __post_init__(self):
+        """Raises a ValueError naming the field."""
+        require_positive(self)
 
 
 def main(config: Config) -> None:
@@ -78,11 +85,19 @@ def main(config: Config) -> None:
 def meshes(devices: int) -> dict[str, MeshConfig]:
     """One for each axis, and one that mixes them."""
     plans = {"data": MeshConfig(), "fsdp": MeshConfig(fsdp=devices)}
-    if devices > 1:
+    if devices % 2 == 0:
         plans["tensor 2, fsdp"] = MeshConfig(tensor=2, fsdp=devices // 2)
+    if devices > 1:
         plans["sequence"] = MeshConfig(sequence=devices)
     return plans
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,)))
+    sys.exit(
+        run_command(
+            "plan_memory.py",
+            lambda: main(
+                tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+            ),
+        )
+    )

@@ -13,8 +13,11 @@ import collections
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from gdn2_jax.command import require_positive, run_command
 
 import jax
 import tyro
@@ -47,6 +50,12 @@ class Config:
     implementation: Implementation = "pallas"
     repeats: int = 10
     output: Path | None = None
+
+    def __post_init__(self):
+        """Raises a ValueError naming the field."""
+        require_positive(self)
+        for shape in self.shapes:
+            parse_shape(shape)
 
 
 def main(config: Config) -> None:
@@ -141,4 +150,6 @@ def print_row(row: dict, bandwidth: float) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(
+        run_command("profile_operator.py", lambda: main(tyro.cli(Config, description=__doc__)))
+    )

@@ -17,6 +17,7 @@ def test_the_usage_examples_run_as_written():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "(2, 100, 128) (2, 100, 4, 32) (2, 4, 32, 32)",
+        "(1, 16, 257) (1, 24)",
         "(2, 100, 128) (2, 100, 128) 17",
     ]
 

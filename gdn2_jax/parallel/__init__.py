@@ -23,11 +23,10 @@ from gdn2_jax.parallel.mesh import (
     make_mesh,
     put_batch,
 )
-from gdn2_jax.parallel.processes import any_process, join_processes
+from gdn2_jax.parallel.processes import greatest_of_processes, join_processes
 
 __all__ = [
     "MeshConfig",
-    "any_process",
     "as_typed",
     "axis_size",
     "batch_reader",
@@ -39,6 +38,7 @@ __all__ = [
     "explicit_sharding",
     "gated_delta_rule_2_on_mesh",
     "gathered",
+    "greatest_of_processes",
     "join_processes",
     "make_mesh",
     "on_mesh",

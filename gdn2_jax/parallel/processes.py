@@ -34,8 +34,8 @@ def join_processes() -> None:
     )
 
 
-def any_process(condition: bool) -> bool:
-    """Whether the condition holds on any process; all of them must ask."""
+def greatest_of_processes(value: int) -> int:
+    """Returns the greatest value of all processes, each of which must call this."""
     if jax.process_count() == 1:
-        return condition
-    return bool(multihost_utils.process_allgather(np.array(condition)).any())
+        return value
+    return int(multihost_utils.process_allgather(np.array(value)).max())

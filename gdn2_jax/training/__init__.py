@@ -12,7 +12,8 @@ from gdn2_jax.training.run import (
     run_files,
 )
 from gdn2_jax.training.step import compile_train_step
-from gdn2_jax.training.train import DivergenceError, train
+from gdn2_jax.training.train import DivergenceError, StoppedError, train
+from gdn2_jax.training.weights import Weights, open_weights
 
 __all__ = [
     "PRESETS",
@@ -20,14 +21,17 @@ __all__ = [
     "DivergenceError",
     "OptimizerConfig",
     "Programs",
+    "StoppedError",
     "TrainedModel",
     "TrainingConfig",
+    "Weights",
     "check_mesh",
     "compile_programs",
     "compile_train_step",
     "is_finished",
     "load_trained",
     "open_run",
+    "open_weights",
     "run_files",
     "submit_programs",
     "train",

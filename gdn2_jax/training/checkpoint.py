@@ -1,8 +1,8 @@
 """Checkpoints: written in the background, whole or not at all, and checked when read."""
 
+import contextlib
 import hashlib
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-from gdn2_jax.training.step import TrainState
+from gdn2_jax.training.step import KEYS, TrainState
 
 
 class CheckpointError(Exception):
-    """A checkpoint is damaged or belongs to another configuration."""
+    """A checkpoint is damaged, belongs to another configuration or cannot be written."""
 
 
 def open_checkpoints(directory: Path, kept: int) -> ocp.CheckpointManager:
@@ -39,15 +39,46 @@ def save_checkpoint(
     """Starts to save `state`; it may be donated when this returns.
 
     Args:
-      manager: from `open_checkpoints`.
+      manager: from `open_checkpoints`, with no other save on its way.
       state: to be saved under its step.
       progress: JSON, saved beside the arrays.
+
+    Raises:
+      CheckpointError: the save has failed already; `check_saved` tells whether it fails later.
     """
     trees = _split(state)
     content = {"progress": progress, "checksums": _checksums(trees)}
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     items["content"] = ocp.args.JsonSave({**content, "sha256": _sha256(content)})
-    manager.save(int(state.step), args=ocp.args.Composite(**items))
+    step = int(state.step)
+    try:
+        manager.save(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # orbax and tensorstore raise many kinds
+        raise _unsaved(manager, step, error) from error
+
+
+def check_saved(manager: ocp.CheckpointManager, step: int, *, wait: bool = False) -> None:
+    """Notices that a save has failed in the background.
+
+    Args:
+      manager: from `open_checkpoints`.
+      step: of the latest save.
+      wait: until the save is complete. Else one that is on its way is no failure.
+
+    Raises:
+      CheckpointError: the save has failed.
+    """
+    if wait or not manager.is_saving_in_progress():
+        try:
+            manager.wait_until_finished()
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise _unsaved(manager, step, error) from error
+
+
+def close_checkpoints(manager: ocp.CheckpointManager) -> None:
+    """Ends what runs in the background. What fails then, `check_saved` has told before."""
+    with contextlib.suppress(Exception):
+        manager.close()
 
 
 def restore_checkpoint(
@@ -61,13 +92,20 @@ def restore_checkpoint(
       abstract_state: shapes, dtypes and shardings.
 
     Returns:
-      The state and `progress` as they were saved.
+      The state, without the borders of its schedule, and `progress` as they were saved.
 
     Raises:
       CheckpointError: if the checkpoint is damaged, or does not fit `abstract_state`.
     """
     trees, progress = _restore(manager, step, _split(abstract_state))
-    return TrainState(**trees["run"], params=trees["params"]), progress
+    state = TrainState(**trees["run"], params=trees["params"])
+    if not jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key):
+        # Where orbax's note of what the arrays were is lost, keys are read as their numbers.
+        state = state._replace(rng=jax.random.wrap_key_data(state.rng, impl=KEYS))
+    if state.rng.dtype != abstract_state.rng.dtype:
+        kinds = f"expected random numbers of {abstract_state.rng.dtype}, got {state.rng.dtype}"
+        raise CheckpointError(f"{_advice(manager, step)}: {kinds}")
+    return state, progress
 
 
 def restore_params(manager: ocp.CheckpointManager, step: int, abstract_params: Any) -> Any:
@@ -79,9 +117,26 @@ def restore_params(manager: ocp.CheckpointManager, step: int, abstract_params: A
     return _restore(manager, step, {"params": abstract_params})[0]["params"]
 
 
+def _unsaved(manager: ocp.CheckpointManager, step: int, error: Exception) -> CheckpointError:
+    name_format = ocp.step.standard_name_format()
+    saved = [other.step for other in name_format.find_all(manager.directory) if other.step != step]
+    last = f"the last good one is that of step {max(saved)}" if saved else "there is no other"
+    return CheckpointError(
+        f"the checkpoint of step {step} cannot be saved in {manager.directory}, {last}: "
+        f"{_reason(error)}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """One line; tensorstore names the cause last."""
+    text = " ".join((str(error) or repr(error)).split())
+    return text if len(text) < 300 else f"... {text[-250:]}"
+
+
 def _split(state: TrainState) -> dict[str, Any]:
     """The checkpoint's items: parameters can be read without the rest."""
     run = state._asdict()
+    del run["borders"]  # They follow from the configuration, which may get other steps.
     return {"params": run.pop("params"), "run": run}
 
 
@@ -99,8 +154,7 @@ def _restore(manager, step, abstract_trees):
             if name not in checksums or checksums[name] != value
         ]
     except Exception as error:  # orbax and tensorstore raise many kinds
-        reason = textwrap.shorten(str(error), 300)
-        raise CheckpointError(f"{_advice(manager, step)}: {reason}") from error
+        raise CheckpointError(f"{_advice(manager, step)}: {_reason(error)}") from error
     if damaged:
         raise CheckpointError(f"{_advice(manager, step)}: altered since it was saved: {damaged}")
     return restored, content["progress"]

@@ -11,7 +11,7 @@ from gdn2_jax.parallel import MeshConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with clipping, linear warm-up and a cosine; the defaults are the paper's recipe.
+    """AdamW with clipping and a schedule with linear warm-up; the defaults are the paper's recipe.
 
     Raises:
       ValueError: if a field is out of its range (names the field).
@@ -20,8 +20,15 @@ class OptimizerConfig:
     learning_rate: float = 4e-4
     """Peak of the schedule."""
 
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After warm-up: a cosine over the rest of the run; the peak; or the peak and then a line to the
+    end. With the last two, more steps continue a run at the rate that it had."""
+
+    decay: float = 0.2
+    """Share of the run in which the learning rate of "wsd" falls."""
+
     final_learning_rate: float = 0.1
-    """End of the schedule, as a share of the peak."""
+    """End of the schedules that fall, as a share of the peak."""
 
     warmup: float = 0.01
     """Share of the run in which the learning rate rises from 0 to its peak."""
@@ -53,10 +60,14 @@ class OptimizerConfig:
             self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
         for name in ("final_learning_rate", "weight_decay"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
-        for name in ("warmup", "beta1", "beta2"):
+        for name in ("warmup", "decay", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         masks = ("all", "exclude_A_log_dt_bias", "matrices_only")
         self._require("decay_mask", self.decay_mask in masks, f"one of {masks}")
+        schedules = ("cosine", "constant", "wsd")
+        self._require("schedule", self.schedule in schedules, f"one of {schedules}")
+        if self.schedule == "wsd":
+            self._require("decay", self.decay <= 1 - self.warmup, f"at most 1 - {self.warmup}")
         dtypes = (None, "bfloat16", "float32")
         self._require("mean_dtype", self.mean_dtype in dtypes, f"one of {dtypes}")
 
@@ -77,6 +88,10 @@ class TrainingConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    init_from: str = ""
+    """Weights to start from: a run's directory, one of its checkpoints (runs/tiny/checkpoints/100) or
+    a PyTorch checkpoint. Empty: random ones."""
 
     steps: int
     """Optimizer steps. The schedule of the learning rate spans them."""
@@ -120,6 +135,9 @@ class TrainingConfig:
             least = 0 if field.name in ("seed", "sample_tokens") else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{field.name}: expected at least {least}, got {value}")
+        # JAX takes 32 bits of a seed: greater ones would repeat the numbers of smaller ones.
+        if self.seed >= 2**32:
+            raise ValueError(f"seed: expected less than 2**32 = {2**32}, got {self.seed}")
         if self.global_batch_size % self.accumulation:
             raise ValueError(
                 f"accumulation: expected a divisor of global_batch_size {self.global_batch_size}, "

@@ -1,19 +1,32 @@
 """The record of a run: metrics.jsonl, TensorBoard and a plot."""
 
+import contextlib
 import json
+import logging
 import os
+import textwrap
+import time
 from pathlib import Path
 
 import jax
-import tensorboardX
+import numpy as np
+import tensorboardX.summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+# Of a curve of losses; more rows are averaged.
+_POINTS = 300
 
 
 class MetricsLog:
     """Appends rows to a .jsonl file and to TensorBoard's.
 
     Opened for a run that goes on from `step`, it first drops the rows of later steps, which the
-    run will write again, and a last line that a killed run left incomplete. Of several processes
-    only the first writes.
+    run will write again, and lines that are damaged, such as a last one that a killed run left
+    incomplete. Of several processes only the first writes.
+
+    Raises:
+      OSError: a file cannot be written; so does every method.
     """
 
     def __init__(self, path: Path, tensorboard_directory: Path, step: int):
@@ -24,46 +37,100 @@ class MetricsLog:
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(map(_line, rows)))
             os.replace(temporary, path)
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(tensorboard_directory), purge_step=step + 1, write_to_disk=self._path is not None
-        )
+            # SummaryWriter writes in a thread, which ends without a word when the disk is full; what
+            # is then handed to it waits for ever.
+            tensorboard_directory.mkdir(exist_ok=True)
+            self._tensorboard = EventsWriter(str(tensorboard_directory / "events"))
+            # TensorBoard hides what it has of this step and later ones.
+            start = SessionLog(status=SessionLog.START)
+            self._tensorboard.write_event(Event(step=step + 1, session_log=start))
+            self._tensorboard.flush()
 
     def write(self, row: dict[str, float]) -> None:
-        """Writes a row, which has its "step"; in the .jsonl file it is when this returns."""
-        if self._path:
-            with self._path.open("a") as file:
-                file.write(_line(row))
+        """Writes a row, which has its "step"; in the files it is when this returns."""
+        if not self._path:
+            return
+        with self._path.open("a") as file:
+            file.write(_line(row))
+        now = time.time()
         for name, value in row.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, row["step"])
+            if name not in ("step", "time"):
+                scalar = tensorboardX.summary.scalar(name, value)
+                self._tensorboard.write_event(
+                    Event(wall_time=now, step=row["step"], summary=scalar)
+                )
+        self._tensorboard.flush()
 
     def close(self) -> None:
-        """Writes what TensorBoard has not yet."""
-        self._tensorboard.close()
+        """Closes TensorBoard's file."""
+        if self._path:
+            # What a full disk did not take is tried again, and told before.
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the complete rows of a metrics file, none if it does not exist."""
+    """Returns the rows of a metrics file, none if it does not exist.
+
+    A last line that is incomplete is left out: it may be on its way. Damaged lines are left out
+    with a warning.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+    rows, damaged = [], []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"] + 0
+            rows.append(row)
+        except (ValueError, TypeError, KeyError):
+            damaged.append(number)
+    if damaged:
+        message = "%s: left out damaged lines, %d in number: %s"
+        numbers = textwrap.shorten(", ".join(map(str, damaged)), 60)
+        logging.getLogger(__name__).warning(message, path, len(damaged), numbers)
+    return rows
 
 
-def plot_losses(rows: list[dict[str, float]], path: Path) -> None:
-    """Draws training and validation loss over steps into a .png."""
+def plot_losses(
+    rows: list[dict[str, float]], path: Path, *, title: str = "", tokens_per_step: int | None = None
+) -> None:
+    """Draws training and validation loss over steps into a .png, and a .pdf beside it.
+
+    Args:
+      rows: of a metrics file. Of the training loss, means over intervals are drawn: "mean_loss"
+        where it is, and of many rows the means of neighbours.
+      path: of the .png.
+      title: of the plot.
+      tokens_per_step: for an axis of tokens.
+    """
     # Not pyplot: it would choose a backend for the whole process.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, style in (("loss", "-"), ("validation_loss", "o-")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points), style, label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="nats per token")
+    losses = [(row["step"], row.get("mean_loss", row["loss"])) for row in rows if "loss" in row]
+    validations = [
+        (row["step"], row["validation_loss"]) for row in rows if "validation_loss" in row
+    ]
+    if losses:
+        parts = np.array_split(np.array(losses), min(len(losses), _POINTS))
+        axes.plot(*zip(*(part.mean(axis=0) for part in parts)), label="loss")
+    if validations:
+        axes.plot(*zip(*validations), "o-", label="validation loss")
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    if losses or validations:
+        axes.legend()
+    if tokens_per_step:
+        scale = (lambda step: step * tokens_per_step, lambda tokens: tokens / tokens_per_step)
+        top = axes.secondary_xaxis("top", functions=scale)
+        top.set_xlabel("tokens")
+        top.xaxis.set_major_formatter(EngFormatter())
+    for file in (path, path.with_suffix(".pdf")):
+        figure.savefig(file, dpi=150)
 
 
 def _line(row: dict[str, float]) -> str:

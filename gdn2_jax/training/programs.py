@@ -68,5 +68,9 @@ def wait_for(programs: Programs) -> Programs:
 
 def compile_programs(config: TrainingConfig, mesh: Mesh) -> Programs:
     """Compiles a run's functions."""
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         return wait_for(submit_programs(config, mesh, pool))
+    finally:
+        # Ctrl-C does not wait for what is being compiled.
+        pool.shutdown(wait=False, cancel_futures=True)

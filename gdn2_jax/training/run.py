@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import orbax.checkpoint as ocp
@@ -13,15 +14,23 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from gdn2_jax.data import Corpus, DataConfig, Tokenizer, load_tokenizer, prepare
 from gdn2_jax.models import SEQUENCE_PARALLEL_MIXERS, ModelConfig, tensor_axes
-from gdn2_jax.parallel import MeshConfig, batch_reader, batch_shards, make_mesh
+from gdn2_jax.parallel import (
+    MeshConfig,
+    batch_reader,
+    batch_shards,
+    greatest_of_processes,
+    make_mesh,
+)
 from gdn2_jax.training.checkpoint import (
     CheckpointError,
+    close_checkpoints,
     open_checkpoints,
     read_checkpoints,
     restore_checkpoint,
     restore_params,
 )
 from gdn2_jax.training.config import OptimizerConfig, TrainingConfig
+from gdn2_jax.training.lock import lock_directory
 from gdn2_jax.training.step import TrainState, abstract_state
 
 # What may differ when a run goes on: it changes no number, or (steps) is meant to be raised. The
@@ -45,7 +54,7 @@ class RunFiles(NamedTuple):
       checkpoints: of orbax.
       metrics: one JSON object for each logged step.
       tensorboard: the same for TensorBoard.
-      plot: of the losses.
+      plot: of the losses; a .pdf lies beside it.
       sample: of the trained model.
       summary: the results as JSON, written last.
     """
@@ -61,7 +70,7 @@ class RunFiles(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run that has passed all checks, ready to start or to go on.
+    """A run that has passed all checks, ready to start or to go on. No other process can open it.
 
     Attributes:
       config: of the run.
@@ -71,6 +80,7 @@ class Run(NamedTuple):
       checkpoints: of the run.
       state: restored from the latest checkpoint; None if there is none.
       progress: saved with that checkpoint.
+      lock: of the directory.
     """
 
     config: TrainingConfig
@@ -80,6 +90,13 @@ class Run(NamedTuple):
     checkpoints: ocp.CheckpointManager
     state: TrainState | None
     progress: dict[str, Any]
+    lock: TextIO | None
+
+    def close(self) -> None:
+        """Ends what runs in the background and lets others open the run."""
+        close_checkpoints(self.checkpoints)
+        if self.lock:
+            self.lock.close()
 
 
 def run_files(directory: Path) -> RunFiles:
@@ -101,7 +118,7 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
 
     Args:
       config: what to train.
-      directory: of the run; created if missing.
+      directory: of the run; created if missing, and locked until the run is closed.
 
     Returns:
       The run, for `gdn2_jax.training.train`.
@@ -111,35 +128,78 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
         model, the corpus is empty, the tokenizer does not fit the model, or the directory's run has
         another configuration or corpus.
       FileNotFoundError: if the text or the tokenizer does not exist.
+      BlockingIOError: if another process trains in the directory.
+      OSError: if the directory cannot be written.
       CheckpointError: if the latest checkpoint is damaged.
     """
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh)
-    corpus = prepare(config.data)
-    if corpus.tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size: expected at least the tokenizer's {corpus.tokenizer.vocab_size}, "
-            f"got {config.model.vocab_size}"
-        )
     files = run_files(directory)
-    checkpoints = open_checkpoints(files.checkpoints, config.checkpoints_kept)
-    step = checkpoints.latest_step()
-    if step is None:
-        return Run(config, files, mesh, corpus, checkpoints, None, {})
+    with contextlib.ExitStack() as undo:
+        # A mistake in the data leaves no directory; one that is there may say no, and sooner.
+        claim = None
+        if greatest_of_processes(directory.exists()):
+            claim = _claim(config, directory, undo)
+        corpus = prepare(config.data)
+        if corpus.tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                "model.vocab_size: expected at least the tokenizer's "
+                f"{corpus.tokenizer.vocab_size}, got {config.model.vocab_size}"
+            )
+        _warn_of_loss(config, corpus.tokenizer)
+        lock, checkpoints = claim or _claim(config, directory, undo)
+        state, progress = None, {}
+        step = checkpoints.latest_step()
+        if step is not None:
+            state, progress = restore_checkpoint(checkpoints, step, abstract_state(config, mesh))
+            if progress["corpus"] != corpus.digest:
+                raise ValueError(
+                    f"data: {directory} was trained on another corpus: files were added, removed "
+                    "or edited, or the default corpus is that of another Python. Use another "
+                    "--run-dir"
+                )
+        undo.pop_all()
+    return Run(config, files, mesh, corpus, checkpoints, state, progress, lock)
 
-    differences = compare_configs(load_config(files.config), config)
-    if differences:
-        raise ValueError(
-            f"{directory} holds a run of another configuration: {'; '.join(differences)}. "
-            "Use its values to go on, or another --run-dir"
+
+def _claim(
+    config: TrainingConfig, directory: Path, undo: contextlib.ExitStack
+) -> tuple[TextIO | None, ocp.CheckpointManager]:
+    """Locks a directory, and compares its run with the configuration."""
+    files = run_files(directory)
+    lock = lock_directory(directory)
+    if lock:
+        undo.callback(lock.close)
+    for name, path in files._asdict().items():
+        kind = "directory" if name in ("checkpoints", "tensorboard") else "file"
+        if path.exists() and path.is_dir() != (kind == "directory"):
+            raise ValueError(f"run_dir: expected {path} to be a {kind}, got another kind")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(f"run_dir: expected to write, got no permission for {path}")
+    checkpoints = open_checkpoints(files.checkpoints, config.checkpoints_kept)
+    undo.callback(close_checkpoints, checkpoints)
+    if checkpoints.latest_step() is not None:
+        differences = compare_configs(load_config(files.config), config)
+        if differences:
+            raise ValueError(
+                f"{directory} holds a run of another configuration: {'; '.join(differences)}. "
+                "Use its values to go on, or another --run-dir"
+            )
+    return lock, checkpoints
+
+
+# Of what tokenizers alter: case, spaces, accents, scripts, lines.
+_PROBE = "Ab  c\tD\n\n  é ß Ω 日本 \N{GRINNING FACE} don't 1,000"
+
+
+def _warn_of_loss(config: TrainingConfig, tokenizer: Tokenizer) -> None:
+    """Tells if text does not survive the tokenizer: the model cannot learn what is lost."""
+    decoded = tokenizer.decode(tokenizer.encode(_PROBE))
+    if decoded.removeprefix(" ") != _PROBE and jax.process_index() == 0:
+        logging.getLogger(__name__).warning(
+            "data.tokenizer: %s alters text: %r becomes %r",
+            *(config.data.tokenizer, _PROBE, decoded),
         )
-    state, progress = restore_checkpoint(checkpoints, step, abstract_state(config, mesh))
-    if progress["corpus"] != corpus.digest:
-        raise ValueError(
-            f"data: {directory} was trained on another corpus: files were added, removed or "
-            "edited, or the default corpus is that of another Python. Use another --run-dir"
-        )
-    return Run(config, files, mesh, corpus, checkpoints, state, progress)
 
 
 def is_finished(config: TrainingConfig, directory: Path) -> bool:
@@ -168,11 +228,15 @@ class TrainedModel(NamedTuple):
     step: int
 
 
-def load_trained(directory: Path) -> TrainedModel:
-    """Reads the latest checkpoint's parameters, checked, and the tokenizer of a run.
+def load_trained(directory: Path, step: int | None = None) -> TrainedModel:
+    """Reads a checkpoint's parameters, checked, and the tokenizer of a run.
+
+    Args:
+      directory: of the run.
+      step: of the checkpoint; the latest if None.
 
     Raises:
-      FileNotFoundError: if the directory holds no run with a checkpoint.
+      FileNotFoundError: if the directory holds no run with such a checkpoint.
       CheckpointError: if something in it is damaged.
     """
     files = run_files(directory)
@@ -180,9 +244,12 @@ def load_trained(directory: Path) -> TrainedModel:
         raise FileNotFoundError(f"{directory} is not the directory of a run")
     config = load_config(files.config)
     with contextlib.closing(read_checkpoints(files.checkpoints)) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
+        steps = checkpoints.all_steps()
+        if not steps:
             raise FileNotFoundError(f"{directory} has no checkpoint yet")
+        step = max(steps) if step is None else step
+        if step not in steps:
+            raise FileNotFoundError(f"{directory} has no checkpoint of step {step}, but {steps}")
         device = SingleDeviceSharding(jax.devices()[0])
         params = restore_params(checkpoints, step, abstract_state(config, device).params)
     tokenizer = load_tokenizer(files.tokenizer, config.data.end_of_document)
@@ -230,8 +297,10 @@ def load_config(path: Path) -> TrainingConfig:
     """
     try:
         fields = json.loads(path.read_text())
-        for name in ("paths", "validation_paths"):
-            fields["data"][name] = tuple(fields["data"].get(name, ()))
+        fields["data"] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in fields["data"].items()
+        }
         parts = {
             "model": ModelConfig,
             "data": DataConfig,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int, Key
@@ -16,7 +17,10 @@ from gdn2_jax.models import LanguageModel, next_token_loss
 from gdn2_jax.parallel import batch_sharding, on_mesh, param_shardings
 from gdn2_jax.training.compiler import compiler_options
 from gdn2_jax.training.config import TrainingConfig
-from gdn2_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gdn2_jax.training.optimizer import make_optimizer, schedule_borders, scheduled_rate
+
+KEYS = "threefry2x32"
+"""The kind of a run's random numbers: it goes on where JAX's default is another."""
 
 
 class TrainState(NamedTuple):
@@ -27,12 +31,14 @@ class TrainState(NamedTuple):
       params: of the model.
       opt_state: of the optimizer.
       rng: of the model's random numbers.
+      borders: of the schedule, from `schedule_borders`; not part of a checkpoint.
     """
 
     step: Int[Array, ""]
     params: Any
     opt_state: Any
     rng: Key[Array, ""]
+    borders: Int[Array, "3"] | None = None
 
 
 class StepMetrics(NamedTuple):
@@ -51,10 +57,16 @@ class StepMetrics(NamedTuple):
 
 def initial_state(config: TrainingConfig) -> TrainState:
     """Returns the state before the first step; traceable."""
-    params_key, rng = jax.random.split(jax.random.key(config.seed))
+    params_key, rng = jax.random.split(jax.random.key(config.seed, impl=KEYS))
     params = _initial_params(config, params_key)
-    optimizer = make_optimizer(config.optimizer, _schedule(config))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), rng)
+    opt_state = make_optimizer(config.optimizer, 0.0).init(params)
+    borders = jnp.asarray(run_borders(config))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng, borders)
+
+
+def run_borders(config: TrainingConfig) -> Int[np.ndarray, "3"]:
+    """Returns the borders of a run's schedule."""
+    return schedule_borders(config.optimizer, config.steps * config.accumulation)
 
 
 def abstract_state(config: TrainingConfig, where: Mesh | Sharding) -> TrainState:
@@ -125,14 +137,14 @@ def train_step(
         total, _ = jax.lax.scan(accumulate, zeros, microbatches)
         loss, grads = jax.tree.map(lambda x: x / count, total)
 
-    schedule = _schedule(config)
+    rate = scheduled_rate(config.optimizer, state.borders, count, state.step)
     with jax.named_scope("optimizer"):
-        updates, opt_state = make_optimizer(config.optimizer, schedule).update(
+        updates, opt_state = make_optimizer(config.optimizer, rate).update(
             grads, state.opt_state, state.params
         )
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss, schedule(state.step), optax.global_norm(grads))
-    return TrainState(state.step + 1, params, opt_state, rng), metrics
+        metrics = StepMetrics(loss, rate, optax.global_norm(grads))
+    return TrainState(state.step + 1, params, opt_state, rng, state.borders), metrics
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -164,9 +176,18 @@ def compile_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
 
 
 def jit_initial_state(config: TrainingConfig, mesh: Mesh) -> Callable:
-    """Returns `initial_state` of the configuration, without arguments, jitted for the mesh."""
-    init = functools.partial(initial_state, config)
+    """Returns `initial_state` of the configuration, without arguments, jitted for the mesh.
+
+    The borders of its schedule are those of another number of steps, so that this one compiles
+    nothing anew: use `with_borders`.
+    """
+    init = functools.partial(initial_state, dataclasses.replace(config, steps=1))
     return jax.jit(init, out_shardings=state_shardings(config, mesh))
+
+
+def with_borders(config: TrainingConfig, mesh: Mesh, state: TrainState) -> TrainState:
+    """Returns a state with the borders of the run's schedule."""
+    return state._replace(borders=jax.device_put(run_borders(config), replicated(mesh)))
 
 
 def abstract_batch(
@@ -187,8 +208,3 @@ def _initial_params(config: TrainingConfig, key: Key[Array, ""]) -> Any:
     # The definition of the operator traces ten times faster than kernels, and none of it remains.
     model = LanguageModel(dataclasses.replace(config.model, implementation="recurrent"))
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def _schedule(config: TrainingConfig) -> optax.Schedule:
-    microsteps = config.steps * config.accumulation
-    return learning_rate_schedule(config.optimizer, microsteps, config.accumulation)

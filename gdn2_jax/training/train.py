@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from typing import Any, Self
 
@@ -15,47 +16,75 @@ from tqdm import tqdm
 
 from gdn2_jax.data import train_iterator
 from gdn2_jax.evaluation import evaluate_perplexity, sample_text
-from gdn2_jax.parallel import any_process, batch_reader, put_batch
-from gdn2_jax.training.checkpoint import save_checkpoint
+from gdn2_jax.parallel import batch_reader, greatest_of_processes, put_batch
+from gdn2_jax.training.checkpoint import check_saved, save_checkpoint
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
 from gdn2_jax.training.metrics import MetricsLog, plot_losses, read_metrics
+from gdn2_jax.training.optimizer import scheduled_rate
 from gdn2_jax.training.programs import Programs, compile_programs
-from gdn2_jax.training.run import Run, save_config
-from gdn2_jax.training.step import StepMetrics, TrainState, abstract_state, replicated
+from gdn2_jax.training.run import Run, load_config, save_config
+from gdn2_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    replicated,
+    run_borders,
+    with_borders,
+)
+from gdn2_jax.training.weights import place_weights
 
 
 class DivergenceError(Exception):
     """The loss or the gradient is no longer finite."""
 
 
-def train(run: Run, programs: Programs | None = None) -> bool:
+class StoppedError(Exception):
+    """A signal has stopped the run, with a checkpoint.
+
+    Attributes:
+      signal: its number.
+    """
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"stopped after step {step} with a checkpoint; start again to continue")
+        self.signal = number
+
+
+def train(run: Run, programs: Programs | None = None) -> TrainState:
     """Trains from the run's latest checkpoint, or from the start, to its last step.
 
     Writes the files of `RunFiles`. A run that is killed at any point and started again ends with
     the same parameters, and the same metrics apart from times, as one that is not. SIGTERM and
     SIGINT end a run after the next step, with a checkpoint; of several processes, one that receives
-    it ends all after the next step that is logged.
+    it ends all after the next step that is logged. Signals reach the main thread only: in another
+    one they act as usual.
 
     Args:
-      run: from `open_run`.
+      run: from `open_run`; it is closed.
       programs: compiled for the run's configuration and mesh, to be spared the wait; compiled here if
         None.
 
     Returns:
-      Whether the run is complete, and not stopped by a signal.
+      The state after the last step.
 
     Raises:
+      ValueError: the weights of `config.init_from` are of another model.
+      StoppedError: a signal has stopped the run.
       DivergenceError: loss or gradient became NaN or infinite. Such a state is never saved.
+      CheckpointError: a checkpoint cannot be saved.
+      OSError: another file of the run cannot be written.
     """
     config, files = run.config, run.files
     start = 0 if run.state is None else int(run.state.step)
-    with contextlib.closing(run.checkpoints):
+    with contextlib.closing(run):
         if start >= config.steps and _is_summarized(run, start):
             _say(f"{files.config.parent} is finished at step {start}; more --steps continue it")
             _list_files(run)
-            return True
+            return run.state
 
+        if start and start < config.steps:
+            _say_change_of_rate(load_config(files.config), config, start)
         if _is_primary():
             save_config(config, files.config)
             run.corpus.tokenizer.save(files.tokenizer)
@@ -65,16 +94,37 @@ def train(run: Run, programs: Programs | None = None) -> bool:
             _say(f"continuing from the checkpoint of step {start}")
         state = run.state
         if start < config.steps:
-            programs = programs or _compile(run)
-            state = state or programs.initial_state()
             log = MetricsLog(files.metrics, files.tensorboard, start)
             with contextlib.closing(log):
-                state = _take_steps(run, programs, state, start, log)
-    if int(state.step) < config.steps:
-        _say(f"stopped after step {int(state.step)} with a checkpoint; start again to continue")
-        return False
-    _finish(run, state)
-    return True
+                params = None
+                if state is None and config.init_from:
+                    params = place_weights(config, run.mesh)
+                programs = programs or _compile(run)
+                state = state or programs.initial_state()
+                if params is not None:
+                    state = state._replace(params=params)
+                state = with_borders(config, run.mesh, state)
+                try:
+                    state = _take_steps(run, programs, state, start, log)
+                finally:
+                    with contextlib.suppress(OSError):
+                        _plot(run)
+        _finish(run, state)
+    return state
+
+
+def _say_change_of_rate(old: TrainingConfig, new: TrainingConfig, step: int) -> None:
+    """Tells what another number of steps does to the learning rate."""
+    before, after = (
+        float(scheduled_rate(config.optimizer, run_borders(config), config.accumulation, step))
+        for config in (old, new)
+    )
+    if not math.isclose(before, after, rel_tol=1e-2):
+        _say(
+            f"steps: {old.steps} before, {new.steps} now: the learning rate of the next step is "
+            f"{after:.2g} instead of {before:.2g}, as the schedule spans all steps (a run that "
+            "begins with --optimizer.schedule constant or wsd keeps its rate)"
+        )
 
 
 def _compile(run: Run) -> Programs:
@@ -87,42 +137,60 @@ def _compile(run: Run) -> Programs:
 def _take_steps(
     run: Run, programs: Programs, state: TrainState, start: int, log: MetricsLog
 ) -> TrainState:
-    """Returns the state after the last step, or after a signal."""
+    """Returns the state after the last step."""
     config = run.config
     batches, data_state = _open_batches(run)
     with contextlib.closing(batches), _StopSignal() as stop, _progress_bar(config, start) as bar:
         clock, clock_step = time.perf_counter(), start
+        shown = plotted = -math.inf
+        saved = start
+        # Of the steps since the last line of metrics; a run that goes on has those before it, too.
+        losses = run.progress.get("losses", [])
         for step in range(start + 1, config.steps + 1):
+            check_saved(run.checkpoints, saved)
             state, metrics = programs.train_step(state, _device_batch(run, next(batches)))
             bar.update()
+            losses.append(metrics.loss)
             last = step == config.steps
             validates = last or step % config.validate_every == 0
             logs = last or step == 1 or step % config.log_every == 0
             # Of several processes, all must stop after the same step.
             asks = logs or jax.process_count() == 1
-            stops = asks and any_process(stop.received)
+            stops = greatest_of_processes(stop.received) if asks else 0
             saves = last or stops or step % config.checkpoint_every == 0
             if logs or validates or saves:
-                row = {"step": step, "tokens": step * config.tokens_per_step}
-                row |= _checked(metrics, run, step)
+                losses = [float(loss) for loss in jax.device_get(losses)]
+                row = _checked(run, step, metrics, losses)
             if logs:
                 now = time.perf_counter()
                 row |= _speed(run, (step - clock_step) / (now - clock))
                 clock, clock_step = now, step
                 log.write(row)
+                losses = []
                 bar.set_postfix_str(_abbreviate(row), refresh=False)
+                if not sys.stderr.isatty() and (now - shown > 10 or last):
+                    _say(f"step {step:,} of {config.steps:,}: {_abbreviate(row)}")
+                    shown = now
             if validates and run.corpus.validation is not None:
                 validation = _validate(run, programs, state)
-                log.write({"step": step, **validation})
-                bar.write(f"step {step}: {_format(validation)}")
+                log.write({"step": step, "time": _time(), **validation})
+                _say(f"step {step:,}: {_format(validation)}")
             if saves:
                 progress = {"position": step * config.global_batch_size, **data_state}
-                progress["iterator"] = batches.get_state()
+                progress |= {"iterator": batches.get_state(), "losses": [*losses]}
+                check_saved(run.checkpoints, saved, wait=True)
                 save_checkpoint(run.checkpoints, state, progress)
+                saved = step
+            if _is_primary() and (validates or saves) and time.perf_counter() - plotted > 60:
+                _plot(run)
+                plotted = time.perf_counter()
             if validates or saves:
                 clock, clock_step = time.perf_counter(), step
             if stops:
                 break
+        check_saved(run.checkpoints, saved, wait=True)
+    if step < config.steps:
+        raise StoppedError(stops, step)
     return state
 
 
@@ -160,10 +228,14 @@ def _device_batch(run: Run, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     return put_batch(run.mesh, split)
 
 
-def _checked(metrics: StepMetrics, run: Run, step: int) -> dict[str, float]:
+def _checked(run: Run, step: int, metrics: StepMetrics, losses: list[float]) -> dict[str, float]:
     """Brings metrics to the host; waits for the step."""
-    row = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
-    if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+    sequences = step * run.config.global_batch_size
+    row = {"step": step, "time": _time(), "tokens": step * run.config.tokens_per_step}
+    row["epoch"] = sequences / len(run.corpus.train)
+    row |= {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+    row["mean_loss"] = math.fsum(losses) / len(losses)
+    if not (math.isfinite(row["mean_loss"]) and math.isfinite(row["grad_norm"])):
         saved = run.checkpoints.latest_step()
         raise DivergenceError(
             f"the run has diverged: loss {row['loss']}, gradient norm {row['grad_norm']} at step "
@@ -205,7 +277,7 @@ def _validate(run: Run, programs: Programs, state: TrainState) -> dict[str, floa
 
 
 def _finish(run: Run, state: TrainState) -> None:
-    """Writes sample, plot and summary."""
+    """Writes sample and summary."""
     config, files = run.config, run.files
     text = _sample(run, state) if config.sample_tokens else None
     if not _is_primary():
@@ -216,10 +288,25 @@ def _finish(run: Run, state: TrainState) -> None:
     summary = {"first_loss": losses[0]["loss"], **losses[-1], **(validations or [{}])[-1]}
     _say(_format(summary))
     if text is not None:
-        files.sample.write_text(text + "\n")
-    plot_losses(rows, files.plot)
+        files.sample.write_text(text + "\n", encoding="utf-8")
     files.summary.write_text(json.dumps(summary, indent=2) + "\n")
     _list_files(run)
+
+
+def _plot(run: Run) -> None:
+    if _is_primary():
+        title = f"{run.files.config.parent.name}: {run.config.model.mixer}, {_size(run)} parameters"
+        rows = read_metrics(run.files.metrics)
+        plot_losses(rows, run.files.plot, title=title, tokens_per_step=run.config.tokens_per_step)
+
+
+def _size(run: Run) -> str:
+    params = abstract_state(run.config, run.mesh).params
+    return f"{sum(x.size for x in jax.tree.leaves(params)):,}"
+
+
+def _time() -> float:
+    return round(time.time(), 3)
 
 
 def _sample(run: Run, state: TrainState) -> str:
@@ -252,10 +339,8 @@ def _is_summarized(run: Run, step: int) -> bool:
 
 
 def _describe(run: Run) -> str:
-    params = abstract_state(run.config, run.mesh).params
-    parameters = sum(x.size for x in jax.tree.leaves(params))
     return (
-        f"{parameters:,} parameters, {run.corpus.train.store.num_tokens:,} tokens of text, "
+        f"{_size(run)} parameters, {run.corpus.train.store.num_tokens:,} tokens of text, "
         f"{run.config.steps:,} steps of {run.config.tokens_per_step:,} tokens on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     )
@@ -277,8 +362,9 @@ def _progress_bar(config: TrainingConfig, start: int) -> tqdm:
         total=config.steps,
         initial=start,
         unit="step",
-        mininterval=1 if sys.stderr.isatty() else 10,
-        disable=not _is_primary(),
+        mininterval=1,
+        # Elsewhere lines are printed.
+        disable=not (_is_primary() and sys.stderr.isatty()),
     )
 
 
@@ -288,17 +374,27 @@ def _is_primary() -> bool:
 
 def _say(text: str) -> None:
     if _is_primary():
-        print(text, flush=True)
+        # Above the bar. A terminal that is gone does not end the run.
+        with contextlib.suppress(OSError):
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 class _StopSignal:
-    """Notes SIGTERM or SIGINT, and lets a second one act as usual."""
+    """Notes SIGTERM or SIGINT, and lets a second one act as usual.
+
+    Attributes:
+      received: the number of the signal; 0 before it.
+    """
 
     def __enter__(self) -> Self:
-        self.received = False
+        self.received = 0
+        main = threading.current_thread() is threading.main_thread()
         self._handlers = {
+            # Python lets no other thread handle signals.
             number: signal.signal(number, self._receive)
             for number in (signal.SIGTERM, signal.SIGINT)
+            if main
         }
         return self
 
@@ -307,5 +403,5 @@ class _StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number, frame) -> None:
-        self.received = True
+        self.received = number
         signal.signal(number, self._handlers[number])

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from gdn2_jax.models import PRESETS as MODELS
-from gdn2_jax.training import PRESETS, DivergenceError
+from gdn2_jax.training import PRESETS, DivergenceError, StoppedError
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "compare_mixers.py"
 
@@ -143,7 +143,7 @@ def test_every_recurrent_mixer_and_the_transformer_are_compared_by_default(scrip
 @pytest.mark.parametrize(
     ("outcome", "status"),
     [
-        (False, "compare_mixers.py: stopped"),
+        (StoppedError(15, 3), "143"),
         (DivergenceError("it has diverged"), "0"),
         (jax.errors.JaxRuntimeError("no memory"), "compare_mixers.py: failed: gdn2-0, kda-0"),
     ],
@@ -153,19 +153,18 @@ def test_a_stopped_run_ends_the_comparison_and_one_that_cannot_go_on_does_not(
 ):
     def train(run, programs):
         assert programs is None
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        raise outcome
 
     monkeypatch.setattr(script, "train", train)
     monkeypatch.setattr(script, "submit_programs", lambda config, mesh, pool: None)
     models = ["--models", "gdn2", "kda"]
     result = script.main(["tiny", *options, "--directory", str(tmp_path), *models])
     assert str(result).startswith(status)
-    assert ("kda-0" in capsys.readouterr().out) == (outcome is not False)
+    stopped = isinstance(outcome, StoppedError)
+    assert ("kda-0" in capsys.readouterr().out) == (not stopped)
     # What a stopped run has reached is in the table, too.
     rows = lines(tmp_path / "results.jsonl")
-    assert [row["finished"] for row in rows] == ([False, False] if outcome else [False])
+    assert [row["finished"] for row in rows] == ([False] if stopped else [False, False])
 
 
 @pytest.mark.parametrize(

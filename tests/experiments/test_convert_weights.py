@@ -95,3 +95,30 @@ def test_failures_are_one_line(run, command, tmp_path):
         status, _, _ = command("convert_weights.py", *arguments)
         assert status.startswith("convert_weights.py: ") and status.endswith(message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_disk_that_was_full_does_not_block_the_next_attempt(
+    run, command, tmp_path, monkeypatch, name
+):
+    write_text, write_bytes = Path.write_text, Path.write_bytes
+
+    def full(write):
+        def write_unless(path, *arguments, **options):
+            if path.name.startswith(name):
+                write(path, *[content[:5] for content in arguments], **options)
+                raise OSError(28, "No space left on device", str(path))
+            return write(path, *arguments, **options)
+
+        return write_unless
+
+    monkeypatch.setattr(Path, "write_text", full(write_text))
+    monkeypatch.setattr(Path, "write_bytes", full(write_bytes))
+    arguments = run[0], tmp_path / "out", "--shard-gigabytes=1e-6"
+    status, _, _ = command("convert_weights.py", *arguments)
+    assert status.startswith("convert_weights.py: [Errno 28] No space left on device")
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    assert command("convert_weights.py", *arguments)[0] == 0
+    status, output, _ = command("convert_weights.py", tmp_path / "out", tmp_path / "again")
+    assert status == 0 and f"wrote {tmp_path / 'again' / 'tokenizer.json'}" in output

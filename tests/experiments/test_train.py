@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from gdn2_jax.data import load_tokenizer, train_tokenizer
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models.blocks import MIXERS
 from gdn2_jax.parallel import make_mesh
@@ -24,6 +26,7 @@ from gdn2_jax.training import PRESETS, OptimizerConfig, check_mesh, load_trained
 from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
 from gdn2_jax.training.memory import predict_memory
 from gdn2_jax.training.metrics import read_metrics
+from gdn2_jax.training.run import load_config
 from gdn2_jax.training.step import abstract_state
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -49,10 +52,12 @@ OPTIONS = {
 }
 
 
-def command(script, *arguments, **environment):
+def command(script, *arguments, before=(), **environment):
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment}
+    if "JAX_COMPILATION_CACHE_DIR" not in environment:
+        variables["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     return subprocess.Popen(
-        [sys.executable, EXPERIMENTS / script, *map(str, arguments)],
+        [*before, sys.executable, EXPERIMENTS / script, *map(str, arguments)],
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -128,15 +133,19 @@ def uninterrupted(options, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interrupted(options, tmp_path_factory):
-    """Killed before the first checkpoint, during a save and between two; then stopped kindly."""
-    directory = tmp_path_factory.mktemp("runs") / "interrupted"
-    files = run_files(directory)
-    # Only this run's processes share compiled programs; the uninterrupted one has its own.
-    cache = {
+def cache(tmp_path_factory):
+    """Compiled programs that the runs share, but not the uninterrupted one."""
+    return {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+
+
+@pytest.fixture(scope="module")
+def interrupted(options, cache, tmp_path_factory):
+    """Killed before the first checkpoint, during a save and between two; then stopped kindly."""
+    directory = tmp_path_factory.mktemp("runs") / "interrupted"
+    files = run_files(directory)
     saved, logged = [], []
 
     def start():
@@ -180,7 +189,7 @@ def test_kills_came_when_they_were_meant_to(interrupted):
 
 @pytest.mark.slow
 def test_sigterm_ends_the_run_with_a_checkpoint_of_its_last_step(interrupted):
-    assert interrupted.stopped_status == 0
+    assert interrupted.stopped_status == 128 + signal.SIGTERM
     step = interrupted.saved[-1][-1]
     assert f"stopped after step {step} with a checkpoint" in interrupted.stopped_output
     assert interrupted.logged[-1] == step
@@ -206,12 +215,76 @@ def test_killed_run_ends_with_the_bits_of_the_uninterrupted_one(interrupted, uni
 def test_killed_run_leaves_the_metrics_of_the_uninterrupted_one(interrupted, uninterrupted):
     def rows(files):
         return [
-            {name: value for name, value in row.items() if name != "tokens_per_second"}
+            {
+                name: value
+                for name, value in row.items()
+                if name not in ("tokens_per_second", "time")
+            }
             for row in read_metrics(files.metrics)
         ]
 
     assert len(rows(uninterrupted)) == 200 + 4
     assert rows(interrupted.files) == rows(uninterrupted)
+
+
+@pytest.fixture
+def copy(uninterrupted, tmp_path):
+    return run_files(shutil.copytree(uninterrupted.config.parent, tmp_path / "copy"))
+
+
+@pytest.mark.slow
+def test_full_disk_ends_the_run_in_one_line_within_steps(options, cache, copy):
+    """Files of more than 20 kB cannot be written: arrays, but not the metrics."""
+    copy.metrics.unlink()
+    few = (
+        "--steps",
+        10_000,
+        "--log-every",
+        50,
+        "--validate-every",
+        10_000,
+        "--checkpoint-every",
+        210,
+    )
+    process = command(
+        *("train.py", *options, *few, "--run-dir", copy.config.parent),
+        before=("bash", "-c", 'ulimit -f 20; exec "$@"', "bash"),
+        **cache,
+    )
+    text = output(process)
+    assert process.returncode == 1, text
+    assert "Traceback" not in text
+    last = text.splitlines()[-1]
+    start = f"train.py: the checkpoint of step 210 cannot be saved in {copy.checkpoints}, the last "
+    assert last.startswith(start + "good one is that of step 200: ") and "File too large" in last
+    assert 210 <= logged_step(copy) < 420
+    assert copy.plot.stat().st_size
+
+
+@pytest.mark.slow
+def test_terminal_that_knows_only_ascii_gets_the_rest_escaped(options, cache, copy):
+    copy.summary.unlink()
+    process = command(
+        *("train.py", *options, "--sample-prompt", "\N{SNOWMAN}", "--run-dir", copy.config.parent),
+        PYTHONIOENCODING="ascii",
+        **cache,
+    )
+    text = output(process)
+    assert process.returncode == 0, text
+    assert "\\u2603" in text
+    assert copy.sample.read_text(encoding="utf-8").startswith("\N{SNOWMAN}")
+    assert copy.summary.exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_is_one_line_and_status_130(options, tmp_path):
+    process = command("train.py", *options, "--run-dir", tmp_path)
+    while "parameters" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    text = output(process)
+    assert process.returncode == 128 + signal.SIGINT
+    assert text.splitlines()[-1] == "train.py: stopped by SIGINT" and "Traceback" not in text
 
 
 @pytest.mark.slow
@@ -234,11 +307,17 @@ def script():
 
 
 def test_options_change_the_preset_that_is_named_first(script):
-    config, directory = script.parse(["--data", "a.txt", "b.txt", "--optimizer.beta2", "0.99"])
+    config, directory, fit_vocabulary = script.parse(
+        ["--data", "a.txt", "b.txt", "--optimizer.beta2", "0.99"]
+    )
     assert directory == Path("runs/tiny") and config.model == PRESETS["tiny"].model
-    assert config.data.paths == ("a.txt", "b.txt") and config.optimizer.beta2 == 0.99
+    assert (
+        fit_vocabulary
+        and config.data.paths == ("a.txt", "b.txt")
+        and config.optimizer.beta2 == 0.99
+    )
 
-    config, directory = script.parse(["gdn2_1.3B", "--model.num-layers", "2"])
+    config, directory, _ = script.parse(["gdn2_1.3B", "--model.num-layers", "2"])
     assert directory == Path("runs/gdn2_1.3B")
     assert config.model == dataclasses.replace(PRESETS["gdn2_1.3B"].model, num_layers=2)
     assert config.tokens_per_step == 524_288 and config.optimizer == OptimizerConfig()
@@ -249,7 +328,7 @@ def test_the_readmes_lines_fit_gpus_of_80_gb(script):
     readme = (EXPERIMENTS.parent / "README.md").read_text()
     lines = re.findall(r"experiments/train.py (swa_gdn2_1.3B .*)", readme)
     for line, devices, hosts in zip(lines, (1, 8, 8, 8), (1, 1, 4, 4), strict=True):
-        config, _ = script.parse(line.split())
+        config, *_ = script.parse(line.split())
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size // hosts)
         mesh = make_mesh(config.mesh, jax.devices()[:devices])
         check_mesh(config, mesh)
@@ -257,12 +336,45 @@ def test_the_readmes_lines_fit_gpus_of_80_gb(script):
 
 
 def test_mixer_takes_the_matched_model_and_options_override_it(script):
-    config, directory = script.parse(["--mixer", "kda", "--model.num-heads", "4"])
+    config, directory, _ = script.parse(["--mixer", "kda", "--model.num-heads", "4"])
     assert directory == Path("runs/tiny-kda")
     assert config.model == dataclasses.replace(MODELS["swa_kda_tiny"], num_heads=4)
     assert config.data == PRESETS["tiny"].data
-    config, _ = script.parse(["gdn2_1.3B", "--mixer=mamba3_mimo"])
+    config, *_ = script.parse(["gdn2_1.3B", "--mixer=mamba3_mimo"])
     assert config.model == MODELS["mamba3_mimo_1.3B"]
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_it_is_given(script, tmp_path):
+    train_tokenizer(["the red cat sits under a green tree"] * 9, 300).save(tmp_path / "t.json")
+    size = load_tokenizer(tmp_path / "t.json").vocab_size
+    for options, expected in (
+        ([], 257),
+        (["--data.tokenizer", "train:999"], 999),
+        ([f"--data.tokenizer={tmp_path / 't.json'}"], size),
+    ):
+        config, _, fit_vocabulary = script.parse(["gdn2_1.3B", *options])
+        assert fit_vocabulary
+        assert script.with_vocabulary(config).model.vocab_size == expected
+    assert not script.parse(["--model.vocab_size", "512"]).fit_vocabulary
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_by_its_directory_alone_and_starts_others(script, uninterrupted):
+    source = uninterrupted.config.parent
+    old = load_config(uninterrupted.config)
+    assert script.parse(["--run-dir", str(source)]) == (old, source, False)
+    config, *_ = script.parse([f"--run_dir={source}", "--steps", "300"])
+    assert config == dataclasses.replace(old, steps=300)
+    # With a preset, whatever is not given is the preset's.
+    assert script.parse(["tiny", "--run-dir", str(source)]).config == PRESETS["tiny"]
+
+    given = ["--init-from", str(source), "--data", "b.txt", "--optimizer.learning-rate", "1e-4"]
+    config, directory, _ = script.parse(given)
+    assert directory == Path("runs/tiny-from-uninterrupted")
+    assert config.model == old.model and config.steps == 200
+    assert config.data.paths == ("b.txt",) and config.optimizer.learning_rate == 1e-4
+    config, *_ = script.parse(["tiny", *given])
+    assert config.model == old.model and config.steps == PRESETS["tiny"].steps
 
 
 @pytest.mark.slow
@@ -286,6 +398,15 @@ def test_every_mixer_trains_in_the_tiny_preset_and_generates(script, mixer, tmp_
     summary = json.loads(run_files(tmp_path).summary.read_text())
     assert summary["loss"] < summary["first_loss"] - 0.2
     assert run_files(tmp_path).sample.read_text().startswith("def ")
+
+
+def test_an_implementation_that_the_device_has_not_is_refused_in_one_line(
+    script, options, tmp_path
+):
+    arguments = [str(option) for option in options if "implementation" not in str(option)]
+    chosen = ["--model.implementation=pallas", "--global-batch-size=16"]
+    status = script.main([*arguments, *chosen, "--run-dir", str(tmp_path)])
+    assert status.startswith("train.py: ") and "pallas" in status and "\n" not in status
 
 
 def test_help_shows_presets_and_options(script, capsys):

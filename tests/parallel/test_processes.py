@@ -124,7 +124,7 @@ def test_a_job_that_loses_a_process_fails_and_goes_on_exactly_also_with_others(a
     job = Job(tmp_path / "four", 4, 1, *arguments, *mesh)
     job.wait_for_step(saved[-1] + 5)
     job.processes[2].send_signal(signal.SIGTERM)
-    assert job.wait() == [0] * 4, job.outputs()
+    assert job.wait() == [128 + signal.SIGTERM] * 4, job.outputs()
     step = job.logged_step()
     assert f"stopped after step {step} with a checkpoint" in job.outputs()[0]
     assert (job.files.checkpoints / str(step)).is_dir()

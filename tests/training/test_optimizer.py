@@ -7,7 +7,12 @@ import pytest
 
 from gdn2_jax.models import PRESETS, LanguageModel
 from gdn2_jax.training import OptimizerConfig
-from gdn2_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from gdn2_jax.training.optimizer import (
+    decay_mask,
+    make_optimizer,
+    schedule_borders,
+    scheduled_rate,
+)
 
 
 def paper_eta(i, warmup, last, peak=4e-4):
@@ -17,6 +22,11 @@ def paper_eta(i, warmup, last, peak=4e-4):
     if i > last:
         return end
     return end + (peak - end) * (1 + math.cos(math.pi * (i - warmup) / (last - warmup))) / 2
+
+
+def learning_rate_schedule(config, microsteps, accumulation):
+    borders = schedule_borders(config, microsteps)
+    return lambda step: scheduled_rate(config, borders, accumulation, step)
 
 
 @pytest.mark.parametrize(("accumulation", "steps"), [(1, 190_734), (4, 47_683)])
@@ -32,6 +42,26 @@ def test_first_learning_rate_is_zero_without_accumulation_only():
     config = OptimizerConfig(warmup=0.1)
     assert learning_rate_schedule(config, 100, 1)(0) == 0
     np.testing.assert_allclose(learning_rate_schedule(config, 400, 4)(0), 4e-4 * 3 / 40, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", {0: 0, 5: 0.5, 10: 1, 99: 1, 500: 1}),
+        ("wsd", {5: 0.5, 10: 1, 79: 1, 80: 1, 90: 0.55, 100: 0.1, 500: 0.1}),
+    ],
+)
+def test_other_schedules_stay_at_the_peak(schedule, rates):
+    config = OptimizerConfig(learning_rate=1.0, warmup=0.1, schedule=schedule)
+    for step, rate in rates.items():
+        np.testing.assert_allclose(learning_rate_schedule(config, 100, 1)(step), rate, rtol=1e-6)
+
+
+def test_more_steps_change_the_rate_of_the_cosine_alone():
+    for schedule, same in (("cosine", False), ("constant", True), ("wsd", True)):
+        config = OptimizerConfig(schedule=schedule)
+        rates = [learning_rate_schedule(config, steps, 1)(500) for steps in (1000, 2000)]
+        assert (rates[0] == rates[1]) == same
 
 
 def test_schedule_without_warmup_starts_at_the_peak():
@@ -64,7 +94,7 @@ def test_each_decay_mask_leaves_out_what_it_says(params):
 
 def test_update_is_adamw_of_the_clipped_gradient():
     config = OptimizerConfig(clip_norm=0.5)
-    optimizer = make_optimizer(config, lambda step: 0.1)
+    optimizer = make_optimizer(config, 0.1)
     params = {"lm_head": {"kernel": jnp.array([3.0, 4.0])}}
     grads = {"lm_head": {"kernel": jnp.array([6.0, -8.0])}}
     state = optimizer.init(params)
@@ -90,7 +120,7 @@ def test_averages_have_the_dtypes_asked_for_and_follow_those_of_float32(param_dt
     params = {"kernel": jnp.linspace(1, 2, 64).astype(param_dtype)}
 
     def moments(mean_dtype, dtype):
-        optimizer = make_optimizer(OptimizerConfig(mean_dtype=mean_dtype), lambda step: 0.1)
+        optimizer = make_optimizer(OptimizerConfig(mean_dtype=mean_dtype), 0.1)
         cast = [jax.tree.map(lambda x: x.astype(dtype), tree) for tree in (grads, params)]
         state = optimizer.init(cast[1])
         for _ in range(3):
@@ -109,6 +139,8 @@ def test_averages_have_the_dtypes_asked_for_and_follow_those_of_float32(param_dt
     [
         ("learning_rate", 0.0),
         ("warmup", 1.0),
+        ("decay", -0.1),
+        ("schedule", "linear"),
         ("clip_norm", float("nan")),
         ("decay_mask", "none"),
         ("mean_dtype", "int8"),

@@ -1,13 +1,16 @@
+import contextlib
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from gdn2_jax.data import train_iterator
+from gdn2_jax.data.tokenizer import ByteTokenizer
 from gdn2_jax.training import CheckpointError, is_finished, load_trained, open_run, run_files
 from gdn2_jax.training.checkpoint import restore_checkpoint
-from gdn2_jax.training.run import load_config, save_config
+from gdn2_jax.training.run import _warn_of_loss, load_config, save_config
 from gdn2_jax.training.step import abstract_state, replicated
 from gdn2_jax.training.train import _open_batches
 
@@ -49,7 +52,14 @@ def test_what_changes_no_number_may_differ(config, finished):
     other = replace(config, steps=99, log_every=7, data__num_workers=1, model__remat="full")
     run = open_run(other, finished)
     assert int(run.state.step) == 8
-    run.checkpoints.close()
+    run.close()
+
+
+def test_a_run_goes_on_where_jax_has_another_kind_of_random_numbers(config, finished):
+    with jax.default_prng_impl("rbg"):
+        run = open_run(config, finished)
+    assert jax.random.key_impl(run.state.rng) == "threefry2x32"
+    run.close()
 
 
 def test_a_run_is_finished_by_its_summary_and_for_its_own_configuration(config, finished, copy):
@@ -73,6 +83,19 @@ def test_tokenizer_must_fit_the_model(config, tmp_path):
     with pytest.raises(ValueError, match="model.vocab_size: .* tokenizer's 257, got 100"):
         open_run(replace(config, model__vocab_size=100), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_alters_text_is_told_once(config, caplog):
+    class Lower(ByteTokenizer):
+        def encode(self, text):
+            return super().encode(text.lower())
+
+    _warn_of_loss(config, ByteTokenizer())
+    assert not caplog.records
+    _warn_of_loss(config, Lower())
+    (record,) = caplog.records
+    assert "data.tokenizer: bytes alters text: 'Ab  c\\tD" in record.getMessage()
+    assert "becomes 'ab  c\\td" in record.getMessage()
 
 
 def test_empty_corpus_is_refused_before_the_run_directory_exists(config, tmp_path):
@@ -121,12 +144,21 @@ def test_flipped_byte_anywhere_in_a_checkpoint_is_reported_or_harmless(config, c
             jax.tree.map(np.testing.assert_array_equal, plain(state), plain(run.state))
             assert progress == run.progress
         flip(path, position)
-    run.checkpoints.close()
+    run.close()
     for message in messages.values():
         assert "checkpoints/8 is damaged" in message and "go on from step 4" in message
     assert {path for path, _ in messages} >= {arrays, *files[0].parent.glob("content/metadata")}
     # Damage that orbax does not notice.
     assert any("altered since it was saved: ['" in message for message in messages.values())
+
+
+def test_keys_are_read_without_orbaxs_note_of_what_the_arrays_were(config, copy, finished):
+    shutil.rmtree(run_files(copy).checkpoints / "8" / "run" / "array_metadatas")
+    states = []
+    for directory in (copy, finished):
+        with contextlib.closing(open_run(config, directory)) as run:
+            states.append(plain(run.state))
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_altered_progress_is_reported(config, copy):
@@ -143,7 +175,7 @@ def test_parameters_alone_can_be_read(config, finished):
     run = open_run(config, finished)
     jax.tree.map(np.testing.assert_array_equal, trained.params, run.state.params)
     assert trained.step == 8 and trained.config == config and trained.tokenizer.vocab_size == 257
-    run.checkpoints.close()
+    run.close()
 
 
 def test_directory_without_a_run_is_refused(tmp_path):
@@ -163,11 +195,12 @@ def test_data_go_on_where_they_stopped_for_the_same_and_for_other_readers(
         next(stream)
     for _ in range(2):
         jax.tree.map(np.testing.assert_array_equal, next(batches), next(stream))
-    batches.close(), stream.close(), run.checkpoints.close()
+    batches.close(), stream.close(), run.close()
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("steps", 0), ("accumulation", 3), ("checkpoints_kept", 0), ("seed", -1)]
+    ("field", "value"),
+    [("steps", 0), ("accumulation", 3), ("checkpoints_kept", 0), ("seed", -1), ("seed", 2**32)],
 )
 def test_config_names_the_field_that_is_out_of_range(config, field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected .* got {value}"):

@@ -10,7 +10,7 @@ import pytest
 from gdn2_jax.models import LanguageModel
 from gdn2_jax.parallel import make_mesh
 from gdn2_jax.training.run import check_mesh
-from gdn2_jax.training.step import initial_state, jit_train_step, train_step
+from gdn2_jax.training.step import initial_state, jit_initial_state, jit_train_step, train_step
 
 
 def random_batch(config, seed=0):
@@ -91,6 +91,17 @@ def test_eight_devices_take_the_same_step_as_one(float64_config, one_step):
     np.testing.assert_allclose(actual_metrics.loss, metrics.loss, rtol=1e-9)
     assert_close(actual.params, expected.params, 2e-6)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(actual.params))
+
+
+def test_another_number_of_steps_compiles_nothing_anew(config):
+    programs = []
+    for steps in (8, 99):
+        other = dataclasses.replace(config, steps=steps, global_batch_size=16, accumulation=2)
+        state = jax.eval_shape(functools.partial(initial_state, other))
+        lowered = jit_train_step(other, make_mesh()).lower(state, random_batch(other))
+        first = jit_initial_state(other, make_mesh()).lower()
+        programs.append((lowered.as_text(), first.as_text()))
+    assert programs[0] == programs[1]
 
 
 def test_step_moves_the_random_numbers_and_the_count(one_step):

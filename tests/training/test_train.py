@@ -1,11 +1,15 @@
 import dataclasses
 import json
+import signal
+import threading
+import time
 
 import pytest
 
 from gdn2_jax.training import (
     DivergenceError,
     OptimizerConfig,
+    StoppedError,
     load_trained,
     open_run,
     run_files,
@@ -19,9 +23,17 @@ def test_loss_falls_and_is_logged_with_all_that_belongs_to_it(config, finished):
     training, validation = rows[:-1], rows[-1]
     assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert all(
-        row.keys() == {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+        row.keys()
+        == {
+            *("step", "time", "tokens", "epoch", "loss", "mean_loss", "learning_rate", "grad_norm"),
+            "tokens_per_second",
+        }
         for row in training
     )
+    assert all(row["mean_loss"] == row["loss"] for row in training)  # Every step is logged.
+    now = time.time()
+    assert now - 1000 < training[0]["time"] <= training[-1]["time"] <= validation["time"] <= now
+    assert training[-1]["epoch"] == 8 * training[0]["epoch"] and 0 < training[0]["epoch"] < 1
     assert [row["tokens"] for row in training] == [8 * 32 * step for step in range(1, 9)]
     assert 5.3 < training[0]["loss"] < 5.8
     assert training[-1]["loss"] < training[0]["loss"] - 0.5
@@ -61,3 +73,30 @@ def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_path)
         train(open_run(config, tmp_path))
     assert [row["step"] for row in read_metrics(run_files(tmp_path).metrics)] == [1]
     assert load_trained(tmp_path).step == 1
+
+
+def test_run_in_a_thread_trains_and_a_signal_stops_the_one_in_the_main_thread(config, copy):
+    """With the checkpoint of its last step."""
+    config = dataclasses.replace(config, steps=100_000, sample_tokens=0)
+    states = []
+
+    def train_briefly():
+        states.append(train(open_run(dataclasses.replace(config, steps=9), copy)))
+
+    thread = threading.Thread(target=train_briefly)
+    thread.start()
+    thread.join()
+    assert int(states[0].step) == 9
+
+    def stop_soon():
+        while read_metrics(run_files(copy).metrics)[-1]["step"] < 20:
+            time.sleep(0.05)
+        signal.raise_signal(signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_soon)
+    thread.start()
+    with pytest.raises(StoppedError, match="stopped after step .* with a checkpoint") as stop:
+        train(open_run(config, copy))
+    thread.join()
+    assert stop.value.signal == signal.SIGTERM
+    assert load_trained(copy).step == read_metrics(run_files(copy).metrics)[-1]["step"]

@@ -10,6 +10,7 @@ from gdn2_jax.interop.pytorch.model import (
     Pretrained,
     convert_pretrained,
     load_pretrained,
+    pretrained_config,
     save_pretrained,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "layer_to_pytorch",
     "load_pretrained",
     "open_tensors",
+    "pretrained_config",
     "save_pretrained",
     "write_tensors",
 ]

@@ -141,14 +141,14 @@ def write_tensors(
         for file, shard in zip(files, shards, strict=True):
             _write_file(path / file, shard, under, on_tensor)
             undo.callback((path / file).unlink)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(tensor.bytes for tensor in tensors.values())},
+                "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
+            }
+            files.append(f"{stem}.{file_format}.index.json")
+            write_json(path / files[-1], index)
         undo.pop_all()
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.bytes for tensor in tensors.values())},
-            "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
-        }
-        files.append(f"{stem}.{file_format}.index.json")
-        write_json(path / files[-1], index)
     return [path / file for file in files]
 
 
@@ -175,8 +175,11 @@ def unwrapped(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def write_json(path: Path, content: dict) -> None:
     """Writes a JSON file, as a whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def names_a_file(path: Path) -> bool:
@@ -275,7 +278,11 @@ def _write_file(path: Path, tensors, under, on_tensor) -> None:
         else:
             from safetensors.numpy import save_file
 
+            # save_file makes a file that its owner alone can read, whatever the umask says.
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file({name: read(name) for name in tensors}, temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

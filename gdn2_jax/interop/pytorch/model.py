@@ -1,5 +1,6 @@
 """Whole language models: from a PyTorch checkpoint, to one, and from style to style."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,6 +83,11 @@ def load_pretrained(
     return Pretrained(config, params_of_leaves(leaves, sharding))
 
 
+def pretrained_config(path: str | Path) -> ModelConfig:
+    """Returns what `load_pretrained` of the path takes as the model, reading no weights."""
+    return _open(Path(path), None)[0]
+
+
 def save_pretrained(
     path: str | Path,
     config: ModelConfig,
@@ -101,7 +107,7 @@ def save_pretrained(
       **options: `file_format`, `shard_bytes` and `on_tensor` of `write_tensors`.
 
     Returns:
-      The files written.
+      The files written; none if one fails.
 
     Raises:
       FileExistsError: there are weights already.
@@ -195,5 +201,10 @@ def _save(
     if description.exists():
         raise FileExistsError(f"{description} exists already")
     files = write(path, tensors)
-    write_json(description, content)
+    with contextlib.ExitStack() as undo:
+        # Weights without it would be in the way of the next attempt.
+        for file in files:
+            undo.callback(file.unlink)
+        write_json(description, content)
+        undo.pop_all()
     return [*files, description]

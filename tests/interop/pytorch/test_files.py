@@ -156,6 +156,13 @@ def test_a_write_stopped_by_ctrl_c_can_be_started_again(tmp_path, arrays, file_f
     assert_same(open_tensors(tmp_path), arrays)
 
 
+def test_files_may_be_read_by_all_whom_the_umask_allows(tmp_path, arrays):
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path, stored(arrays))
+    modes = [(tmp_path / name).stat().st_mode for name in ("model.safetensors", "plain")]
+    assert modes[0] == modes[1]
+
+
 @pytest.mark.parametrize("indexed", [False, True])
 def test_tied_weights_stored_once_have_all_their_names(tmp_path, indexed):
     """As safetensors.torch.save_model leaves them."""

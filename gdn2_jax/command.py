@@ -1,0 +1,129 @@
+"""How the scripts in experiments/ start and end: a mistake is one line, not a traceback.
+
+Imported before other packages, it names the extra that one belongs to if it is not installed.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import platform
+import re
+import signal
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# Packages by their extra; all others of the scripts are in "train".
+_EXTRAS = {
+    "flatbuffers": "train,interop",
+    "safetensors": "train,interop",
+    "fla": "train,interop,peers",
+    "torch": "train,interop,peers",
+    "lm_eval": "train,eval",
+}
+
+
+def _show(kind, error, traceback) -> None:
+    """Shows an error, that of a missing package as one line; a `sys.excepthook`."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if issubclass(kind, ModuleNotFoundError) and package not in ("", "gdn2_jax", "pallas"):
+        extra = _EXTRAS.get(package, "train")
+        script = Path(sys.argv[0]).name
+        print(f'{script}: {package} is not installed: pip install ".[{extra}]"', file=sys.stderr)
+    elif (kind, str(error)) != (RuntimeError, "Event loop is closed"):
+        # That is what tensorstore's threads say after a failed write, of which orbax tells.
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _show
+
+
+class _Terminated(BaseException):
+    """SIGTERM has arrived."""
+
+
+def run_command(
+    name: str, main: Callable[[], int | str | None], *, keep_programs: bool = False
+) -> int | str | None:
+    """Runs a script. Text that the terminal cannot show is escaped.
+
+    Args:
+      name: of the script.
+      main: reads the command line and does the work.
+      keep_programs: keep what is compiled in ~/.cache/gdn2_jax, unless JAX_COMPILATION_CACHE_DIR
+        names another directory; not for scripts that time compilation.
+
+    Returns:
+      The exit status or a message, for `sys.exit`: what `main` returned, or one line if it raised
+      an error that a user can mend. JAX_TRACEBACK_FILTERING=off shows where.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    # Orbax logs each error that it raises, with a traceback.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if keep_programs and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(_compilation_cache()))
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return main()
+    except (KeyboardInterrupt, _Terminated) as stop:
+        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        sys.stdout.flush()
+        print(f"\n{name}: stopped by {number.name}", file=sys.stderr, flush=True)
+        # An orderly exit would wait for threads that compile.
+        os._exit(128 + number)
+    except (ValueError, OSError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        line = str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            line = out_of_memory(error)
+        if line is None or os.environ.get("JAX_TRACEBACK_FILTERING") == "off":
+            raise
+        return f"{name}: {line}"
+
+
+def require_positive(options: Any, **least: int) -> None:
+    """Checks the numbers of a script's options.
+
+    Args:
+      options: a dataclass; its numbers, and those in its tuples, must be at least 1.
+      **least: what those of other fields must at least be.
+
+    Raises:
+      ValueError: one is less; the message names the field.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        minimum = least.get(field.name, 1)
+        # NaN is not at least anything.
+        if not all(x >= minimum for x in numbers if type(x) in (int, float)):
+            raise ValueError(f"{field.name}: expected at least {minimum}, got {value}")
+
+
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> str | None:
+    """Returns one line about an error if it is that a device has too little memory, else None."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return None
+    asked = re.search(r"allocat\w+ (?:of |request for )?([\d.]+ ?[KMGT]?i?B|\d+ bytes)", text)
+    return f"out of device memory, allocating {asked[1]}" if asked else textwrap.shorten(text, 200)
+
+
+def _terminate(number, frame) -> None:
+    raise _Terminated
+
+
+def _compilation_cache() -> Path:
+    """A directory for this kind of CPU: its programs may not run on another of the same home."""
+    try:
+        facts = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        facts = []
+    flags = sorted({line for line in facts if line.startswith(("flags", "Features", "model name"))})
+    digest = hashlib.blake2b("".join(flags).encode(), digest_size=4).hexdigest()
+    return Path.home() / ".cache" / "gdn2_jax" / f"compiled-{platform.machine()}-{digest}"
