@@ -90,7 +90,12 @@ def arguments(tmp_path_factory):
         words = draw.choices(["the", "red", "cat", "sits", "under", "a", "green", "tree"], k=400)
         (directory / f"{i}.txt").write_text(" ".join(words))
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-    return [*options, f"--data.cache-directory={directory / 'cache'}", "--data", directory]
+    return [
+        *options,
+        f"--data.cache-directory={tmp_path_factory.mktemp('cache')}",
+        "--data",
+        directory,
+    ]
 
 
 def losses(files):

@@ -55,7 +55,7 @@ def config(corpus_directory):
         data=DataConfig(
             paths=(str(corpus_directory),),
             sequence_length=32,
-            cache_directory=str(corpus_directory / "cache"),
+            cache_directory=str(corpus_directory.with_name("cache")),
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         steps=8,
