@@ -7,12 +7,14 @@ before and after the chunk:
     dAqk = tril(dO R^T)    dT = -stril(dZ R^T)    dv = w dZ    dw = v dZ
 
 Two warpgroups for each chunk and head own half of the key channels each. Sums over pairs of rows go block by block
-of 16 rows, as in the forward, relative to the running sum `a` of g at each block's middle row:
+of 16 rows, as in the forward, with the sums P of g since each block began:
 
-    dk_s = exp(a - G_s) (dT^T [e exp(G - a)] + dAqk^T [q exp(G - a)])    a in r's block
-    de_r = exp(G_r - a) dT [k exp(a - G)]    dq_r = exp(G_r - a) dAqk [k exp(a - G)]    a in s's
+    dk_s = 2^(-c - P_s) (dT^T [e 2^(P + c)] + dAqk^T [q 2^(P + c)])
+    de_r = 2^(P_r + c') dT [k 2^(-c' - P)]    dq_r = 2^(P_r + c') dAqk [k 2^(-c' - P)]
 
-What is summed so far moves on from one block's reference to the next by one factor a channel.
+What is summed so far moves from one block's beginning to the next by the decays of its two halves, one after the
+other. Between underflow and overflow there is room for every g and for gradients dT and dAqk of pairs from 1e-11 to
+1e5 or so; where no gate is strong, far beyond 1e5.
 
 The gradient of g sums what depends on each G over the rows below. dAqk's diagonal stays out of it:
 those pairs do not decay, and their share of dg is zero only until it is rounded.
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas import mosaic
-from pallas.intra_chunk_forward import BLOCK, CLAMP, LOG2_E, UNDERFLOW, sum_matrices
+from pallas.intra_chunk_forward import BLOCK, CLAMP, HALF, LOG2_E, UNDERFLOW, sum_matrices
 from pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
 
 _WARPGROUPS = 2
@@ -35,6 +37,9 @@ _BLOCKS = CHUNK // BLOCK
 _BLOCK_SWIZZLE = 2 * BLOCK
 _PIECE = 32
 _VALUES = 128
+_STEPS = (CHUNK - BLOCK) // HALF
+# The constants c' and c: P is at least -192, and sums over pairs start with their operands' range.
+_ROW_CENTRE, _COLUMN_CENTRE = -CLAMP * HALF - 16, -CLAMP * HALF + 8
 
 
 def chunk_backward(
@@ -55,7 +60,7 @@ def chunk_backward(
       states: [BH, N, V, K] bf16, before each chunk.
       d_states: [BH, N, V, K] bf16, gradient of the state after each chunk.
       decay: [BH, N, K] fp32, of a whole chunk, zero where no segment spans it.
-      steps: [BH, N, 3, K] fp32, from `intra_chunk_forward`.
+      steps: [BH, N, 6, K] fp32, from `intra_chunk_forward`.
       masks: None, or `Masks` of the segments.
       scale: factor on q.
 
@@ -223,17 +228,19 @@ def chunk_backward(
         plgpu.commit_smem()
         plgpu.barrier_arrive(pairs_ready)
 
-        # Sums of g: up to each row, beyond it, and from its block's middle row to it.
+        # Sums of g: up to each row, beyond it, and from its block's beginning up to it.
         parts = [k_parts.at[wg, i] for i in range(2)]
 
         def sum_g(limit, *matrices):
-            value = jnp.maximum(plgpu.load(gs.at[wg], layout=WGMMA), limit) * LOG2_E
+            value = jnp.maximum(plgpu.load(gs.at[wg], layout=WGMMA) * LOG2_E, limit)
             store_parts(k_parts, value)
             plgpu.commit_smem()
             return [matmul(shape, *((matrix, part) for part in parts)) for matrix in matrices]
 
         plgpu.barrier_wait(with_g.at[wg])
-        to_row, from_row = sum_g(UNDERFLOW, sum_tiles.at[0], sum_tiles.at[0].transpose((1, 0)))
+        to_row, from_row = sum_g(
+            UNDERFLOW * LOG2_E, sum_tiles.at[0], sum_tiles.at[0].transpose((1, 0))
+        )
         gamma = jnp.exp2(to_row)
         tail = jnp.exp2(from_row - sum(plgpu.load(x, layout=WGMMA).astype(f32) for x in parts))
         if masks is not None:
@@ -245,27 +252,28 @@ def chunk_backward(
         ):
             target[wg] = value.astype(bf16)
         plgpu.commit_smem()
-        (to_middle,) = sum_g(CLAMP, sum_tiles.at[1])
+        (in_block,) = sum_g(CLAMP, sum_tiles.at[1])
         plgpu.commit_smem()  # every warp is done with the parts of g
         plgpu.barrier_wait(with_keys.at[wg])
         for piece in pieces:
             keys, gates, queries = (load_piece(x, piece) for x in (ks, bs, qs))
-            up = jnp.exp2(part_of(to_middle, piece))
+            up = jnp.exp2(part_of(in_block, piece) + _COLUMN_CENTRE)
             store_parts(k_parts, keys * gates * up, piece)
             store_parts(q_parts, queries * scale * up, piece)
         plgpu.commit_smem()
         plgpu.barrier_wait(pairs_ready)
 
-        def step(i, moved):
-            """The factor from the reference of block i - 1 to that of block i, where `moved`."""
-            return jnp.where(moved, vector(steps_tile.at[i - 1, channels]), 1.0)
+        def move(accumulator, i, rows):
+            """Where `rows`, takes a sum between the beginnings of block i and of the next."""
+            value = accumulator.get()
+            first, second = (vector(steps_tile.at[2 * i + half, channels]) for half in range(2))
+            accumulator.set(jnp.where(rows, value * first * second, value))
 
         def by_column(accumulator):
             for i in reversed(range(_BLOCKS)):
                 at = pl.ds(BLOCK * i, BLOCK)
                 if i + 1 < _BLOCKS:
-                    factor = step(i + 1, strip_row < BLOCK * (i + 1))
-                    accumulator.set(accumulator.get() * factor)
+                    move(accumulator, i, strip_row < BLOCK * (i + 1))
                 for part in range(2):
                     accumulator.add(pairs.at[1, at].transpose((1, 0)), k_parts.at[wg, part, at])
                     accumulator.add(pairs.at[0, at].transpose((1, 0)), q_parts.at[wg, part, at])
@@ -275,7 +283,7 @@ def chunk_backward(
         dk_pairs = mosaic.with_accumulators(by_column, shape)
         plgpu.commit_smem()  # every warp is done with the parts of e and q
         for piece in pieces:
-            down = jnp.exp2(-part_of(to_middle, piece))
+            down = jnp.exp2(-_ROW_CENTRE - part_of(in_block, piece))
             store_parts(k_parts, load_piece(ks, piece) * down, piece)
         plgpu.commit_smem()
 
@@ -283,9 +291,8 @@ def chunk_backward(
             for i in range(_BLOCKS):
                 at = pl.ds(BLOCK * i, BLOCK)
                 if i:
-                    factor = step(i, strip_row >= BLOCK * i)
-                    for_e.set(for_e.get() * factor)
-                    for_q.set(for_q.get() * factor)
+                    move(for_e, i - 1, strip_row >= BLOCK * i)
+                    move(for_q, i - 1, strip_row >= BLOCK * i)
                 for part in range(2):
                     for_e.add(pairs.at[1, :, at], k_parts.at[wg, part, at])
                     for_q.add(pairs.at[0, :, at], k_parts.at[wg, part, at])
@@ -298,8 +305,8 @@ def chunk_backward(
         for piece in pieces:
             keys, gates, queries = (load_piece(x, piece) for x in (ks, bs, qs))
             queries *= scale
-            to_row = part_of(to_middle, piece)
-            up, down = jnp.exp2(to_row), jnp.exp2(-to_row)
+            exponent = part_of(in_block, piece)
+            up, down = jnp.exp2(exponent + _ROW_CENTRE), jnp.exp2(-_COLUMN_CENTRE - exponent)
             de = up * part_of(de_pairs, piece) + load_piece(de_states, piece)
             dq = up * part_of(dq_pairs, piece) + load_piece(dq_states, piece)
             dk = down * part_of(dk_pairs, piece)
@@ -354,7 +361,7 @@ def chunk_backward(
             tile(square, bf16, _BLOCK_SWIZZLE),
             square_tiles,
             plgpu.SMEM((key_dim,), f32),
-            plgpu.SMEM((_BLOCKS - 1, key_dim), f32),
+            plgpu.SMEM((_STEPS, key_dim), f32),
             plgpu.SMEM((CHUNK,), f32),
             plgpu.Barrier(num_arrivals=3, **per_warpgroup),
             plgpu.Barrier(num_arrivals=2, **per_warpgroup),

@@ -5,11 +5,13 @@ With G the running sum of the log-decay, e = b * k, z = w * v (spec: arXiv 2605.
     T = stril(e exp(G_r - G_s) k^T)    X = (I + T)^-T    Aqk = tril(q exp(G_r - G_s) k^T)
     Qg = q exp(G)    Kt = k exp(G_C - G)    Y = (I + T)^-1 (e exp(G))    U = (I + T)^-1 z
 
-Pair products are formed in blocks of 16 rows around a reference row in their middle, so that both
-factors of exp(G_r - a) exp(a - G_s) stay in range; what earlier rows contribute moves on from one
-block's reference to the next by one factor a channel. For that, log-decays below `CLAMP` count as
-`CLAMP` in T and Aqk, which changes no pair's weight by more than exp(-10) = 4.5e-5. The state's
-path (Qg, Kt, Y's decay, gamma_C) uses the true ones.
+Pair products are formed in blocks of 16 rows, relative to where the block begins: with P the sum of
+g from there, 2^(P_r + c) and 2^(-c - P_s) both stay in range for every g, because log-decays below
+`CLAMP` count as `CLAMP` in T and Aqk, which changes no pair's weight by more than 2^-12 = 2.4e-4. The
+constant c centres the range. Neither factor looks at later rows, so that no bit of an output does.
+Keys of earlier blocks move on by a block's decay, in two factors of 8 rows each: one alone would
+underflow where the pair it belongs to does not. The state's path (Qg, Kt, Y's decay, gamma_C) uses
+the true log-decays.
 """
 
 import math
@@ -23,8 +25,8 @@ from jax import lax
 from pallas import mosaic
 from pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
 
-CLAMP = -10.0
-"""Smallest log-decay of a token between the tokens of a chunk."""
+CLAMP = -12.0
+"""Smallest log2 of a token's decay between the tokens of a chunk; bf16 holds it exactly."""
 
 UNDERFLOW = -100.0
 """exp of this is 0 in fp32, and a chunk's sum of it is still finite."""
@@ -32,19 +34,22 @@ UNDERFLOW = -100.0
 LOG2_E = math.log2(math.e)
 
 BLOCK = 16
-"""Rows of a chunk that share a reference row: their pairs' decays are bounded by the clamp."""
+"""Rows of a chunk whose sums of g start together; the clamp bounds them."""
 
-_MIDDLE = BLOCK // 2 - 1
+HALF = BLOCK // 2
+"""Rows whose decays one factor can hold beside an operand in fp32."""
+
+_CENTRE = -CLAMP * HALF
+_STEPS = (CHUNK - BLOCK) // HALF
 _PIECE = 32
 _SWIZZLE = 2 * _PIECE
 
 
 def sum_matrices():
-    """[2, 64, 64] bf16: sums over the rows up to each, and from its block's middle row to it."""
-    rows = jnp.arange(CHUNK)
+    """[3, 64, 64] bf16: sums over the rows up to each, those of them in its block, and the rest."""
+    block = jnp.arange(CHUNK) // BLOCK
     up_to = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.bfloat16))
-    middles = rows // BLOCK * BLOCK + _MIDDLE
-    return jnp.stack([up_to, up_to - up_to[middles], 1 - up_to])
+    return jnp.stack([up_to, jnp.where(block[:, None] == block, up_to, 0), 1 - up_to])
 
 
 def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
@@ -64,8 +69,8 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     Returns:
       y_t [BH, N, K, 64], u_t [BH, N, V, 64], k_tail and q_gamma [BH, T, K], a_qk_t
       [BH, N, 64, 64] in bf16, the decay of a whole chunk [BH, N, K] in fp32; and, or None, X in two
-      parts [BH, N, 2, 64, 64] in bf16 and the decays from each block's middle row to the next
-      one's [BH, N, 3, K] in fp32, of clamped gates.
+      parts [BH, N, 2, 64, 64] in bf16 and the clamped decays of the halves of all blocks but the
+      last [BH, N, 6, K] in fp32.
     """
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[-1]
@@ -99,18 +104,18 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             plgpu.copy_gmem_to_smem(source.at[row, rows, head], target, loaded)
         plgpu.copy_gmem_to_smem(sums, sum_tiles, loaded)
 
-        # Meanwhile, channel by channel: decays of the whole chunk and between the middle rows.
-        total, since_middle, between = 0.0, 0.0, []
+        # Meanwhile, channel by channel: decays of the whole chunk and of the halves of blocks.
+        total, clamped, halves = 0.0, 0.0, []
         for r in range(CHUNK):
             at = g.at[row, chunk * CHUNK + r, head]
             value = plgpu.load(at, layout=row_layout, optimized=False)
             total += jnp.maximum(value, UNDERFLOW)
-            since_middle += jnp.maximum(value, CLAMP)
-            if r % BLOCK == _MIDDLE:
-                between.append(since_middle)
-                since_middle = 0.0
+            clamped += jnp.maximum(value, CLAMP / LOG2_E)
+            if (r + 1) % HALF == 0:
+                halves.append(clamped)
+                clamped = 0.0
         decay.at[index, chunk][...] = jnp.exp2(total * LOG2_E)
-        for i, value in enumerate(between[1:]):
+        for i, value in enumerate(halves[:_STEPS]):
             step = jnp.exp2(value * LOG2_E)
             steps_tile[i] = step
             if save:
@@ -143,10 +148,10 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             if masks is not None:
                 gamma, tail = gamma * reads_mask, tail * writes_mask
             plgpu.commit_smem()
-            store_parts(p, jnp.maximum(log_decay, CLAMP * LOG2_E))
-            to_middle = sum_g(p, sum_tiles.at[1])
+            store_parts(p, jnp.maximum(log_decay, CLAMP))
+            to_row = sum_g(p, sum_tiles.at[1]) + _CENTRE
             plgpu.commit_smem()  # every warp is done with the parts of g
-            up, down = jnp.exp2(to_middle), jnp.exp2(-to_middle)
+            up, down = jnp.exp2(to_row), jnp.exp2(-to_row)
             key, erase, query = (
                 plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, bs, qs)
             )
@@ -170,13 +175,15 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             at = pl.ds(BLOCK * i, BLOCK)
             if i:
                 for p in pieces:
-                    step = plgpu.load(
-                        steps_tile.at[i - 1, pl.ds(p * _PIECE, _PIECE)],
-                        layout=COLUMNS,
-                        optimized=False,
-                    )
-                    step = mosaic.over_rows(step, shape)
-                    keys[p] = keys[p] * jnp.where(strip_row < BLOCK * i, step, 1.0)
+                    moved = keys[p]
+                    for half in (2 * i - 2, 2 * i - 1):
+                        step = plgpu.load(
+                            steps_tile.at[half, pl.ds(p * _PIECE, _PIECE)],
+                            layout=COLUMNS,
+                            optimized=False,
+                        )
+                        moved *= mosaic.over_rows(step, shape)
+                    keys[p] = jnp.where(strip_row < BLOCK * i, moved, keys[p])
 
             def products(for_erase, for_read, at=at):
                 for p in pieces:
@@ -277,7 +284,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             out(bf16, length, key_dim),
             out(bf16, chunks, *square),
             out(f32, chunks, key_dim),
-            *([out(bf16, chunks, 2, *square), out(f32, chunks, 3, key_dim)] if save else []),
+            *([out(bf16, chunks, 2, *square), out(f32, chunks, _STEPS, key_dim)] if save else []),
         ),
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
@@ -298,7 +305,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
                 (tile(square, f16),) * 2,
                 (tile(square, bf16, _SWIZZLE),) * 2,
             ),
-            plgpu.SMEM((CHUNK // BLOCK - 1, key_dim), f32),
+            plgpu.SMEM((_STEPS, key_dim), f32),
             plgpu.Barrier(num_arrivals=len(pieces) + 4),
             plgpu.Barrier(num_arrivals=2),
         ],

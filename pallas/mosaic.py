@@ -123,7 +123,7 @@ def loop(count: int, body: Callable[[jax.Array], None]) -> None:
         for i in range(count):
             body(jnp.int32(i))
     else:
-        lax.fori_loop(0, count, lambda i, _: body(i), None)
+        lax.fori_loop(jnp.int32(0), jnp.int32(count), lambda i, _: body(i), None)
 
 
 def wait_for_products() -> None:

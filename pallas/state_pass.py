@@ -271,6 +271,8 @@ def _run(
         warpgroup = lax.axis_index("wg")
         place = (row * heads + head, row, head, values)
         stages = tuning.stages
+        # With 64-bit types on, Python numbers would count in int64.
+        first, end = jnp.int32(0), jnp.int32(chunks)
 
         def stage_and_chunk(j):
             return lax.rem(j, jnp.int32(stages)), chunks - 1 - j if reverse else j
@@ -288,12 +290,12 @@ def _run(
 
                 prefetch(inputs, [x.at[stage] for x in all_tiles], full.at[stage], *place, chunk)
 
-            lax.fori_loop(0, chunks, body, None)
+            lax.fori_loop(first, end, body, None)
 
             def drain(j, _):
                 plgpu.barrier_wait(empty.at[lax.rem(j, jnp.int32(stages))])
 
-            lax.fori_loop(max(chunks - stages, 0), chunks, drain, None)
+            lax.fori_loop(jnp.int32(max(chunks - stages, 0)), end, drain, None)
 
         @pl.when(warpgroup == 0)
         def _():
@@ -316,7 +318,7 @@ def _run(
             # Inside shard_map what is loaded is typed as varying over the mesh, what the loop
             # carries as not: an accumulator forgets the mark.
             state = mosaic.with_accumulators(through_accumulator, state.shape)
-            final_state.at[row, head, values][...] = lax.fori_loop(0, chunks, body, state)
+            final_state.at[row, head, values][...] = lax.fori_loop(first, end, body, state)
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
