@@ -87,7 +87,7 @@ def operator_inputs(
     value_dim: int | None = None,
     *,
     value_heads: int | None = None,
-    regime: str = "gentle",
+    regime: str | Regime = "gentle",
     dtype: str = "float32",
     initial_state: bool = True,
     segments: int | None = None,
@@ -102,7 +102,7 @@ def operator_inputs(
       key_dim: K.
       value_dim: V; K if None.
       value_heads: Hv; Hk if None.
-      regime: a name in `REGIMES`.
+      regime: a name in `REGIMES`, or a `Regime` of your own.
       dtype: of q, k, v, b and w; g and the state are float64 with "float64", else float32.
       initial_state: draw a state before the first token, or leave it None.
       segments: number of segments of each row, the borders anywhere and different in each row;
@@ -115,13 +115,13 @@ def operator_inputs(
     Raises:
       ValueError: the regime or dtype is unknown, or a row cannot hold so many segments.
     """
-    if regime not in REGIMES:
+    if not isinstance(regime, Regime) and regime not in REGIMES:
         raise ValueError(f"regime: expected one of {tuple(REGIMES)}, got {regime!r}")
     if dtype not in ERROR_BOUNDS:
         raise ValueError(f"dtype: expected one of {tuple(ERROR_BOUNDS)}, got {dtype!r}")
     if segments is not None and not 1 <= segments <= length:
         raise ValueError(f"segments: expected 1 to {length} (the length), got {segments}")
-    settings = REGIMES[regime]
+    settings = regime if isinstance(regime, Regime) else REGIMES[regime]
     value_dim = value_dim or key_dim
     value_heads = value_heads or heads
     rng = np.random.default_rng(seed)

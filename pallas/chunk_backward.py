@@ -43,7 +43,7 @@ _ROW_CENTRE, _COLUMN_CENTRE = -CLAMP * HALF - 16, -CLAMP * HALF + 8
 
 
 def chunk_backward(
-    q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, masks, *, scale: float
+    q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, masks, poison, *, scale: float
 ):
     """Computes the gradients of a chunk's inputs.
 
@@ -62,6 +62,8 @@ def chunk_backward(
       decay: [BH, N, K] fp32, of a whole chunk, zero where no segment spans it.
       steps: [BH, N, 6, K] fp32, from `intra_chunk_forward`.
       masks: None, or `Masks` of the segments.
+      poison: None, or with masks what is added to the gradients of each row [BH, T] fp32, NaN or
+        zero; what is not finite in the inputs counts as zero then.
       scale: factor on q.
 
     Returns:
@@ -77,11 +79,12 @@ def chunk_backward(
     own_values = block // _WARPGROUPS
     shape, square, piece_shape = (CHUNK, own_channels), (CHUNK, CHUNK), (CHUNK, _PIECE)
     bf16, f32 = jnp.bfloat16, jnp.float32
+    at_least = mosaic.at_least if masks is None else mosaic.known_at_least
 
     def chunk_backward_kernel(*refs):
         q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, sums, *refs = refs
         if masks is not None:
-            row_segment, column_segment, reads, writes, *refs = refs
+            row_segment, column_segment, reads, writes, poison, *refs = refs
         dq_out, dk_out, dg_out, db_out, dv_out, dw_out, *refs = refs
         qs, ks, bs, h_area, d_h_area, left_area, r_area, v_area, w_area, *refs = refs
         dt_low, sum_tiles, decay_tile, steps_tile, diagonal, *refs = refs
@@ -111,8 +114,19 @@ def chunk_backward(
             at = ref.at[row, rows]
             return mosaic.over_columns(plgpu.load(at, layout=ROWS, optimized=False), mask_shape)
 
+        def poisoned(value):
+            if masks is None:
+                return value
+            at = poison.at[index, rows]
+            vector = plgpu.load(at, layout=ROWS, optimized=False)
+            return value + mosaic.over_columns(vector, value.shape)
+
         def load_piece(ref, piece):
             return plgpu.load(ref.at[wg, *piece], layout=WGMMA).astype(f32)
+
+        def load_input(ref, piece):
+            value = load_piece(ref, piece)
+            return value if masks is None else mosaic.finite(value)
 
         def part_of(value, piece):
             start = piece[1].start
@@ -161,8 +175,8 @@ def chunk_backward(
                     plgpu.load(x, layout=WGMMA).astype(f32)
                     for x in (lefts.at[1, :, columns], vs.at[own], ws.at[own])
                 )
-                vs.at[own][...] = (dz * write).astype(bf16)
-                ws.at[own][...] = (dz * value).astype(bf16)
+                vs.at[own][...] = poisoned(dz * write).astype(bf16)
+                ws.at[own][...] = poisoned(dz * value).astype(bf16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(vs.at[wg], dv_out.at[value_place(n)])
             plgpu.copy_smem_to_gmem(ws.at[wg], dw_out.at[value_place(n)])
@@ -232,7 +246,7 @@ def chunk_backward(
         parts = [k_parts.at[wg, i] for i in range(2)]
 
         def sum_g(limit, *matrices):
-            value = jnp.maximum(plgpu.load(gs.at[wg], layout=WGMMA) * LOG2_E, limit)
+            value = at_least(limit, plgpu.load(gs.at[wg], layout=WGMMA) * LOG2_E)
             store_parts(k_parts, value)
             plgpu.commit_smem()
             return [matmul(shape, *((matrix, part) for part in parts)) for matrix in matrices]
@@ -256,7 +270,7 @@ def chunk_backward(
         plgpu.commit_smem()  # every warp is done with the parts of g
         plgpu.barrier_wait(with_keys.at[wg])
         for piece in pieces:
-            keys, gates, queries = (load_piece(x, piece) for x in (ks, bs, qs))
+            keys, gates, queries = (load_input(x, piece) for x in (ks, bs, qs))
             up = jnp.exp2(part_of(in_block, piece) + _COLUMN_CENTRE)
             store_parts(k_parts, keys * gates * up, piece)
             store_parts(q_parts, queries * scale * up, piece)
@@ -284,7 +298,7 @@ def chunk_backward(
         plgpu.commit_smem()  # every warp is done with the parts of e and q
         for piece in pieces:
             down = jnp.exp2(-_ROW_CENTRE - part_of(in_block, piece))
-            store_parts(k_parts, load_piece(ks, piece) * down, piece)
+            store_parts(k_parts, load_input(ks, piece) * down, piece)
         plgpu.commit_smem()
 
         def by_row(for_e, for_q):
@@ -303,7 +317,7 @@ def chunk_backward(
         plgpu.commit_smem()  # every warp is done with the parts of k
         on_diagonal = mosaic.over_columns(plgpu.load(diagonal, layout=ROWS), piece_shape)
         for piece in pieces:
-            keys, gates, queries = (load_piece(x, piece) for x in (ks, bs, qs))
+            keys, gates, queries = (load_input(x, piece) for x in (ks, bs, qs))
             queries *= scale
             exponent = part_of(in_block, piece)
             up, down = jnp.exp2(exponent + _ROW_CENTRE), jnp.exp2(-_COLUMN_CENTRE - exponent)
@@ -319,7 +333,7 @@ def chunk_backward(
                 (ks, dk),
                 (bs, keys * de),
             ):
-                target.at[wg, *piece][...] = value.astype(bf16)
+                target.at[wg, *piece][...] = poisoned(value).astype(bf16)
         plgpu.commit_smem()
         for source, target in ((qs, dq_out), (ks, dk_out), (bs, db_out)):
             plgpu.copy_smem_to_gmem(source.at[wg], target.at[place])
@@ -330,7 +344,7 @@ def chunk_backward(
             *((sum_tiles.at[0], part) for part in parts),
         ) - sum(plgpu.load(part, layout=WGMMA).astype(f32) for part in parts)
         plgpu.commit_smem()
-        gs[wg] = dg
+        gs[wg] = poisoned(dg)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(gs.at[wg], dg_out.at[place])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -376,5 +390,5 @@ def chunk_backward(
     )(
         *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps),
         sum_matrices()[:2],
-        *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
+        *(() if masks is None else (masks.segment, *masks[:3], poison)),
     )

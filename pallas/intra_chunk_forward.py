@@ -12,6 +12,9 @@ constant c centres the range. Neither factor looks at later rows, so that no bit
 Keys of earlier blocks move on by a block's decay, in two factors of 8 rows each: one alone would
 underflow where the pair it belongs to does not. The state's path (Qg, Kt, Y's decay, gamma_C) uses
 the true log-decays.
+
+A product with a masked zero keeps NaN and infinity. With segments, what is not finite is therefore
+replaced by zero, and the kernel says in which rows that was.
 """
 
 import math
@@ -70,7 +73,8 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
       y_t [BH, N, K, 64], u_t [BH, N, V, 64], k_tail and q_gamma [BH, T, K], a_qk_t
       [BH, N, 64, 64] in bf16, the decay of a whole chunk [BH, N, K] in fp32; and, or None, X in two
       parts [BH, N, 2, 64, 64] in bf16 and the clamped decays of the halves of all blocks but the
-      last [BH, N, 6, K] in fp32.
+      last [BH, N, 6, K] in fp32; and, or None without masks, the number of elements that are not
+      finite in each row [BH, T] in fp32.
     """
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[-1]
@@ -81,6 +85,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     pieces = range(key_dim // _PIECE)
     shape, square = (CHUNK, _PIECE), (CHUNK, CHUNK)
     bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
+    at_least = mosaic.at_least if masks is None else mosaic.known_at_least
 
     def intra_chunk_forward_kernel(*refs):
         q, k, v, g, b, w, sums, *refs = refs
@@ -89,6 +94,9 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         y_t, u_t, k_tail, q_gamma, a_qk_t, decay, *refs = refs
         if save:
             x_out, steps, *refs = refs
+        if masks is not None:
+            flaws, *refs = refs
+            *refs, flaws_tile = refs
         (g_area, q_area, ks, bs, x_area, steps_tile, loaded, loaded_values) = refs
         (gs,), (parts,), (vs, ws), (_, a_qk_tile) = g_area
         (qs,), (y_tile,), (u_tile,) = q_area
@@ -109,8 +117,8 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         for r in range(CHUNK):
             at = g.at[row, chunk * CHUNK + r, head]
             value = plgpu.load(at, layout=row_layout, optimized=False)
-            total += jnp.maximum(value, UNDERFLOW)
-            clamped += jnp.maximum(value, CLAMP / LOG2_E)
+            total += at_least(UNDERFLOW, value)
+            clamped += at_least(CLAMP / LOG2_E, value)
             if (r + 1) % HALF == 0:
                 halves.append(clamped)
                 clamped = 0.0
@@ -120,6 +128,12 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             steps_tile[i] = step
             if save:
                 steps.at[index, chunk, i][...] = step
+
+        def without_flaws(*values):
+            """The values, zero where one of them is not finite, and how many are so in each row."""
+            finite = jnp.abs(sum(values)) < jnp.inf
+            values = [jnp.where(finite, value, jnp.float32(0)) for value in values]
+            return *values, jnp.sum(jnp.where(finite, jnp.float32(0), jnp.float32(1)), axis=1)
 
         def store_parts(p, value):
             for i, part in enumerate(split(value)):
@@ -137,10 +151,13 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
                 for x in (reads, writes)
             )
         plgpu.barrier_wait(loaded)
-        keys = []
+        keys, all_flaws = [], jnp.float32(0)
         for p in pieces:
             columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
-            log_decay = jnp.maximum(plgpu.load(gs.at[p], layout=WGMMA), UNDERFLOW) * LOG2_E
+            log_decay = plgpu.load(gs.at[p], layout=WGMMA)
+            if masks is not None:
+                known = log_decay < jnp.inf
+            log_decay = at_least(UNDERFLOW, log_decay) * LOG2_E
             plgpu.commit_smem()  # the parts take the place of g
             store_parts(p, log_decay)
             gamma = jnp.exp2(sum_g(p, sum_tiles.at[0]))
@@ -156,6 +173,10 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
                 plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, bs, qs)
             )
             erase, query = erase * key, query * scale
+            if masks is not None:
+                key = jnp.where(known, key, jnp.float32(jnp.nan))
+                key, erase, query, flawed = without_flaws(key, erase, query)
+                all_flaws = all_flaws + flawed
             keys.append(key * down)
             for target, value in (
                 (parts.at[p, 0], erase * up),
@@ -248,6 +269,9 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             plgpu.barrier_wait(loaded_values)
             z = plgpu.load(vs, layout=WGMMA).astype(jnp.float32)
             z *= plgpu.load(ws, layout=WGMMA).astype(jnp.float32)
+            if masks is not None:
+                z, flawed = without_flaws(z)
+                all_flaws = all_flaws + flawed
             vs[...] = z.astype(jnp.bfloat16)
             plgpu.commit_smem()
             if not start:
@@ -268,6 +292,11 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(u_tile, u_t.at[index, chunk, pl.ds(start, value_block)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if masks is not None:
+            flaws_tile[...] = all_flaws
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(flaws_tile, flaws.at[index, rows])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def out(dtype, *shape):
         return jax.ShapeDtypeStruct((batch * heads, *shape), dtype)
@@ -285,6 +314,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             out(bf16, chunks, *square),
             out(f32, chunks, key_dim),
             *([out(bf16, chunks, 2, *square), out(f32, chunks, _STEPS, key_dim)] if save else []),
+            *([] if masks is None else [out(f32, length)]),
         ),
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
@@ -308,6 +338,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
             plgpu.SMEM((_STEPS, key_dim), f32),
             plgpu.Barrier(num_arrivals=len(pieces) + 4),
             plgpu.Barrier(num_arrivals=2),
+            *([] if masks is None else [plgpu.SMEM((CHUNK,), f32)]),
         ],
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
@@ -320,4 +351,6 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         sum_matrices(),
         *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )
-    return results if save else (*results, None, None)
+    always, rest = results[:6], list(results[6:])
+    saved = (rest.pop(0), rest.pop(0)) if save else (None, None)
+    return *always, *saved, rest[0] if rest else None

@@ -132,6 +132,21 @@ def wait_for_products() -> None:
         plgpu.wgmma_wait(0)
 
 
+def at_least(limit: float, x: jax.Array) -> jax.Array:
+    """The larger of both; NaN stays NaN."""
+    return jnp.maximum(x, limit)
+
+
+def known_at_least(limit: float, x: jax.Array) -> jax.Array:
+    """The larger of both; the limit in place of NaN."""
+    return jnp.where(x > limit, x, jnp.float32(limit))
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """Zero in place of NaN and infinity, which a product with zero would keep."""
+    return jnp.where(jnp.abs(x) < jnp.inf, x, jnp.float32(0))
+
+
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two bf16 arrays whose sum keeps 16 bits of an fp32 one."""
     high = x.astype(jnp.bfloat16)

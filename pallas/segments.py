@@ -36,3 +36,12 @@ def segment_masks(starts: Bool[Array, "B T"]) -> Masks:
         (chunks == x).astype(jnp.float32).reshape(batch, length) for x in (incoming, last)
     )
     return Masks(segment, reads, writes, (incoming == last)[..., 0].astype(jnp.float32))
+
+
+def first_flaws(flaws: Float[Array, "B H T"], masks: Masks) -> Int[Array, "B H T"]:
+    """For each token the first one of its segment with a flaw; T where there is none."""
+    batch, heads, length = flaws.shape
+    place = jnp.arange(batch)[:, None, None], jnp.arange(heads)[:, None], masks.segment[:, None]
+    positions = jnp.where(flaws > 0, jnp.arange(length, dtype=jnp.int32), length)
+    none = jnp.full((batch, heads, length + 1), length, jnp.int32)
+    return none.at[place].min(positions)[place]

@@ -16,7 +16,7 @@ from gdn2_jax.ops.arguments import match_varying_axes
 from pallas.chunk_backward import chunk_backward
 from pallas.intra_chunk_forward import intra_chunk_forward
 from pallas.mosaic import CHUNK
-from pallas.segments import segment_masks
+from pallas.segments import first_flaws, segment_masks
 from pallas.state_pass import state_pass_backward, state_pass_forward
 
 _KEY_CHANNELS = (64, 128)
@@ -90,29 +90,48 @@ def _forward(scale, *arguments):
 
 
 def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
-    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps = intra_chunk_forward(
+    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps, flaws = intra_chunk_forward(
         q, k, v, g, b, w, masks, scale=scale, save=save
     )
-    decay = _carried(decay, masks)
+    if masks is not None:
+        decay = _carried(decay, masks)
+        # NaN would reach every segment of a row through products with zero: the kernels leave it out,
+        # and what follows it in its segment becomes NaN here.
+        state, flawed = _without_flaws(state)
+        flaws = flaws.reshape(*state.shape[:2], -1)
+        flaws = flaws.at[..., 0].add(flawed)
     outputs, final_state, states, r_t = state_pass_forward(
         y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, save=save
     )
+    if masks is not None:
+        lost = first_flaws(flaws, masks) <= jnp.arange(flaws.shape[-1])
+        outputs = jnp.where(jnp.swapaxes(lost, 1, 2)[..., None], jnp.nan, outputs)
+        final_state = jnp.where(lost[..., -1, None, None], jnp.nan, final_state)
     inputs = q, k, v, g, b, w, masks
     operands = y_t, k_tail, q_gamma, a_qk_t, decay, x
     *results, _ = match_varying_axes((outputs, final_state, q))
-    return tuple(results), (inputs, operands, steps, states, r_t)
+    return tuple(results), (inputs, operands, steps, states, r_t, flaws)
 
 
 def _backward(scale, residuals, cotangents):
-    (*inputs, masks), operands, steps, states, r_t = residuals
+    (*inputs, masks), operands, steps, states, r_t, flaws = residuals
     y_t, k_tail, q_gamma, a_qk_t, decay, x = operands
     d_o, d_state = cotangents
+    poison = None
+    if masks is not None:
+        d_o, flawed = _without_flaws(d_o, axes=-1)
+        d_state, flawed_state = _without_flaws(d_state)
+        flaws = (flaws + jnp.swapaxes(flawed, 1, 2)).at[..., -1].add(flawed_state)
+        lost = first_flaws(flaws, masks) < flaws.shape[-1]
+        poison = jnp.where(lost, jnp.nan, jnp.zeros_like(flaws))
     d_z, d_states, d_initial_state = state_pass_backward(
         y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state
     )
     dq, dk, dg, db, dv, dw = chunk_backward(
-        *inputs, d_o, r_t, d_z, states, d_states, decay, steps, masks, scale=scale
+        *inputs, d_o, r_t, d_z, states, d_states, decay, steps, masks, _rows(poison), scale=scale
     )
+    if masks is not None:
+        d_initial_state += poison[..., 0, None, None]
     *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, inputs[0]))
     return *gradients, None
 
@@ -120,10 +139,18 @@ def _backward(scale, residuals, cotangents):
 _hopper.defvjp(_forward, _backward)
 
 
+def _without_flaws(x: Array, axes=(-2, -1)) -> tuple[Array, Array]:
+    """Zero in place of what is not finite, and the number of such elements along the axes."""
+    finite = jnp.isfinite(x)
+    return jnp.where(finite, x, 0), jnp.sum(~finite, axis=axes, dtype=jnp.float32)
+
+
+def _rows(x: Float[Array, "B H T"] | None) -> Float[Array, "BH T"] | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
 def _carried(decay: Float[Array, "BH N K"], masks) -> Float[Array, "BH N K"]:
     """Zeroes a chunk's decay where no segment spans it."""
-    if masks is None:
-        return decay
     batch, chunks = masks.carries.shape
     carries = masks.carries[:, None, :, None]
     return (decay.reshape(batch, -1, chunks, decay.shape[-1]) * carries).reshape(decay.shape)

@@ -38,8 +38,8 @@ def one_token(batch=1, heads=1, key_dim=64, value_dim=64, **options):
 @pytest.mark.parametrize(
     "key_dim, value_dim, options",
     [
-        (128, 128, {"regime": "mixture", "value_heads": 4}),
-        (64, 128, {"regime": "g=-1000", "dtype": "float16"}),
+        (128, 128, {"regime": "resets", "value_heads": 4}),
+        (64, 128, {"regime": "extremes", "dtype": "float16"}),
         (128, 64, {"regime": "repeated_keys"}),
         (64, 64, {"regime": "positive_keys", "value_heads": 6}),
     ],
@@ -114,14 +114,16 @@ def test_the_step_lowers_for_cuda_with_the_state_aliased(dims, dtype):
     assert text.count("tf.aliasing_output = 0") == 1
 
 
-def test_a_step_with_its_gradients_lowers_for_cuda():
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_step_with_its_gradients_lowers_for_cuda(x64):
     arrays = one_token(2)
 
     def both(*arrays):
         results, pullback = jax.vjp(step, *arrays)
         return results, pullback(results)
 
-    text = jax.jit(both).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    with jax.enable_x64(x64):
+        text = jax.jit(both).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 1
 
 
