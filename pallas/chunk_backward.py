@@ -222,7 +222,7 @@ def chunk_backward(
         def _():
             diagonal[...] = jnp.sum(jnp.where(ri == ci, pair, 0.0), axis=1)
 
-        pair = jnp.where(ri > ci, pair * jnp.where(wg == 0, 1.0, -1.0), 0.0)
+        pair = jnp.where(ri > ci, pair * jnp.where(wg == 0, jnp.float32(1), jnp.float32(-1)), 0.0)
         if masks is not None:
             same = row_mask(row_segment, square) == mosaic.over_rows(
                 plgpu.load(column_segment.at[row, rows], layout=COLUMNS, optimized=False), square

@@ -238,7 +238,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
 
         # The inverse of I + T^T (unit upper triangular) by doubling its diagonal blocks.
         def invert(accumulator):
-            diagonal = jnp.where(ri == ci, 1.0, 0.0)
+            diagonal = jnp.where(ri == ci, jnp.float32(1), jnp.float32(0))
             accumulator.set(diagonal - jnp.where((ri >> 1) == (ci >> 1), erase, 0.0))
 
             def double(i):
