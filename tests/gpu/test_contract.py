@@ -287,8 +287,9 @@ def test_a_nan_stays_in_its_document(where, value):
         x, y = (z[name].astype(np.float64) for z in (clean, dirty))
         if name not in ("final_state", "dinitial_state"):
             x, y = x[:, others], y[:, others]
-        # An unknown gate moves the rounding of sums in its block of 16 rows; nothing else does.
-        tolerance = 1e-2 * np.abs(x).max() if where == "g" else 0
+        # dg is a sum over a chunk's rows, and an unknown gate moves the rounding of sums in its block
+        # of 16; nothing else moves a bit.
+        tolerance = (1e-2 if where == "g" else 1e-4 if name == "dg" else 0) * np.abs(x).max()
         np.testing.assert_allclose(y, x, rtol=0, atol=tolerance, err_msg=name)
     lost = ["dk"] if where == "d_outputs" else ["o", "dk"]
     assert all(np.isnan(dirty[name][:, token].astype(np.float64)).any() for name in lost)

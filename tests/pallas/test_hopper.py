@@ -98,10 +98,12 @@ def test_a_nan_stays_in_its_document():
         dirty = [x if i != n else x.at[0, 25, 0, 3].set(jnp.nan) for i, x in enumerate(arrays)]
         d_outputs = arrays[2] if n < 6 else arrays[2].at[0, 25, 0, 3].set(jnp.nan)
         tokens, states = run(dirty, d_outputs)
-        # An unknown gate moves the rounding of sums in its block; nothing else moves a bit.
-        tolerance = 1e-2 if n == 3 else 0
-        np.testing.assert_allclose(tokens[~rows], clean[~rows], rtol=0, atol=tolerance)
-        np.testing.assert_allclose(states, clean_states, rtol=0, atol=tolerance)
+        # dg is a sum over a chunk's rows, and an unknown gate moves the rounding of sums in its block
+        # of 16; nothing else moves a bit.
+        for i, (x, y) in enumerate(zip(np.moveaxis(tokens, 1, 0), np.moveaxis(clean, 1, 0))):
+            tolerance = 1e-2 if n == 3 else 1e-5 if i == 4 else 0
+            np.testing.assert_allclose(x[~rows], y[~rows], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(states, clean_states, rtol=0, atol=1e-2 if n == 3 else 0)
         lost = np.isnan(tokens).any(axis=(1, 2, 3))
         assert lost[25:36].all() and not lost[~rows].any()
         outputs_lost = np.isnan(tokens[:, 0]).any(axis=(1, 2))
