@@ -39,7 +39,7 @@ from gdn2_jax.data.tokenizer import (
 _LOG = logging.getLogger(__name__)
 
 # Part of every cache key: raise it when the files' meaning changes.
-_FORMAT = 2
+_FORMAT = 3
 _BATCH_CHARACTERS = 2**22
 _NOTES = "notes.json"
 
@@ -105,14 +105,16 @@ def prepare(config: DataConfig) -> Corpus:
       ValueError: if a file cannot be read as text, or the corpus is empty or too small for one
         training and one validation sequence.
     """
-    files = find_files(config.paths, _LOG.warning)
+    cache = Path(config.cache_directory).expanduser()
+    files = find_files(config.paths, _LOG.warning, leave_out=cache)
     held_out = []
     if config.validation_paths:
-        held_out = find_files(config.validation_paths, _LOG.warning, "validation_paths")
+        held_out = find_files(
+            config.validation_paths, _LOG.warning, name="validation_paths", leave_out=cache
+        )
     tokenizer = None
     if config.trained_vocab_size is None:
         tokenizer = load_tokenizer(config.tokenizer, config.end_of_document)
-    cache = Path(config.cache_directory).expanduser()
     request, at_rest = _request(config, files, held_out)
     with exclusive(cache, request):
         name = None if config.verify else find_trusted(cache, request)

@@ -118,13 +118,18 @@ class Excerpt:
         """Returns sequence `index` of those taken, as `PackedSequences` does."""
         return self.sequences[self._place(index)]
 
-    @functools.cached_property
     def target_bytes(self) -> float:
-        """Bytes of text that the targets of all of them stand for."""
-        return sum(self.sequences.target_bytes(self._place(i)) for i in range(len(self)))
+        """Returns the bytes of text that the targets of all of them stand for."""
+        return _target_bytes(self)
 
     def _place(self, index: int) -> int:
         return (2 * index + 1) * len(self.sequences) // (2 * len(self))
+
+
+@functools.lru_cache(maxsize=4)  # the same at each validation of a run
+def _target_bytes(excerpt: Excerpt) -> float:
+    places = map(excerpt._place, range(len(excerpt)))
+    return sum(map(excerpt.sequences.target_bytes, places))
 
 
 @functools.lru_cache(maxsize=4)

@@ -45,7 +45,11 @@ class Piece(NamedTuple):
 
 
 def find_files(
-    paths: Sequence[str], note: Callable[[str], None], name: str = "paths"
+    paths: Sequence[str],
+    note: Callable[[str], None],
+    *,
+    name: str = "paths",
+    leave_out: Path | None = None,
 ) -> list[Path]:
     """Lists the files that `paths` stand for, each once.
 
@@ -58,6 +62,7 @@ def find_files(
       paths: files and directories.
       note: is told what a directory holds that is not read.
       name: of the option that gives them, for messages.
+      leave_out: a directory that is not searched, such as the cache.
 
     Raises:
       FileNotFoundError: if a path does not exist.
@@ -70,7 +75,7 @@ def find_files(
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
-            found, skipped = _search(path)
+            found, skipped = _search(path, leave_out)
             if not found:
                 raise ValueError(
                     f"{name}: the directory {given} has no {_suffixes()} file"
@@ -153,9 +158,10 @@ def _default_corpus() -> list[Path]:
     return sorted(files)
 
 
-def _search(directory: Path) -> tuple[list[Path], str]:
+def _search(directory: Path, leave_out: Path | None) -> tuple[list[Path], str]:
     """Returns the files to read, in order, and a description of the others."""
-    found, others, hidden, seen = [], Counter(), [], set()
+    found, others, hidden = [], Counter(), []
+    seen = {os.path.realpath(path) for path in (leave_out,) if path} - {os.path.realpath(directory)}
     for folder, folders, names in os.walk(directory, followlinks=True):
         # A folder that links lead to twice, or that contains itself, is searched once.
         if (real := os.path.realpath(folder)) in seen:

@@ -29,7 +29,7 @@ class TokenStore:
         facts = json.loads((directory / f"{name}.json").read_text())
         self.num_bytes = facts["num_bytes"]
         self.tokens = _map(directory / f"{name}.tokens", facts["dtype"])
-        self.offsets = np.load(directory / f"{name}.offsets.npy", mmap_mode="r")
+        self.offsets = _map(directory / f"{name}.offsets", "<i8")
         lengths = directory / f"{name}.byte_lengths"
         self.byte_lengths = _map(lengths, "<i4") if lengths.exists() else None
 
@@ -106,7 +106,7 @@ class StoreWriter:
                     _reorder(Path(file.name), dtype, offsets, order)
         if order is not None:
             offsets = np.cumsum([0, *np.diff(offsets)[order]], dtype=np.int64)
-        np.save(self._directory / f"{self._name}.offsets.npy", offsets)
+        offsets.astype("<i8").tofile(self._directory / f"{self._name}.offsets")
         facts = {"dtype": self._end.dtype.str, "num_bytes": self._num_bytes}
         (self._directory / f"{self._name}.json").write_text(json.dumps(facts))
 

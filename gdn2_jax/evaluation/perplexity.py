@@ -76,7 +76,7 @@ def evaluate_perplexity(
         sums.append(summed_losses(params, batch))
     total, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     loss = total / tokens
-    bits_per_byte = total / math.log(2) / excerpt.target_bytes
+    bits_per_byte = total / math.log(2) / excerpt.target_bytes()
     return Perplexity(float(loss), float(np.exp(loss)), float(bits_per_byte), int(tokens))
 
 

@@ -268,7 +268,7 @@ def test_whatever_changes_the_tokens_changes_the_digest(corpus, tmp_path, change
     assert corpus(paths=paths).digest != corpus(paths=paths, **changes).digest
 
 
-@pytest.mark.parametrize("name", ["train.tokens", "validation.offsets.npy", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["train.tokens", "validation.offsets", "tokenizer.json"])
 def test_a_damaged_cache_is_noticed_and_rebuilt(corpus, tmp_path, caplog, name):
     first = corpus()
     expected = np.array(first.train.store.tokens)
@@ -281,6 +281,12 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(corpus, tmp_path, caplog, name):
     assert is_intact(entry)
     assert cache_entries(tmp_path) == [entry]
     np.testing.assert_array_equal(second.train.store.tokens, expected)
+
+
+def test_a_cache_among_the_text_is_not_read(corpus, tmp_path):
+    for name in ("cache", "other cache", "."):
+        options = {"paths": (str(tmp_path),), "cache_directory": str(tmp_path / name)}
+        assert corpus(**options).digest == corpus(**options).digest == corpus().digest
 
 
 def test_a_failed_preparation_leaves_nothing_in_the_cache(corpus, tmp_path, monkeypatch):

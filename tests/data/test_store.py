@@ -55,7 +55,7 @@ def test_documents_can_be_put_in_an_order_with_the_bytes_of_their_tokens(tmp_pat
     assert store.byte_lengths.tolist() == [4, 5, 6, 0, 1, 2, 0, 3, 0]
     assert store.offsets.tolist() == [0, 4, 7, 9]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("s.byte_lengths", "s.json", "s.offsets.npy", "s.tokens")
+        *("s.byte_lengths", "s.json", "s.offsets", "s.tokens")
     ]
 
 
