@@ -35,8 +35,7 @@ def _show(kind, error, traceback) -> None:
         extra = _EXTRAS.get(package, "train")
         script = Path(sys.argv[0]).name
         print(f'{script}: {package} is not installed: pip install ".[{extra}]"', file=sys.stderr)
-    elif (kind, str(error)) != (RuntimeError, "Event loop is closed"):
-        # That is what tensorstore's threads say after a failed write, of which orbax tells.
+    else:
         sys.__excepthook__(kind, error, traceback)
 
 
@@ -64,11 +63,13 @@ def run_command(
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    # Orbax logs each error that it raises, with a traceback.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and what it runs log each error that is raised, with a traceback.
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     if keep_programs and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(_compilation_cache()))
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _show_unraisable
     try:
         return main()
     except (KeyboardInterrupt, _Terminated) as stop:
@@ -112,6 +113,12 @@ def out_of_memory(error: jax.errors.JaxRuntimeError) -> str | None:
         return None
     asked = re.search(r"allocat\w+ (?:of |request for )?([\d.]+ ?[KMGT]?i?B|\d+ bytes)", text)
     return f"out of device memory, allocating {asked[1]}" if asked else textwrap.shorten(text, 200)
+
+
+def _show_unraisable(unraisable) -> None:
+    # That is what tensorstore's threads say after a failed write, of which orbax tells.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _terminate(number, frame) -> None:

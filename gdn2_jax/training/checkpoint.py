@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +130,10 @@ def _unsaved(manager: ocp.CheckpointManager, step: int, error: Exception) -> Che
 
 
 def _reason(error: Exception) -> str:
-    """One line; tensorstore names the cause last."""
+    """One line; tensorstore's holds the system's error among much else."""
     text = " ".join((str(error) or repr(error)).split())
+    if system := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(system[1]))
     return text if len(text) < 300 else f"... {text[-250:]}"
 
 

@@ -50,16 +50,19 @@ class MetricsLog:
         """Writes a row, which has its "step"; in the files it is when this returns."""
         if not self._path:
             return
-        with self._path.open("a") as file:
-            file.write(_line(row))
-        now = time.time()
-        for name, value in row.items():
-            if name not in ("step", "time"):
-                scalar = tensorboardX.summary.scalar(name, value)
-                self._tensorboard.write_event(
-                    Event(wall_time=now, step=row["step"], summary=scalar)
-                )
-        self._tensorboard.flush()
+        try:
+            with self._path.open("a") as file:
+                file.write(_line(row))
+            now = time.time()
+            for name, value in row.items():
+                if name not in ("step", "time"):
+                    scalar = tensorboardX.summary.scalar(name, value)
+                    event = Event(wall_time=now, step=row["step"], summary=scalar)
+                    self._tensorboard.write_event(event)
+            self._tensorboard.flush()
+        except OSError as error:  # which does not tell of what file
+            place = f"{self._path} or TensorBoard's beside it"
+            raise OSError(error.errno, error.strerror, place) from error
 
     def close(self) -> None:
         """Closes TensorBoard's file."""

@@ -107,8 +107,7 @@ def train(run: Run, programs: Programs | None = None) -> TrainState:
                 try:
                     state = _take_steps(run, programs, state, start, log)
                 finally:
-                    with contextlib.suppress(OSError):
-                        _plot(run)
+                    _plot(run)
         _finish(run, state)
     return state
 
@@ -286,7 +285,7 @@ def _finish(run: Run, state: TrainState) -> None:
     losses = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "validation_loss" in row]
     summary = {"first_loss": losses[0]["loss"], **losses[-1], **(validations or [{}])[-1]}
-    _say(_format(summary))
+    _say(_format({name: value for name, value in summary.items() if name != "time"}))
     if text is not None:
         files.sample.write_text(text + "\n", encoding="utf-8")
     files.summary.write_text(json.dumps(summary, indent=2) + "\n")
@@ -294,10 +293,14 @@ def _finish(run: Run, state: TrainState) -> None:
 
 
 def _plot(run: Run) -> None:
-    if _is_primary():
-        title = f"{run.files.config.parent.name}: {run.config.model.mixer}, {_size(run)} parameters"
-        rows = read_metrics(run.files.metrics)
-        plot_losses(rows, run.files.plot, title=title, tokens_per_step=run.config.tokens_per_step)
+    if not _is_primary():
+        return
+    title = f"{run.files.config.parent.name}: {run.config.model.mixer}, {_size(run)} parameters"
+    rows = read_metrics(run.files.metrics)
+    tokens = run.config.tokens_per_step
+    # What stops the plot, such as a full disk, stops what matters soon enough.
+    with contextlib.suppress(OSError):
+        plot_losses(rows, run.files.plot, title=title, tokens_per_step=tokens)
 
 
 def _size(run: Run) -> str:
