@@ -65,7 +65,7 @@ def _attention(
         same_segment = None
         if segment_ids is not None:
             same_segment = segment_ids[:, :, None] == key_segments[:, None]
-        distances = positions[:, None] - key_positions
+        distances = positions[:, None] - key_positions[None, :]
         return attend(q, k, v, distances, same_segment, window_size)
 
     if length <= _QUERIES_AT_ONCE:

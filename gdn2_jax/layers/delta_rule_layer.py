@@ -216,8 +216,8 @@ def log_decay(
     wider.
     """
     wide = jnp.promote_types(f.dtype, jnp.float32)
-    rate = decay_rate(a_log, wide).reshape(-1, *[1] * (dt_bias.ndim - 1))
-    f = f.astype(wide) + dt_bias
+    rate = decay_rate(a_log, wide).reshape(1, 1, -1, *[1] * (dt_bias.ndim - 1))
+    f = f.astype(wide) + dt_bias[None, None]
     if lower_bound is None:
         return -rate * jax.nn.softplus(f)
     return lower_bound * jax.nn.sigmoid(rate * f)

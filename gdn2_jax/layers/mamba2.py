@@ -130,10 +130,11 @@ class Mamba2(nn.Module):
         a_log = per_head("A_log", log_uniform_rate)
         skip = per_head("D", nn.initializers.ones)
         wide = jnp.promote_types(projected.dtype, jnp.float32)
-        dt = jax.nn.softplus(s.astype(wide) + dt_bias)
-        o = self._mix(q, k, v, -decay_rate(a_log, wide) * dt, dt, segment_ids)
+        dt = jax.nn.softplus(s.astype(wide) + dt_bias[None, None])
+        g = -decay_rate(a_log, wide)[None, None] * dt
+        o = self._mix(q, k, v, g, dt, segment_ids)
 
-        y = o.astype(wide) + skip[:, None] * v.astype(wide)
+        y = o.astype(wide) + skip[None, None, :, None] * v.astype(wide)
         y = y.reshape(z.shape) * jax.nn.silu(z.astype(wide))
         y = y.reshape(*x.shape[:2], self.norm_groups or groups, -1)
         norm = nn.RMSNorm(

@@ -129,7 +129,7 @@ class Mamba3(nn.Module):
         dt_bias_init = partitioned(inverse_softplus_time_step, "heads", like=self.kernel_init)
         dt_bias = self.param("dt_bias", dt_bias_init, (heads,), jnp.float32)
         s, a, l, r = (u.astype(wide) for u in scalars)
-        dt = jax.nn.softplus(s + dt_bias)
+        dt = jax.nn.softplus(s + dt_bias[None, None])
         inputs = Mamba3Inputs(
             q=norm("C_norm", q),
             k=norm("B_norm", k),

@@ -130,13 +130,13 @@ def _convolve(
         segment_ids = jnp.pad(segment_ids, ((0, 0), (padding, 0)))
     length = inputs.shape[1] - past
     dtype = jnp.promote_types(inputs.dtype, jnp.float32)
-    output = 0 if bias is None else bias.astype(dtype)
+    output = 0 if bias is None else bias[None, None].astype(dtype)
     for tap in range(past + 1):
         seen = inputs[:, tap : tap + length].astype(dtype)
         if segment_ids is not None and tap < past:
             same = segment_ids[:, tap : tap + length] == segment_ids[:, past:]
             seen = jnp.where(same[..., None], seen, 0)
-        output += kernel[tap].astype(dtype) * seen
+        output += kernel[tap][None, None].astype(dtype) * seen
     output = jax.nn.silu(output)
     if unit_dim is not None:
         heads = output.reshape(*output.shape[:2], -1, unit_dim)

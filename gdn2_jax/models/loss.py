@@ -109,7 +109,7 @@ def _losses(hidden, kernel, targets) -> tuple[Array, Array, Array, Array]:
     logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=_wide(hidden))
     log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # A comparison, where indexing would gather a vocabulary that is split over devices.
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
     losses = log_normalizer[..., 0] - jnp.sum(logits, axis=-1, where=is_target)
     return losses, logits, log_normalizer, is_target
 

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gdn2_jax.ops.arguments import opaque
+from gdn2_jax.ops.arguments import opaque, segment_starts
 from gdn2_jax.ops.arithmetic import Arithmetic, arithmetic_for, finite_log_decay
 from gdn2_jax.ops.decayed_products import (
     Decayed,
@@ -27,6 +28,7 @@ from gdn2_jax.ops.decayed_products import (
     pair_products_transpose,
     to_chunk_end,
 )
+from gdn2_jax.ops.isolation import from_there_on, in_document, not_finite, replace
 from gdn2_jax.ops.triangular_inverse import unit_lower_inverse
 
 _MAX_CHUNK_SIZE = 64
@@ -105,10 +107,15 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
     inputs = (q, k, v, g, b, w)
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
     dot, operand = arithmetic.product, arithmetic.operand
+    bad = None
+    if segments is not None:
+        bad = functools.reduce(jnp.logical_or, (not_finite(x, 3) for x in inputs))
+        bad = bad.at[:, 0].set(bad[:, 0] | not_finite(initial_state, 2))
+        initial_state = replace(bad[:, 0], 0, initial_state)
 
     def span_forward(carry, start):
         state, all_outputs = carry
-        loaded, masks = _load(layout, inputs, segments, start)
+        loaded, masks = _load(layout, inputs, segments, bad, start)
         c = _prepare(*loaded, masks, arithmetic)
 
         def next_chunk(state, chunk):
@@ -126,20 +133,32 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
     starts = jnp.arange(0, q.shape[1], layout.span)
     carry = (initial_state, jnp.zeros_like(v))
     (final_state, outputs), states = jax.lax.scan(span_forward, carry, starts)
-    return (outputs, final_state), (*inputs, segments, states)
+    if bad is not None:
+        after = from_there_on(bad, segment_starts(segments))
+        outputs, final_state = (
+            replace(after, jnp.nan, outputs),
+            replace(after[:, -1], jnp.nan, final_state),
+        )
+    return (outputs, final_state), (*inputs, segments, bad, states)
 
 
 def _backward(layout, residuals, cotangents):
-    q, k, v, g, b, w, segments, states = residuals
+    q, k, v, g, b, w, segments, bad, states = residuals
     inputs = (q, k, v, g, b, w)
     d_outputs, d_final_state = opaque(cotangents)
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
     dot, operand = arithmetic.product, arithmetic.operand
+    if bad is not None:
+        reported = not_finite(d_outputs, 3)
+        reported = reported.at[:, -1].set(reported[:, -1] | not_finite(d_final_state, 2))
+        hidden = from_there_on(bad, segment_starts(segments)) | reported
+        d_outputs = replace(hidden, 0, d_outputs)
+        d_final_state = replace(hidden[:, -1], 0, d_final_state)
 
     def span_backward(carry, xs):
         d_state, all_d_inputs = carry
         start, states = xs
-        (q_, k_, v_, g_, b_, w_), masks = _load(layout, inputs, segments, start)
+        (q_, k_, v_, g_, b_, w_), masks = _load(layout, inputs, segments, bad, start)
         d_out = (layout.scale * _load_one(layout, d_outputs, start).astype(g.dtype)).astype(operand)
         c = _prepare(q_, k_, v_, g_, b_, w_, masks, arithmetic)
         residual = (c.u - dot("ck,kv->cv", c.y, states)).astype(operand)
@@ -195,6 +214,10 @@ def _backward(layout, residuals, cotangents):
     (d_initial_state, d_inputs), _ = jax.lax.scan(
         span_backward, carry, (starts, states), reverse=True
     )
+    if bad is not None:
+        bad = in_document(bad | reported, segment_starts(segments))
+        d_inputs = (replace(bad, jnp.nan, x) for x in d_inputs)
+        d_initial_state = replace(bad[:, 0], jnp.nan, d_initial_state)
     return (*d_inputs, d_initial_state, None)
 
 
@@ -216,9 +239,20 @@ def _store(x: Array, span: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, rows, start, axis=1)
 
 
-def _load(layout: _Layout, inputs: tuple[Array, ...], segments: Array | None, start: Array):
+def _load(
+    layout: _Layout,
+    inputs: tuple[Array, ...],
+    segments: Int[Array, "B T"] | None,
+    bad: Bool[Array, "B T H"] | None,
+    start: Array,
+):
+    """A span's inputs, with zeros for tokens that are not finite, and its masks."""
+    loaded = [_load_one(layout, x, start) for x in inputs]
+    if bad is not None:
+        bad = _load_one(layout, bad[..., None], start)
+        loaded = [jnp.where(bad, 0, x) for x in loaded]
     # The barrier keeps the re-laid copies in the inputs' own dtype, read many times below.
-    loaded = jax.lax.optimization_barrier([_load_one(layout, x, start) for x in inputs])
+    loaded = jax.lax.optimization_barrier(loaded)
     q, k, v, g, b, w = (x.astype(inputs[3].dtype) for x in loaded)
     return (q, k, v, finite_log_decay(g), b, w), _segment_masks(layout, segments, start)
 
@@ -247,7 +281,8 @@ def _prepare(q, k, v, g, b, w, masks: _Masks | None, arithmetic: Arithmetic) -> 
     dot, operand = arithmetic.product, arithmetic.operand
     operands = decayed(b * k, q, k, g, operand)
     erase, read = pair_products(operands, arithmetic)
-    read += jnp.sum(q * k, axis=-1, keepdims=True) * jnp.eye(k.shape[-2], dtype=k.dtype)
+    diagonal = np.eye(k.shape[-2], dtype=bool)
+    read += jnp.where(diagonal, jnp.sum(q * k, axis=-1, keepdims=True), 0)
     e_gamma = from_chunk_start(operands.e_prefix, operands)
     q_gamma = from_chunk_start(operands.q_prefix, operands)
     k_tail = to_chunk_end(operands.k_suffix, operands)

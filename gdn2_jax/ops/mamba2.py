@@ -17,6 +17,7 @@ from gdn2_jax.ops.arguments import (
     segment_starts,
 )
 from gdn2_jax.ops.arithmetic import arithmetic_for
+from gdn2_jax.ops.isolation import isolated
 from gdn2_jax.ops.scalar_decay import (
     join,
     layout_for,
@@ -160,11 +161,14 @@ def _chunkwise(q, k, v, g, dt, initial_state, starts: Bool[Array, "B T"] | None)
         outputs = outputs.reshape(*outputs.shape[:2], heads, *outputs.shape[4:])
         return state, jnp.moveaxis(outputs, 2, 3).astype(out_dtype)
 
+    def run(tokens, initial_state):
+        tokens = tuple(split(x, layout) for x in tokens)
+        state = initial_state.reshape(batch, groups, -1, *initial_state.shape[2:])
+        state, outputs = over_spans(span, state, (tokens, split_segments(starts, layout)))
+        return join(outputs, layout), state.reshape(initial_state.shape)
+
     out_dtype = v.dtype
-    tokens = tuple(split(x, layout) for x in (q, k, v, g, dt))
-    state = initial_state.reshape(batch, groups, -1, *initial_state.shape[2:])
-    state, outputs = over_spans(span, state, (tokens, split_segments(starts, layout)))
-    return join(outputs, layout), state.reshape(initial_state.shape)
+    return isolated(run, (q, k, v, g, dt), initial_state, starts)
 
 
 def _check_inputs(q, k, v, g, dt, leading: str) -> None:

@@ -19,6 +19,7 @@ from gdn2_jax.ops.arguments import (
     segment_starts,
 )
 from gdn2_jax.ops.arithmetic import arithmetic_for
+from gdn2_jax.ops.isolation import isolated
 from gdn2_jax.ops.rotation import phases, rotate, rotate_state, turn_gradient, wrap
 from gdn2_jax.ops.scalar_decay import (
     KEPT,
@@ -142,9 +143,16 @@ def mamba3(
         initial_state = mamba3_initial_state(inputs, "B T")
     starts = None if segment_ids is None else segment_starts(jnp.asarray(segment_ids))
     arguments = (inputs, _with_rank_weights(weights, inputs.v), initial_state, starts)
-    form = _recurrent if implementation == "recurrent" else _chunkwise
     arguments = opaque(jax.tree.map(jnp.asarray, arguments))
-    outputs, state = form(*match_varying_axes(arguments), dtype)
+    inputs, weights, initial_state, starts = match_varying_axes(arguments)
+    if implementation == "recurrent":
+        outputs, state = _recurrent(inputs, weights, initial_state, starts, dtype)
+    else:
+
+        def run(inputs, initial_state):
+            return _chunkwise(inputs, weights, initial_state, starts, dtype)
+
+        outputs, state = isolated(run, inputs, initial_state, starts)
     return opaque((outputs.astype(inputs.v.dtype), state))
 
 
@@ -197,19 +205,21 @@ def _step(state: Mamba3State, inputs: Mamba3Inputs, weights: Mamba3Weights):
     now = (trapezoid * dt)[..., None, None] * outer(k, v)
     memory = jnp.exp(g)[..., None, None] * (state.memory + before) + now
     o = jnp.einsum("bhkv,bhrk->bhrv", memory, q, precision=_HIGHEST)
-    o += weights.skip[:, None, None] * (v[:, :, None] * weights.v_rank)
+    o += weights.skip[None, :, None, None] * (v[:, :, None] * weights.v_rank[None])
     return Mamba3State(phase, memory, k, v), _gated_sum(o, z[:, :, None], weights)
 
 
 def _gated_sum(o, z, weights: Mamba3Weights):
     """Gate and sum over ranks: o [..., H, R, V] and z [..., H, 1, V] to [..., H, V]."""
-    return jnp.sum(weights.o_rank * o * jax.nn.silu(z * weights.z_rank), axis=-2)
+    o_rank, z_rank = (jnp.broadcast_to(x, o.shape) for x in (weights.o_rank, weights.z_rank))
+    return jnp.sum(o_rank * o * jax.nn.silu(z * z_rank), axis=-2)
 
 
 def _to_heads(x: Float[Array, "*n R G K"], bias: Float[Array, "H R K"]):
     """Groups to heads with their biases, [..., H, R, K]."""
     x = jnp.moveaxis(x, -3, -2)
-    return jnp.repeat(x, bias.shape[0] // x.shape[-3], axis=-3) + bias
+    x = jnp.repeat(x, bias.shape[0] // x.shape[-3], axis=-3)
+    return x + jnp.broadcast_to(bias, x.shape)
 
 
 def _with_rank_weights(weights: Mamba3Weights, v: Array) -> Mamba3Weights:
@@ -276,7 +286,7 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
             _rotated_rows(arithmetic.operand, x, bias, start[..., None, :] + phase)
             for x, bias in ((inputs.q, weights.q_bias), (inputs.k, weights.k_bias))
         )
-        v_rows = _rows(v[..., None, :] * weights.v_rank[:, None], arithmetic.operand)
+        v_rows = _rows(v[..., None, :] * weights.v_rank[None, None, :, None], arithmetic.operand)
         v_rows = v_rows[:, :, :, None]
         outputs, memory = mix_chunks(
             *(q, k, v_rows, g[:, :, :, None], weight[:, :, :, None]),
@@ -300,7 +310,7 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
         # What turned in earlier segments is forgotten.
         ends = segments.here[..., -1].reshape(-1, v.shape[0])
         ends = jnp.pad(ends, ((1, 0), (0, 0)))
-        turns = jnp.where((ends == ends[-1])[..., None, None], turns, 0)
+        turns = jnp.where((ends == ends[-1:])[..., None, None], turns, 0)
     phase = wrap(jnp.sum(turns, axis=0))
     last_k = _to_heads(k[:, -1].astype(dtype), weights.k_bias)
     state = Mamba3State(

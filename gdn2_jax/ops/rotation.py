@@ -19,7 +19,9 @@ def rotate(
     sin = jnp.expand_dims(jnp.pad(jnp.sin(phase), padding), axis - 1)
     # Both halves in one expression, which a GPU writes in one pass.
     x = x.reshape(*before, 2, half, *after)
-    sign = np.expand_dims(np.asarray([-1, 1], phase.dtype), tuple(range(axis, 0)))
+    shape = [1] * sin.ndim
+    shape[axis - 1] = 2
+    sign = np.asarray([-1, 1], phase.dtype).reshape(shape)
     return (x * cos + jnp.flip(x, axis - 1) * (sign * sin)).reshape(*before, 2 * half, *after)
 
 

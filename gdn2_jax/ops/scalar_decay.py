@@ -166,7 +166,8 @@ def mix_chunks(
     reads = weights[..., :, None, :, None] * pairs
     reads = reads.reshape(*reads.shape[:4], rows, rows)
     if skip is not None:
-        reads += skip[..., None, None] * np.eye(rows, dtype=full)
+        own_row = np.eye(rows, dtype=bool)
+        reads += jnp.where(own_row, skip[None, None, ..., None, None], 0)
     reads = reads.astype(operand)
 
     def to_rows(x):

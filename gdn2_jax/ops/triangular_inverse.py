@@ -23,9 +23,9 @@ def unit_lower_inverse(strict: Float[Array, "*b C C"]) -> Float[Array, "*b C C"]
     diagonal = jnp.stack([blocks[..., i, :, i, :] for i in range(count)], axis=-3)
 
     row, column = jnp.arange(tile)[:, None], jnp.arange(tile)[None, :]
-    inverse = jnp.eye(tile, dtype=strict.dtype)
     # One step needs no product: the inverse of [[1, 0], [m, 1]] is [[1, 0], [-m, 1]].
-    inverse = inverse - jnp.where((row == column + 1) & (row % 2 == 1), diagonal, 0)
+    inverse = jnp.where((row == column + 1) & (row % 2 == 1), -diagonal, 0)
+    inverse = jnp.where(row == column, 1, inverse)
     half = 2
     while half < tile:
         lower_left = (row // (2 * half) == column // (2 * half)) & (row // half > column // half)
