@@ -109,7 +109,8 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
     dot, operand = arithmetic.product, arithmetic.operand
     bad = None
     if segments is not None:
-        bad = functools.reduce(jnp.logical_or, (not_finite(x, 3) for x in inputs))
+        judged = (q, k, v, finite_log_decay(g), b, w)
+        bad = functools.reduce(jnp.logical_or, (not_finite(x, 3) for x in judged))
         bad = bad.at[:, 0].set(bad[:, 0] | not_finite(initial_state, 2))
         initial_state = replace(bad[:, 0], 0, initial_state)
 

@@ -16,7 +16,7 @@ from gdn2_jax.ops.arguments import (
     opaque,
     segment_starts,
 )
-from gdn2_jax.ops.arithmetic import arithmetic_for
+from gdn2_jax.ops.arithmetic import arithmetic_for, finite_log_decay
 from gdn2_jax.ops.isolation import isolated
 from gdn2_jax.ops.scalar_decay import (
     join,
@@ -168,7 +168,7 @@ def _chunkwise(q, k, v, g, dt, initial_state, starts: Bool[Array, "B T"] | None)
         return join(outputs, layout), state.reshape(initial_state.shape)
 
     out_dtype = v.dtype
-    return isolated(run, (q, k, v, g, dt), initial_state, starts)
+    return isolated(run, (q, k, v, finite_log_decay(g), dt), initial_state, starts)
 
 
 def _check_inputs(q, k, v, g, dt, leading: str) -> None:

@@ -18,7 +18,7 @@ from gdn2_jax.ops.arguments import (
     opaque,
     segment_starts,
 )
-from gdn2_jax.ops.arithmetic import arithmetic_for
+from gdn2_jax.ops.arithmetic import arithmetic_for, finite_log_decay
 from gdn2_jax.ops.isolation import isolated
 from gdn2_jax.ops.rotation import phases, rotate, rotate_state, turn_gradient, wrap
 from gdn2_jax.ops.scalar_decay import (
@@ -152,7 +152,8 @@ def mamba3(
         def run(inputs, initial_state):
             return _chunkwise(inputs, weights, initial_state, starts, dtype)
 
-        outputs, state = isolated(run, inputs, initial_state, starts)
+        finite = inputs._replace(g=finite_log_decay(inputs.g))
+        outputs, state = isolated(run, finite, initial_state, starts)
     return opaque((outputs.astype(inputs.v.dtype), state))
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from gdn2_jax.ops.arithmetic import Arithmetic, finite_log_decay
+from gdn2_jax.ops.arithmetic import Arithmetic
 from gdn2_jax.ops.rotation import turn_gradient
 
 _ROWS = 64
@@ -132,7 +132,7 @@ def mix_chunks(
         sum the two gradients; q, k and v in the dtype of the products' operands.
       k: keys of each group, once for the queries and once for the states.
       v: values of each of the group's E heads.
-      g: log-decay, in full precision as `weight`, `own` and `state`.
+      g: log-decay, finite; in full precision as `weight`, `own` and `state`.
       weight: of the token's write into the state.
       own: weight of the token's write in what it reads itself.
       state: before the first chunk.
@@ -149,7 +149,7 @@ def mix_chunks(
     operand, full = arithmetic.operand, g.dtype
     chunk_size, rows = g.shape[-1], v.shape[-2]
     ranks = rows // chunk_size
-    from_start, to_end, between, total = _decays(finite_log_decay(g))
+    from_start, to_end, between, total = _decays(g)
     if segments is not None:
         here, before = segments.here[:, :, None, None], segments.before[:, :, None, None]
         last = here[..., -1]

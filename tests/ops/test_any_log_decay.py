@@ -11,12 +11,13 @@ from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops.arithmetic import finite_log_decay
 
 LENGTH = 20
+SEGMENT_IDS = np.asarray([[0] * 7 + [1] * 13])
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 @functools.partial(jax.jit, static_argnames=("run", "implementation"))
 def outputs_and_gradients(run, tokens, state, implementation):
-    results, pullback = jax.vjp(lambda *x: run(*x, None, implementation), tokens, state)
+    results, pullback = jax.vjp(lambda *x: run(*x, SEGMENT_IDS, implementation), tokens, state)
     return results, pullback(jax.tree.map(jnp.ones_like, results))
 
 

@@ -40,8 +40,9 @@ def assert_same_elsewhere(result, expected, row, documents):
     for name, (x, y) in by_token.items():
         np.testing.assert_array_equal(x[~own], y[~own], err_msg=name)
     for first, (x, y) in ((0, (d_state, expected_d_state)), (-1, (final, expected_final))):
-        safe = ~own[:, first]
-        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[safe], y[safe]), x, y)
+        for leaf, expected_leaf in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+            safe = ~own[:, first]
+            np.testing.assert_array_equal(leaf[safe], expected_leaf[safe])
     assert not np.isfinite(outputs[own]).all() or not np.isfinite(d_tokens["g"][own]).all()
 
 
