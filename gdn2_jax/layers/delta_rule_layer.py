@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import small_xavier_uniform
+from gdn2_jax.layers.inputs import check_wide_dtypes
 from gdn2_jax.layers.short_convolution import ShortConvolution, to_unit_length
 from gdn2_jax.ops import Implementation, gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.parallel import (
@@ -174,6 +175,7 @@ class DeltaRuleLayer(nn.Module):
         return o_proj(y.reshape(*o.shape[:2], -1))
 
     def _check_attributes(self) -> None:
+        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         for name in ("num_heads", "head_dim", "conv_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -10,6 +10,18 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.parallel import explicit_sharding
 
 
+def check_wide_dtypes(**dtypes: Any) -> None:
+    """Raises ValueError where a dtype is float64 and JAX would silently make it float32."""
+    for name, dtype in dtypes.items():
+        if dtype is None or jax.config.jax_enable_x64:
+            continue
+        if jnp.dtype(dtype) == jnp.float64:
+            raise ValueError(
+                f"{name}: expected 64-bit mode (JAX_ENABLE_X64=1) or a narrower dtype, "
+                f"got 'float64'"
+            )
+
+
 def check_inputs(
     x: Float[Array, "B T D"],
     segment_ids: Int[Array, "B T"] | None,

@@ -15,7 +15,7 @@ from gdn2_jax.layers.initializers import (
     inverse_softplus_time_step,
     log_uniform_rate,
 )
-from gdn2_jax.layers.inputs import check_decoding, check_inputs
+from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
 from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.ops import Implementation
 from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
@@ -182,6 +182,7 @@ class Mamba2(nn.Module):
         return o
 
     def _check_attributes(self) -> None:
+        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         for name in ("num_heads", "head_dim", "state_dim", "num_groups", "conv_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

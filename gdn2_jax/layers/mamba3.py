@@ -10,7 +10,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform, inverse_softplus_time_step
-from gdn2_jax.layers.inputs import check_decoding, check_inputs
+from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
 from gdn2_jax.ops import Implementation
 from gdn2_jax.ops.mamba3 import (
     Mamba3Inputs,
@@ -216,6 +216,7 @@ class Mamba3(nn.Module):
         return o
 
     def _check_attributes(self) -> None:
+        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         for name in ("num_heads", "head_dim", "state_dim", "num_groups", "mimo_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:

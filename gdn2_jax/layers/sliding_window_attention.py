@@ -9,7 +9,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform
-from gdn2_jax.layers.inputs import check_decoding, check_inputs
+from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
 from gdn2_jax.layers.local_attention import (
     Past,
     attend,
@@ -156,6 +156,7 @@ class SlidingWindowAttention(nn.Module):
         return attend(q, new.k, new.v, -1 - new.positions[None], same_segment, window)
 
     def _check_attributes(self, width: int) -> None:
+        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         if self.num_heads < 1 or width % self.num_heads or width // self.num_heads % 2:
             raise ValueError(
                 f"num_heads: expected to divide the width {width} into heads of even width, "

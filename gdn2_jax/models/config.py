@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
+from gdn2_jax.layers.inputs import check_wide_dtypes
 from gdn2_jax.ops import Implementation
 
 Mixer = Literal[
@@ -117,6 +118,7 @@ class ModelConfig:
             ("implementation", (None, "pallas", "xla", "recurrent")),
         ):
             self._require(name, getattr(self, name) in choices, f"one of {choices}")
+        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
         groups = self.num_value_heads
         self._require(
             "num_value_heads",

@@ -8,6 +8,11 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 """What an operator takes for arrays that need no full precision."""
 
 
+def as_arrays[Tree](arguments: Tree) -> Tree:
+    """JAX arrays of the arguments; NumPy's 64-bit ones become 32-bit unless 64-bit mode is on."""
+    return jax.tree.map(jnp.asarray, arguments)
+
+
 def check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
     """Raises ValueError unless `array` has the shape expected."""
     if tuple(array.shape) != tuple(expected):

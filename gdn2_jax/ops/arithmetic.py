@@ -39,8 +39,12 @@ def arithmetic_for(inputs: tuple[Array, ...], full: jnp.dtype) -> Arithmetic:
     """bf16 operands where every input is bf16 or fp16, `full` otherwise.
 
     Float32 operands beside bf16 ones use the backend's default (TF32 on a GPU), which exceeds what
-    the inputs hold; with float32 inputs products are exact to float32 on every backend.
+    the inputs hold; with float32 inputs products are exact to float32 on every backend. So do
+    fp16 inputs alone: TF32 has fp16's digits, and sums, states and scaled cotangents may leave
+    fp16's range.
     """
+    if all(x.dtype == jnp.float16 for x in inputs):
+        return Arithmetic(jnp.dtype(jnp.float32), jax.lax.Precision.DEFAULT)
     if all(x.dtype in (jnp.bfloat16, jnp.float16) for x in inputs):
         return Arithmetic(jnp.dtype(jnp.bfloat16), jax.lax.Precision.DEFAULT)
     return Arithmetic(jnp.dtype(full), jax.lax.Precision.HIGHEST)

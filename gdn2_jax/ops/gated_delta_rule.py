@@ -10,7 +10,7 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops.arguments import match_varying_axes, opaque
+from gdn2_jax.ops.arguments import as_arrays, match_varying_axes, opaque
 from gdn2_jax.ops.chunkwise import chunkwise
 from gdn2_jax.ops.decoding import decode_kernel, decode_xla, why_not_decode_kernel
 from gdn2_jax.ops.dispatch import on_hopper
@@ -44,10 +44,16 @@ def gated_delta_rule_2(
 
     Value head i reads key head i // (Hv / Hk). Both results are differentiable in every array
     input; each cotangent has its input's dtype. Reverse mode only, except through
-    `implementation="recurrent"`.
+    `implementation="recurrent"`; numerical checks of gradients need to know:
+
+        jax.test_util.check_grads(fn, args, order=1, modes=("rev",))
+        chex.assert_numerical_grads(fn, args, order=1, modes=("rev",))
 
     Args:
-      q: queries; bf16, fp16, fp32 or fp64, as `k`, `v`, `b` and `w` (mixtures allowed).
+      q: queries; bf16, fp16, fp32 or fp64, as `k`, `v`, `b` and `w` (mixtures allowed). Matrix
+        products read them in bf16 if all are bf16 or fp16. Where all are fp16, "xla" reads them in
+        fp32 at the backend's default precision (TF32 on a GPU): as exact, and in no danger of
+        overflow.
       k: keys, normally of unit length.
       v: values.
       g: log-decay, <= 0, of any size; -inf resets its channel of the state, and has gradient 0.
@@ -72,6 +78,9 @@ def gated_delta_rule_2(
       NotImplementedError: the implementation asked for cannot serve these inputs.
     """
     _check_implementation(implementation)
+    q, k, v, g, b, w, initial_state, segment_ids = as_arrays(
+        (q, k, v, g, b, w, initial_state, segment_ids)
+    )
     _check_inputs(q, k, v, g, b, w, leading=("B", "T"))
     batch, length, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
@@ -150,6 +159,7 @@ def gated_delta_rule_2_step(
       NotImplementedError: the implementation asked for cannot serve these inputs.
     """
     _check_implementation(implementation)
+    state, q, k, v, g, b, w = as_arrays((state, q, k, v, g, b, w))
     _check_inputs(q, k, v, g, b, w, leading=("B",))
     batch, _, key_dim = q.shape
     value_heads, value_dim = v.shape[1:]

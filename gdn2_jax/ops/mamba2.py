@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arguments import (
+    as_arrays,
     check_dtypes,
     check_implementation,
     check_layout,
@@ -52,7 +53,9 @@ def mamba2(
     cotangent has its input's dtype. Reverse mode only, except through "recurrent".
 
     Args:
-      q: queries of each group; bf16, fp16, fp32 or fp64, as `k` and `v` (mixtures allowed).
+      q: queries of each group; bf16, fp16, fp32 or fp64, as `k` and `v` (mixtures allowed). Matrix
+        products read them in bf16 if all are bf16 or fp16; in fp32 at the backend's default
+        precision (TF32 on a GPU) if all are fp16.
       k: keys of each group.
       v: values.
       g: log-decay, <= 0, of any size; -inf resets the state, and has gradient 0. fp32 (fp64 when
@@ -72,6 +75,9 @@ def mamba2(
       NotImplementedError: `implementation` is "pallas": there is no kernel.
     """
     check_implementation(implementation)
+    q, k, v, g, dt, initial_state, segment_ids = as_arrays(
+        (q, k, v, g, dt, initial_state, segment_ids)
+    )
     _check_inputs(q, k, v, g, dt, "B T")
     batch, length, _, key_dim = q.shape
     heads, value_dim = v.shape[2:]
@@ -80,10 +86,10 @@ def mamba2(
     check_segment_ids(segment_ids, (batch, length))
     if initial_state is None:
         initial_state = jnp.zeros(state_shape, dtype)
-    starts = None if segment_ids is None else segment_starts(jnp.asarray(segment_ids))
+    starts = None if segment_ids is None else segment_starts(segment_ids)
     form = _recurrent if implementation == "recurrent" else _chunkwise
-    arrays = jax.tree.map(jnp.asarray, (q, k, v, g, dt, initial_state, starts))
-    outputs, final_state = form(*match_varying_axes(opaque(arrays)))
+    arrays = opaque((q, k, v, g, dt, initial_state, starts))
+    outputs, final_state = form(*match_varying_axes(arrays))
     return opaque((outputs.astype(v.dtype), final_state))
 
 
@@ -111,6 +117,7 @@ def mamba2_step(
     Raises:
       ValueError: an argument has a wrong shape or dtype.
     """
+    state, q, k, v, g, dt = as_arrays((state, q, k, v, g, dt))
     _check_inputs(q, k, v, g, dt, "B")
     state_shape = (*v.shape[:2], q.shape[-1], v.shape[-1])
     dtype = _check_dtypes(q, k, v, g, dt, "state", state, state_shape)

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arguments import (
+    as_arrays,
     check_dtypes,
     check_implementation,
     check_layout,
@@ -38,7 +39,8 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class Mamba3Inputs(NamedTuple):
     """What the operator reads at each token; [B, T, ...] for a sequence, [B, ...] for a step.
 
-    q, k, v and z may be bf16, fp16, fp32 or fp64; the rest is float32, float64 beside float64.
+    q, k, v and z may be bf16, fp16, fp32 or fp64; the rest is float32, float64 beside float64. Matrix
+    products read them as those of `gdn2_jax.ops.mamba2.mamba2`.
 
     Attributes:
       q: queries of R ranks and G groups, Mamba's C, before bias and rotation.
@@ -137,14 +139,16 @@ def mamba3(
         is taken through "xla".
     """
     check_implementation(implementation)
+    inputs, weights, initial_state, segment_ids = as_arrays(
+        (inputs, weights, initial_state, segment_ids)
+    )
     dtype = _check_inputs(inputs, weights, initial_state, "B T")
     check_segment_ids(segment_ids, inputs.v.shape[:2])
     if initial_state is None:
         initial_state = mamba3_initial_state(inputs, "B T")
-    starts = None if segment_ids is None else segment_starts(jnp.asarray(segment_ids))
+    starts = None if segment_ids is None else segment_starts(segment_ids)
     arguments = (inputs, _with_rank_weights(weights, inputs.v), initial_state, starts)
-    arguments = opaque(jax.tree.map(jnp.asarray, arguments))
-    inputs, weights, initial_state, starts = match_varying_axes(arguments)
+    inputs, weights, initial_state, starts = match_varying_axes(opaque(arguments))
     if implementation == "recurrent":
         outputs, state = _recurrent(inputs, weights, initial_state, starts, dtype)
     else:
@@ -173,6 +177,7 @@ def mamba3_step(
     Raises:
       ValueError: an argument has a wrong shape or dtype.
     """
+    state, inputs, weights = as_arrays((state, inputs, weights))
     dtype = _check_inputs(inputs, weights, state, "B")
     value_dtype = inputs.v.dtype
     inputs = Mamba3Inputs(*(x.astype(dtype) for x in inputs))

@@ -31,6 +31,8 @@ SIZES = {"d_model": 64, "num_layers": 2, "mlp_dim": 96, "attention_heads": 2}
         ("mlp_dim", 0),
         ("dtype", "int8"),
         ("param_dtype", "float8"),
+        ("dtype", "float64"),
+        ("param_dtype", "float64"),
         ("loss_blocks", 0),
         ("remat", "some"),
         ("implementation", "triton"),

@@ -2,10 +2,12 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.testing import check_gradients, operator_inputs
@@ -145,3 +147,13 @@ def test_forward_over_reverse_is_right():
             assert "forward-mode" in str(error)
         else:
             assert_trees_close(result, expected, atol=1e-10)
+
+
+def test_numerical_checks_of_other_libraries_work_in_reverse_mode():
+    inputs = operator_inputs(1, 3, 1, 2, dtype="float64")
+    fn = jax.jit(xla)
+    with jax.enable_x64(True):
+        check_grads(fn, inputs[:6], order=1, modes=("rev",))
+        chex.assert_numerical_grads(fn, inputs[:6], order=1, modes=("rev",))
+        with pytest.raises(TypeError, match="forward-mode"):
+            check_grads(fn, inputs[:6], order=1)

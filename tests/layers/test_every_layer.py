@@ -1,4 +1,4 @@
-"""Layers work where jnp refuses to add axes by itself; tracing shows it."""
+"""What holds for every layer; tracing shows it."""
 
 import functools
 
@@ -48,3 +48,11 @@ def test_no_layer_relies_on_rank_promotion(name):
         apply = functools.partial(decoder.apply, mutable=["cache"])
         for length in (6, 1):
             jax.eval_shape(apply, variables, x[:, :length], segment_ids[:, :length])
+
+
+@pytest.mark.parametrize("field", ["dtype", "param_dtype"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_float64_without_64_bit_mode_is_an_error(name, field):
+    layer = LAYERS[name](num_heads=2, **{field: jnp.float64})
+    with pytest.raises(ValueError, match=f"^{field}: expected 64-bit mode .*got 'float64'"):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 3, 8)))
