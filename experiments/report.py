@@ -8,8 +8,8 @@ of one run are merged: the finished one counts, or else the longest. An accuracy
 of the last window at the learning rate with the best mean; in brackets is the range over seeds.
 """
 
+import argparse
 import statistics
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from recall import MIXERS, RESULTS, read_rows, read_study
 KIND_NAMES = {"all": "accuracy"}
 
 
-def main(arguments: list[str]) -> int:
-    """Writes the page and its figures."""
-    folders = [Path(argument) for argument in arguments] or [RESULTS]
+def main(folders: list[Path]) -> None:
+    """Writes the page and its figures into the first folder."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise SystemExit(f"report.py: expected a folder of rows, got {folder}")
     names = sorted({path.stem for folder in folders for path in folder.glob("*.jsonl")})
     page = ["# Recall experiments", "", __doc__.split("\n\n")[-1].strip(), ""]
     for name in names:
@@ -29,7 +31,7 @@ def main(arguments: list[str]) -> int:
         plot(name, rows, figure)
         page += section(name, rows, figure.name)
     (folders[0] / "README.md").write_text("\n".join(page).rstrip() + "\n")
-    return 0
+    print(f"wrote {folders[0] / 'README.md'} and {len(names)} figures")
 
 
 def section(name: str, rows: list[dict], figure: str) -> list[str]:
@@ -202,14 +204,17 @@ def plot(name: str, rows: list[dict], path: Path) -> None:
                 low, high = [*map(min, points)], [*map(max, points)]
                 axes.fill_between(steps, low, high, color=colours[mixer], alpha=0.2, linewidth=0)
                 lines[mixer] = line
-                axes.set(title=size_name(runs[0]), xlabel="steps", ylim=(-0.02, 1.02))
+                axes.set(title=f"{name}, {size_name(runs[0])}", xlabel="steps", ylim=(-0.02, 1.02))
                 axes.grid(alpha=0.3)
                 if column == 0:
                     axes.set(ylabel=f"{KIND_NAMES.get(kind, kind)} on fresh batches")
     figure.legend(lines.values(), lines.keys(), loc="outside right upper")
-    figure.suptitle(name)
     figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="*", type=Path, default=[RESULTS])
+    main(parser.parse_args().folders)
