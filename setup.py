@@ -42,7 +42,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",
-    packages=find_packages(include=["gdn2_jax", "gdn2_jax.*", "pallas", "pallas.*"]),
+    # gdn2_jax/pallas is a link to pallas/, so that the kernels are installed as gdn2_jax.pallas.
+    packages=find_packages(include=["gdn2_jax", "gdn2_jax.*"]),
     package_data={"gdn2_jax": ["py.typed"]},
     install_requires=["jax>=0.11,<0.13", "flax", "jaxtyping"],
     extras_require={

@@ -28,9 +28,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas import mosaic
-from pallas.intra_chunk_forward import BLOCK, CLAMP, HALF, LOG2_E, UNDERFLOW, sum_matrices
-from pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
+from gdn2_jax.pallas import mosaic
+from gdn2_jax.pallas.intra_chunk_forward import BLOCK, CLAMP, HALF, LOG2_E, UNDERFLOW, sum_matrices
+from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
 
 _WARPGROUPS = 2
 _BLOCKS = CHUNK // BLOCK

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas import mosaic
+from gdn2_jax.pallas import mosaic
 
 _FEW_BLOCKS = 512
 

@@ -25,8 +25,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas import mosaic
-from pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
+from gdn2_jax.pallas import mosaic
+from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
 
 CLAMP = -12.0
 """Smallest log2 of a token's decay between the tokens of a chunk; bf16 holds it exactly."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas.mosaic import CHUNK
+from gdn2_jax.pallas.mosaic import CHUNK
 
 
 class Masks(NamedTuple):

@@ -16,8 +16,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas import mosaic
-from pallas.mosaic import CHUNK, COLUMNS, WGMMA, split, tile
+from gdn2_jax.pallas import mosaic
+from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, WGMMA, split, tile
 
 _VALUE_ROWS = 64
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 240

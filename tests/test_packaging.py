@@ -59,7 +59,7 @@ def test_installs_and_runs_in_an_empty_environment_with_the_core_dependencies(tm
     # A copy, because building leaves files behind.
     source.mkdir()
     for package in ("gdn2_jax", "pallas"):
-        shutil.copytree(ROOT / package, source / package)
+        shutil.copytree(ROOT / package, source / package, symlinks=True)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / file, source)
     venv.create(tmp_path / "venv", with_pip=True)
@@ -67,14 +67,14 @@ def test_installs_and_runs_in_an_empty_environment_with_the_core_dependencies(tm
     subprocess.run(install, check=True, cwd=source)
     code = """
 import importlib.util
-import gdn2_jax, gdn2_jax.layers, gdn2_jax.models, gdn2_jax.testing, pallas
-for package in ("tyro", "grain", "matplotlib"):
+import gdn2_jax, gdn2_jax.layers, gdn2_jax.models, gdn2_jax.testing, gdn2_jax.pallas.mosaic
+for package in ("tyro", "grain", "matplotlib", "pallas"):
     assert importlib.util.find_spec(package) is None, package
 rows = gdn2_jax.testing.compare_with_recurrence(
     gdn2_jax.gated_delta_rule_2, gdn2_jax.testing.operator_inputs(1, 3, 1, 4)
 )
 assert all(row.passed for row in rows)
-print(gdn2_jax.__file__, pallas.__file__)
+print(gdn2_jax.__file__, gdn2_jax.pallas.mosaic.__file__)
 """
     printed = python(code, executable, cwd=tmp_path)
     assert all(str(tmp_path) in path for path in printed.split())

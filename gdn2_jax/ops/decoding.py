@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gdn2_jax.ops.recurrent import step
-from pallas.decode_step import decode_step
+from gdn2_jax.pallas.decode_step import decode_step
 
 _CHANNELS = (64, 128)
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.ops.arguments import match_varying_axes
-from pallas.chunk_backward import chunk_backward
-from pallas.intra_chunk_forward import intra_chunk_forward
-from pallas.mosaic import CHUNK
-from pallas.segments import first_flaws, segment_masks
-from pallas.state_pass import state_pass_backward, state_pass_forward
+from gdn2_jax.pallas.chunk_backward import chunk_backward
+from gdn2_jax.pallas.intra_chunk_forward import intra_chunk_forward
+from gdn2_jax.pallas.mosaic import CHUNK
+from gdn2_jax.pallas.segments import first_flaws, segment_masks
+from gdn2_jax.pallas.state_pass import state_pass_backward, state_pass_forward
 
 _KEY_CHANNELS = (64, 128)
 _VALUE_CHANNELS = 64

@@ -10,8 +10,8 @@ import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.ops.dispatch import hopper_attached
+from gdn2_jax.pallas.decode_step import Tuning, decode_step
 from gdn2_jax.testing import REGIMES, assert_matches_recurrence, operator_inputs
-from pallas.decode_step import Tuning, decode_step
 
 pytestmark = pytest.mark.skipif(not hopper_attached(), reason="needs a Hopper GPU")
 

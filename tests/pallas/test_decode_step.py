@@ -11,9 +11,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.pallas.decode_step import Tuning, decode_step
+from gdn2_jax.pallas.mosaic import interpret_mode
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
-from pallas.decode_step import Tuning, decode_step
-from pallas.mosaic import interpret_mode
 
 step = functools.partial(gated_delta_rule_2_step, implementation="pallas")
 

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops import dispatch
+from gdn2_jax.pallas.mosaic import interpret_mode
+from gdn2_jax.pallas.state_pass import Tuning
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
-from pallas.mosaic import interpret_mode
-from pallas.state_pass import Tuning
 
 kernels = functools.partial(gated_delta_rule_2, implementation="pallas")
 
