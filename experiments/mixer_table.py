@@ -3,7 +3,7 @@
     python experiments/mixer_table.py
     python experiments/mixer_table.py --scale 1.3B --sequence-length 32768
 
-The table for sequences of 4096 tokens stands in gdn2_jax/layers/README.md.
+The table for sequences of 4096 tokens stands in experiments/results/mixers/README.md.
 """
 
 import argparse

@@ -1,27 +1,69 @@
-"""The README's examples run as written."""
+"""The documents' examples run as written, their links lead somewhere, and the README stays a door."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT)
+    for folder in (".", "docs", "experiments", "gdn2_jax", "pallas")
+    for path in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+)
 
 
-def test_the_usage_examples_run_as_written():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+def text(page):
+    return (ROOT / page).read_text()
+
+
+def prose(page):
+    """The page without its code."""
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text(page), flags=re.DOTALL)
+
+
+def anchors(page):
+    """The names that GitHub and the site give to a page's headings."""
+    headings = re.findall(r"^#+ (.*)", text(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def run(page):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text(page), re.DOTALL))
     result = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
-        "(2, 100, 128) (2, 100, 4, 32) (2, 4, 32, 32)",
-        "(1, 16, 257) (1, 24)",
-        "(2, 100, 128) (2, 100, 128) 17",
-    ]
+    return result.stdout.splitlines()
 
 
-def test_every_script_the_readme_names_exists_and_the_other_way_round():
-    named = set(re.findall(r"`(\w+\.py)`", (ROOT / "README.md").read_text()))
+def test_the_readmes_examples_print_what_their_comments_say():
+    said = re.findall(r"^print.*  # (.*)", text("README.md"), re.MULTILINE)
+    assert len(said) == 3
+    assert run("README.md") == said
+
+
+def test_the_page_of_training_uses_a_model_as_written():
+    assert run("docs/training.md") == ["(1, 16, 257) (1, 24)"]
+
+
+def test_the_readme_is_a_door():
+    lines = text("README.md").splitlines()
+    assert len(lines) <= 130 and max(map(len, lines)) <= 120
+
+
+def test_every_script_that_the_experiments_page_names_exists_and_the_other_way_round():
+    named = set(re.findall(r"`(\w+\.py)`", text("experiments/README.md")))
     assert named == {path.name for path in (ROOT / "experiments").glob("*.py")}
+
+
+@pytest.mark.parametrize("page", map(str, PAGES))
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not target.startswith("http"):
+            path, _, heading = target.partition("#")
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), target
+            assert not heading or heading in anchors(file.relative_to(ROOT)), target

@@ -17,12 +17,12 @@ def script():
 
 @pytest.fixture(scope="module")
 def committed():
-    return (ROOT / "gdn2_jax" / "layers" / "README.md").read_text()
+    return (ROOT / "experiments" / "results" / "mixers" / "README.md").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", ["tiny", "30M", "100M", "305M", "1.3B"])
-def test_the_readme_of_the_layers_has_the_printed_rows(script, committed, capsys, scale):
+def test_the_page_of_the_mixers_has_the_printed_rows(script, committed, capsys, scale):
     script.main(["--scale", scale])
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header in committed

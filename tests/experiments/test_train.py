@@ -323,10 +323,10 @@ def test_options_change_the_preset_that_is_named_first(script):
     assert config.tokens_per_step == 524_288 and config.optimizer == OptimizerConfig()
 
 
-def test_the_readmes_lines_fit_gpus_of_80_gb(script):
+def test_the_documented_lines_fit_gpus_of_80_gb(script):
     """Rows of 4 hosts are those of one with a quarter of the batch."""
-    readme = (EXPERIMENTS.parent / "README.md").read_text()
-    lines = re.findall(r"experiments/train.py (swa_gdn2_1.3B .*)", readme)
+    page = (EXPERIMENTS.parent / "docs" / "training.md").read_text()
+    lines = re.findall(r"experiments/train.py (swa_gdn2_1.3B .*)", page)
     for line, devices, hosts in zip(lines, (1, 8, 8, 8), (1, 1, 4, 4), strict=True):
         config, *_ = script.parse(line.split())
         config = dataclasses.replace(config, global_batch_size=config.global_batch_size // hosts)
