@@ -36,7 +36,7 @@ from absl import flags
 from gdn2_jax.data import load_tokenizer, path_options
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import matched_preset
-from gdn2_jax.parallel import join_processes
+from gdn2_jax.parallel import MeshConfig, join_processes
 from gdn2_jax.training import (
     PRESETS,
     CheckpointError,
@@ -155,6 +155,10 @@ def parse(arguments: list[str]) -> Command:
         data = dataclasses.replace(config.data, **tokens)
         config = dataclasses.replace(config, model=weights.model, data=data)
         name, fit_vocabulary = f"{name}-from-{Path(first['init-from']).name}", False
+
+    if any(option.startswith("--mesh.") for option in options):
+        # A run that went on another mesh does not lend it.
+        config = dataclasses.replace(config, mesh=MeshConfig())
 
     def command(
         config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = config,
