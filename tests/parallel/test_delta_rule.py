@@ -100,7 +100,6 @@ def test_sixteen_bit_inputs_keep_the_precision_contract(regime):
     weights = [x.astype(jnp.float32) for x in weights]
     actual = on_devices(make_mesh(MeshConfig(sequence=8)), arrays, ids, weights)
     errors = relative_errors(actual, expected)
-    print(errors)
     for name in "bg":
         least = 1e-2 * np.linalg.norm(expected[2])
         errors[name] *= np.linalg.norm(expected[2 + NAMES.index(name)])
