@@ -6,7 +6,7 @@ CUDA := $(shell command -v nvidia-smi >/dev/null && echo ,cuda)
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: help train test test-newest lint clean
+.PHONY: help train test test-newest lint docs clean
 
 help:  ## lists the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
@@ -24,6 +24,13 @@ test-newest: .venv-newest/.installed  ## runs the fast tests on the newest versi
 lint: .venv/.installed  ## checks style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+docs: .venv/.docs  ## builds the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
+.venv/.docs: .venv/.installed
+	.venv/bin/python -m pip install --quiet --editable ".[docs]" --constraint constraints.txt
+	@touch $@
 
 .venv/.installed: setup.py constraints.txt
 .venv-newest/.installed: setup.py constraints-newest.txt
