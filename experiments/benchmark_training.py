@@ -8,7 +8,8 @@ A step has the same number of tokens at every length, as in figure 2 of arXiv 26
 are those of `gdn2_jax.training.flops`, set against the data sheet's peak and against the rate of a
 large bf16 product measured in the same process. The parts come from a device profile: the time of
 each kernel goes to the module whose operation the compiler names it after, so a fused kernel counts
-for one of the operations in it. A norm counts for what it feeds, recomputation for its module.
+for one of the operations in it. A norm's time is added
+to the layer that it feeds, and the time of recomputation to the module that is recomputed.
 
 Rows are appended to --output; what it already holds is not measured again unless --again is given.
 The figure beside it draws all its rows.

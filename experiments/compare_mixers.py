@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int | str:
     flags.FLAGS.mark_as_parsed()
     try:
         runs, directory, results = parse(arguments)
-        # What open_run checks of each holds for all, and is better known before they compile.
+        # Mesh and data are the same for every run, so they are checked once, before compiling.
         first = next(iter(runs.values()))
         check_mesh(first, make_mesh(first.mesh))
         print(prepare(first.data).description, flush=True)

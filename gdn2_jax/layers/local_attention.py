@@ -51,8 +51,8 @@ def local_attention_of_span(
 ) -> Float[Array, "B T N H"]:
     """`local_attention` of this device's span of the sequence, inside shard_map.
 
-    The span runs after as many of the window's keys as there are before it, and before as many
-    rows of padding as there are not: of one length on all devices, and nothing to mask.
+    Each device attends to its span and up to `window_size` earlier keys. The first devices have
+    fewer earlier keys; padding at the end gives all devices the same length. So no mask is needed.
     """
     length = q.shape[1]
     span = jax.lax.axis_index("sequence")

@@ -151,7 +151,7 @@ class SlidingWindowAttention(nn.Module):
             index.value, slot.value = stop, after
         if length > 1:
             return self._attend(q, k, v, segment_ids, past)
-        # One token attends to the ring as it is after its own entry, where it has position -1.
+        # One token is written to the ring first; relative to the next token its position is -1.
         same_segment = segment_ids[:, :, None] == new.segment_ids[:, None]
         return attend(q, new.k, new.v, -1 - new.positions[None], same_segment, window)
 

@@ -41,8 +41,8 @@ class Decayed(NamedTuple):
       e_prefix: e decayed from the start of its block.
       q_prefix: q decayed from the start of its block.
       k_suffix: k decayed to the end of its block.
-      block_decay: per block, decay from the chunk's start, to its end, and at each level from or
-        to the middle of the block's part.
+      block_decay: decays of each block. Index 0 of M: from the chunk's start to the block; 1: from
+        the block to the chunk's end; 2 + l: to or from the midpoint at level l.
       total: decay over the chunk.
     """
 

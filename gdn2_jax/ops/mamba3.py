@@ -255,13 +255,13 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
     """The matrix form, on the look-ahead state P_t = S_t + (1 - lambda_{t+1}) dt_{t+1} k_t v_t^T.
 
     P_t = exp(g_t) P_{t-1} + (lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}) k_t v_t^T decays and adds
-    like Mamba-2's state, and o_t reads P_{t-1} and, with weight lambda_t dt_t, its own token: a
-    weight of its own, so that the next token's stays out of it to the last bit.
+    like Mamba-2's state, and o_t reads P_{t-1} and, with weight lambda_t dt_t, its own token.
+    The token's own weight is apart, so the look-ahead weight of the next token never enters it.
 
-    Phases count from the start of each span, at whose end the state turns back by as much. But
-    the turns of earlier chunks are constants in them, whose gradient `mix_chunks` takes from the
-    states between chunks. So the gradient of a phase is a sum over one chunk; over all that
-    follow, its terms would cancel.
+    Within a span, phases start at 0. At its end the state is rotated back by the span's total
+    angle. The angles of earlier chunks enter as constants; `mix_chunks` supplies their gradient
+    from the states between chunks. So the gradient of a phase is a sum over one chunk. A sum over
+    all later chunks would have terms that cancel.
     """
     k, v, dt, trapezoid = inputs.k, inputs.v, inputs.dt, inputs.trapezoid
     ranks, value_dim = k.shape[2], v.shape[-1]

@@ -10,9 +10,9 @@ from the state at the chunk's start; states pass from chunk to chunk. Heads of a
 k, whose product is then formed once. A token may hold R rows of q, k and v (the ranks of Mamba-3
 MIMO), which decay alike.
 
-Time is cut into spans of a few chunks. A span is rematerialised in the backward from its inputs
-and what is named KEPT, the states between its chunks first of all, so that other intermediates live
-for one span and nothing of size T x T or T x K x V is kept.
+Time is cut into spans of a few chunks. The backward recomputes a span from its inputs and a few
+saved arrays (KEPT, mainly the states between chunks). Other intermediates live for one span. No array
+of size T x T or T x K x V is kept.
 
 Every exponent is a sum of log-decays g <= 0, never a difference of cumulative sums: it is not
 positive and keeps its precision beside neighbours of any size, and so does the gradient of g. The
@@ -259,9 +259,9 @@ def _pass_states(
 ) -> tuple[Float[Array, "*n K V"], Float[Array, "N *n K V"]]:
     """The state after N chunks and those before each, these in the dtype of `written`.
 
-    A chunk decays the state and adds what it wrote. A turn does not change the result, as it is a
-    constant part of the phases that follow; but its gradient is given here, where it is a sum over
-    one state, rather than there, where it would be one over all rows that follow.
+    A chunk decays the state and adds what it wrote. The forward does not read `turns`: the phases
+    already contain it. Only its gradient is computed here, because here it is a sum over one state;
+    at its uses it would be a sum over all later rows.
     """
     del turns
     return _accumulate(state, written, decay)

@@ -25,8 +25,8 @@ RULES = (
     ("embed", "fsdp"),
     ("layers", None),
 )
-"""Logical axis rules for flax.linen. "embed" is the model's width in parameters; in activations,
-whose rows are split over "fsdp", that axis has no name."""
+"""Logical axis rules for flax.linen. "embed" names the model's width in parameters only.
+Activations do not name it, because "fsdp" already splits their rows."""
 
 Names = tuple[str | None, ...]
 

@@ -22,7 +22,8 @@ class Memory(NamedTuple):
     Attributes:
       parameters: in their own dtype.
       optimizer: moments and counters.
-      gathered: parameters whole over "fsdp": the largest, and those of the layers of a loop's body.
+      gathered: parameters gathered over "fsdp": those of one iteration of the loop over layers, and
+        the largest parameter outside the loop.
       gradients: of all parameters, twice when they are accumulated.
       activations: what the backward finds kept of the forward.
       states: the recurrent states among them.
@@ -43,11 +44,16 @@ def predict_memory(config: TrainingConfig, mesh: Mesh) -> Memory:
     """Predicts the memory of `jit_train_step(config, mesh)` on each device.
 
     Parameters, optimizer and gradients follow from the shardings, kept activations from a trace of
-    forward and backward. The working set is an estimate: what a block of the loop over layers would
-    keep if nothing were recomputed, less a third of what is kept already; without the loop, what is
-    recomputed of two layers. Together they are within 15 % of the compiler's own count on CPUs
-    (tests/training/test_memory.py); on GPUs products may take more room. What devices of "sequence"
-    exchange is left out: a matrix for each span and head, and halos, which count in small models.
+    forward and backward. The working set is an estimate. `all` is what the forward would keep if
+    nothing were recomputed, `kept` is what it keeps:
+
+        loop over layers:          (all - 0.35 kept) / blocks
+        layers one after another:  0.9 (all - kept) * 2 / layers
+
+    The constants are fitted to the compiler's own count on CPUs; the sum is within 15 % of it
+    (tests/training/test_memory.py). On GPUs products may take more room. What devices of
+    "sequence" exchange is left out: a matrix for each span and head, and halos, which count in
+    small models.
     """
     state = abstract_state(config, mesh)
     parameters, optimizer = (_shard_bytes(tree) for tree in (state.params, state.opt_state))
