@@ -28,6 +28,12 @@ KEYS = (
     {"keys": "positive", "erase": (0.0, 2.0), "write": (0.0, 2.0)},
 )
 REGIMES = [Regime(decay, **keys) for keys in KEYS for decay in DECAYS]
+
+# Where decays are uniform to -50, one or two elements make up dg: those of the last token, sums over V of R times the
+# final state's cotangent. Rounding these two operands to bf16 and nothing else, in float64, already gives errors of
+# dg up to 1.3e-2 in single sequences (see pallas/NOTES.md). The bound is for many elements: eight sequences count as one.
+DRAWS = REGIMES + [Regime("uniform")] * 7
+_REGIME_OF_DRAW = np.array([REGIMES.index(regime) for regime in DRAWS])
 TENSORS = ("o", "final_state", *(f"d{name}" for name in OperatorInputs._fields[:-1]))
 
 
@@ -56,7 +62,7 @@ SHAPES = (
 
 
 def stacked(shape: Shape, first_seed: int):
-    """The inputs of every regime, along the batch; random cotangents of both outputs."""
+    """The inputs of every draw, along the batch; random cotangents of both outputs; bounds of regimes."""
     drawn = [
         operator_inputs(
             *(1, shape.length, shape.heads, shape.key_dim, shape.value_dim),
@@ -66,16 +72,22 @@ def stacked(shape: Shape, first_seed: int):
             segments=shape.segments,
             seed=first_seed + i,
         )
-        for i, regime in enumerate(REGIMES)
+        for i, regime in enumerate(DRAWS)
     ]
     *arrays, segment_ids = (
         None if x[0] is None else jnp.concatenate(x) for x in zip(*drawn, strict=True)
     )
     rng = np.random.default_rng(first_seed)
+    parts = [
+        [rng.standard_normal((rows, *x.shape[1:])) for x in (arrays[2], arrays[6])]
+        for rows in (len(REGIMES), len(DRAWS) - len(REGIMES))
+    ]
     cotangents = tuple(
-        jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in (arrays[2], arrays[6])
+        jnp.asarray(np.concatenate(part), x.dtype)
+        for part, x in zip(zip(*parts), (arrays[2], arrays[6]), strict=True)
     )
-    return arrays, segment_ids, cotangents, np.array([error_bound(x) for x in drawn])
+    bounds = np.array([error_bound(x) for x in drawn[: len(REGIMES)]])
+    return arrays, segment_ids, cotangents, bounds
 
 
 def both(implementation, arrays, segment_ids, cotangents):
@@ -123,11 +135,12 @@ def wide(tree):
 
 
 def norm(x):
-    return np.sqrt(np.sum(x**2, axis=tuple(range(1, x.ndim))))
+    """Norm over all draws of each regime."""
+    return np.sqrt(np.bincount(_REGIME_OF_DRAW, np.sum(x**2, axis=tuple(range(1, x.ndim)))))
 
 
-def relative_errors(results, reference, bounds):
-    """Error of each tensor and regime, as `gdn2_jax.testing.compare_with_recurrence` measures it."""
+def relative_errors(results, reference):
+    """Error of each tensor and regime; `gdn2_jax.testing.compare_with_recurrence` measures a draw so."""
     norms = {name: norm(x) for name, x in reference.items()}
     for name in ("dg", "db"):
         norms[name] = np.maximum(norms[name], 1e-2 * norms["dq"])
@@ -173,7 +186,7 @@ def test_every_gate_and_key_meets_the_contract_twice_bit_by_bit(shape, first_see
         reference = wide(reference_program(arrays, ids, cotangents))
     assert all(np.isfinite(x).all() for x in reference.values())
     results = wide(runs[0])
-    errors = relative_errors(results, reference, bounds)
+    errors = relative_errors(results, reference)
     errors["row of o"] = errors_by_row(results["o"], reference["o"])
     failed = [
         f"{REGIMES[i]}: {name} {error[i]:.1e} > {bounds[i]:.0e}"
@@ -227,7 +240,7 @@ def test_no_bit_of_the_past_depends_on_the_future():
     kernels, _ = programs(shape)
     arrays, _, cotangents, _ = stacked(shape, 0)
     others, *_ = stacked(shape, 5000)
-    batch = len(REGIMES)
+    batch = len(DRAWS)
     for shift in range(0, batch, 5):
         cuts = np.array(list(itertools.islice(itertools.cycle(CUTS), shift, shift + batch)))
         past = np.arange(shape.length) < cuts[:, None]
@@ -266,7 +279,7 @@ def test_a_nan_stays_in_its_document(where, value):
     segment_ids = jnp.asarray(
         np.broadcast_to(
             np.searchsorted(ends, np.arange(shape.length), side="right"),
-            (len(REGIMES), shape.length),
+            (len(DRAWS), shape.length),
         ),
         jnp.int32,
     )
