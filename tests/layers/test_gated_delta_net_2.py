@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -23,14 +24,19 @@ def make(random_params):
     return build
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply(layer, params, x, segment_ids=None):
-    return jax.jit(layer.apply)({"params": params}, x, segment_ids)
+    return layer.apply({"params": params}, x, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def advance(decoder, variables, x, segment_ids=None):
+    return decoder.apply(variables, x, segment_ids, mutable=["cache"])
 
 
 def decode(layer, params, x, spans, segment_ids=None):
     """Outputs of calls on consecutive spans of `x`, joined, and the last cache."""
-    decoder = layer.clone(decode=True)
-    run = jax.jit(lambda *args: decoder.apply(*args, mutable=["cache"]))
+    run = functools.partial(advance, layer.clone(decode=True))
     variables, outputs = {"params": params}, []
     for start, stop in spans:
         ids = None if segment_ids is None else segment_ids[:, start:stop]
@@ -117,7 +123,7 @@ def test_layer_computes_the_equations_of_the_paper(make, options):
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(1), (1, 9, WIDTH), jnp.float64)
         layer, params = make(x, dtype=jnp.float64, param_dtype=jnp.float64, **options)
-        actual = jax.jit(layer.apply)({"params": params}, x)[0]
+        actual = apply(layer, params, x)[0]
     expected = reference(
         params,
         np.asarray(x[0]),
@@ -286,9 +292,8 @@ def test_init_leaves_a_cache_of_zeros_and_the_first_call_advances_it(make):
     decoder = layer.clone(decode=True)
     variables = jax.jit(decoder.init)(jax.random.key(0), x)
     assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(variables["cache"]))
-    run = jax.jit(lambda variables: decoder.apply(variables, x, mutable=["cache"]))
-    first, cache = run(variables)
-    without, same = run({"params": variables["params"]})
+    first, cache = advance(decoder, variables, x)
+    without, same = advance(decoder, {"params": variables["params"]}, x)
     np.testing.assert_array_equal(first, without)
     jax.tree.map(np.testing.assert_array_equal, cache, same)
     assert jnp.any(cache["cache"]["state"] != 0)
@@ -326,8 +331,7 @@ def test_decoding_without_segments_continues_the_last_document(make):
     segment_ids = jnp.array([[1, 1, 2, 2, 2, 2]])
     layer, params = make(x)
     full = apply(layer, params, x, segment_ids)
-    decoder = layer.clone(decode=True)
-    run = jax.jit(lambda *args: decoder.apply(*args, mutable=["cache"]))
+    run = functools.partial(advance, layer.clone(decode=True))
     _, cache = run({"params": params}, x[:, :3], segment_ids[:, :3])
     y, _ = run({"params": params, **cache}, x[:, 3:])
     np.testing.assert_allclose(y, full[:, 3:], atol=1e-5 * jnp.abs(full).max())

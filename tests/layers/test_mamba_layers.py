@@ -53,14 +53,19 @@ def inputs(*shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(1), shape, dtype)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply(layer, params, x, segment_ids=None):
-    return jax.jit(layer.apply)({"params": params}, x, segment_ids)
+    return layer.apply({"params": params}, x, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def advance(decoder, variables, x, segment_ids=None):
+    return decoder.apply(variables, x, segment_ids, mutable=["cache"])
 
 
 def decode(layer, params, x, spans, segment_ids=None):
     """Outputs of calls on consecutive spans of `x`, joined, and the last cache."""
-    decoder = layer.clone(decode=True)
-    run = jax.jit(lambda *args: decoder.apply(*args, mutable=["cache"]))
+    run = functools.partial(advance, layer.clone(decode=True))
     variables, outputs = {"params": params}, []
     for start, stop in spans:
         ids = None if segment_ids is None else segment_ids[:, start:stop]
@@ -231,9 +236,8 @@ def test_init_leaves_a_cache_of_zeros_and_the_first_call_advances_it(make, name)
     decoder = layer.clone(decode=True)
     variables = jax.jit(decoder.init)(jax.random.key(0), x)
     assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(variables["cache"]))
-    run = jax.jit(lambda variables: decoder.apply(variables, x, mutable=["cache"]))
-    first, cache = run(variables)
-    without, same = run({"params": variables["params"]})
+    first, cache = advance(decoder, variables, x)
+    without, same = advance(decoder, {"params": variables["params"]}, x)
     np.testing.assert_array_equal(first, without)
     jax.tree.map(np.testing.assert_array_equal, cache, same)
     assert jnp.any(cache["cache"]["state"] != 0)
@@ -266,8 +270,7 @@ def test_decoding_without_segments_continues_the_last_document(make, name):
     segment_ids = jnp.array([[1, 1, 2, 2, 2, 2]])
     layer, params = make(name, x)
     full = apply(layer, params, x, segment_ids)
-    decoder = layer.clone(decode=True)
-    run = jax.jit(lambda *args: decoder.apply(*args, mutable=["cache"]))
+    run = functools.partial(advance, layer.clone(decode=True))
     _, cache = run({"params": params}, x[:, :3], segment_ids[:, :3])
     y, _ = run({"params": params, **cache}, x[:, 3:])
     assert_near(y, full[:, 3:])

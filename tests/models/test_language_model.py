@@ -18,8 +18,9 @@ def tokens(*shape):
     return jax.random.randint(jax.random.key(2), shape, 0, 31)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def apply(config, params, *args):
-    return jax.jit(LanguageModel(config).apply)({"params": params}, *args)
+    return LanguageModel(config).apply({"params": params}, *args)
 
 
 def loss(config, params, ids):

@@ -46,6 +46,16 @@ def run(*arrays, implementation="xla", segment_ids=None):
     )
 
 
+recurrence = functools.partial(run, implementation="recurrent")
+
+
+def run_packed(*arrays, **options):
+    return run(*arrays, segment_ids=segments(arrays[0].shape[1]), **options)
+
+
+packed_recurrence = functools.partial(run_packed, implementation="recurrent")
+
+
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("float64", 1e-10), ("float32", 2e-5), ("bfloat16", 1e-2)]
 )
@@ -53,13 +63,7 @@ def run(*arrays, implementation="xla", segment_ids=None):
 def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, bound):
     # 300 tokens: spans of two chunks, the last one not full.
     assert layout_for(300) == Layout(300, chunk_size=64, spans=3, padded=384)
-    options = {"segment_ids": segments(300) if regime == "gentle" else None}
-    assert_same(
-        functools.partial(run, **options),
-        functools.partial(run, implementation="recurrent", **options),
-        draw(300, regime, dtype),
-        bound,
-    )
+    assert_same(run_packed, packed_recurrence, draw(300, regime, dtype), bound)
 
 
 def test_second_derivatives_are_those_of_the_recurrence(draw, assert_same):
@@ -77,7 +81,6 @@ def test_second_derivatives_are_those_of_the_recurrence(draw, assert_same):
 @pytest.mark.parametrize("regime", ["0", "-20", "-1000"])
 def test_extreme_decays_keep_full_precision(draw, assert_same, regime):
     # At -20 a gradient of g that took differences would be rounding error only.
-    recurrence = functools.partial(run, implementation="recurrent")
     assert_same(run, recurrence, draw(37, regime, "float32", groups=1), 2e-5)
 
 

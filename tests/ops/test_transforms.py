@@ -26,7 +26,12 @@ def loss(op, *arrays):
 
 
 def gradients(op, inputs):
-    return jax.jit(jax.grad(functools.partial(loss, op), argnums=range(7)))(*inputs[:7])
+    return _gradients(op, inputs[:7])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(op, arrays):
+    return jax.grad(functools.partial(loss, op), argnums=range(7))(*arrays)
 
 
 def assert_trees_close(one, other, **tolerance):

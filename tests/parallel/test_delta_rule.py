@@ -30,10 +30,19 @@ def results(operator, arrays, segment_ids, weights, **options):
     return (*values, *gradients)
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
+def on_mesh(*args, **options):
+    return results(gated_delta_rule_2_on_mesh, *args, **options)
+
+
 def on_devices(mesh, *args, **options):
-    run = functools.partial(results, gated_delta_rule_2_on_mesh, **options)
     with jax.set_mesh(mesh):
-        return jax.jit(run)(*args)
+        return on_mesh(*args, **options)
+
+
+@jax.jit
+def on_one_device(*args):
+    return results(gated_delta_rule_2, *args, implementation="recurrent")
 
 
 def relative_errors(actual, expected):
@@ -63,9 +72,7 @@ def test_outputs_states_and_gradients_are_exact(mesh, length, segments, regime):
         )
         other = operator_inputs(4, length, 2, 4, 3, seed=1, **sizes)
         weights = (other.v, other.initial_state)
-        expected = jax.jit(
-            functools.partial(results, gated_delta_rule_2, implementation="recurrent")
-        )(arrays, ids, weights)
+        expected = on_one_device(arrays, ids, weights)
         actual = on_devices(make_mesh(MESHES[mesh]), arrays, ids, weights, implementation="xla")
     errors = relative_errors(actual, expected)
     assert max(errors.values()) < 1e-10, errors
@@ -77,9 +84,7 @@ def test_a_document_that_starts_with_a_span_sees_nothing_before_it():
         *arrays, _ = operator_inputs(1, 32, 1, 4, dtype="float64", regime="g=0")
         other = operator_inputs(1, 32, 1, 4, dtype="float64", seed=1)
         weights = (other.v, other.initial_state)
-        expected = jax.jit(
-            functools.partial(results, gated_delta_rule_2, implementation="recurrent")
-        )(arrays, ids, weights)
+        expected = on_one_device(arrays, ids, weights)
         mesh = make_mesh(MeshConfig(sequence=8))
         actual = on_devices(mesh, arrays, ids, weights, implementation="recurrent")
     errors = relative_errors(actual, expected)
@@ -94,9 +99,7 @@ def test_sixteen_bit_inputs_keep_the_precision_contract(regime):
         other = operator_inputs(*shape, seed=1, dtype="float64")
         weights = (other.v, other.initial_state)
         wide = [x.astype(jnp.float64) for x in arrays]
-        expected = jax.jit(
-            functools.partial(results, gated_delta_rule_2, implementation="recurrent")
-        )(wide, ids, weights)
+        expected = on_one_device(wide, ids, weights)
     weights = [x.astype(jnp.float32) for x in weights]
     actual = on_devices(make_mesh(MeshConfig(sequence=8)), arrays, ids, weights)
     errors = relative_errors(actual, expected)
