@@ -76,11 +76,18 @@ def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, f"ended too early:\n{output(process)}"
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.001)
+        # Longer would miss a save; shorter would take a core from the process.
+        time.sleep(0.005)
 
 
 def logged_step(files):
-    return max((row["step"] for row in read_metrics(files.metrics)), default=0)
+    """Of the last whole line."""
+    if not files.metrics.exists():
+        return 0
+    with files.metrics.open("rb") as file:
+        file.seek(max(files.metrics.stat().st_size - 1000, 0))
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def saved_steps(files):
@@ -340,8 +347,9 @@ def test_mixer_takes_the_matched_model_and_options_override_it(script):
     assert directory == Path("runs/tiny-kda")
     assert config.model == dataclasses.replace(MODELS["swa_kda_tiny"], num_heads=4)
     assert config.data == PRESETS["tiny"].data
-    config, *_ = script.parse(["gdn2_1.3B", "--mixer=mamba3_mimo"])
-    assert config.model == MODELS["mamba3_mimo_1.3B"]
+    for name in (*(m for m in MIXERS if "window" not in m), "mamba3_mimo"):
+        config, *_ = script.parse(["gdn2_1.3B", f"--mixer={name}"])
+        assert config.model == MODELS[f"{name}_1.3B"]
 
 
 def test_the_vocabulary_is_the_tokenizers_unless_it_is_given(script, tmp_path):
@@ -378,8 +386,10 @@ def test_a_run_goes_on_by_its_directory_alone_and_starts_others(script, uninterr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", [*(m for m in MIXERS if "window" not in m), "mamba3_mimo"])
-def test_every_mixer_trains_in_the_tiny_preset_and_generates(script, mixer, tmp_path, options):
+@pytest.mark.parametrize("mixer", ["kda", "mamba3_mimo"])  # the others train in models/test_mixers
+def test_a_delta_rule_and_a_state_space_train_in_the_tiny_preset_and_generate(
+    script, mixer, tmp_path, options
+):
     few = {
         "steps": 6,
         "model.num-layers": 2,

@@ -63,11 +63,8 @@ def linen():
     return names
 
 
-@pytest.mark.parametrize(
-    "layers",
-    [pytest.param((0, 1, 2, 3), id="all", marks=pytest.mark.slow), pytest.param((1, 3), id="half")],
-)
-def test_a_swapped_linen_transformer_keeps_weights_trains_and_decodes(linen, layers):
+def test_a_swapped_linen_transformer_keeps_weights_trains_and_decodes(linen):
+    layers = (1, 3)
     make, pretrained = linen["Transformer"], linen["pretrained"]
     model = make(gdn2_layers=layers)
     tokens = (jnp.arange(3, 7)[:, None] * jnp.arange(12) + 5) % 32

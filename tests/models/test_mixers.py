@@ -12,7 +12,11 @@ import pytest
 from gdn2_jax.models import PRESETS, LanguageModel, generate, matched_preset
 from gdn2_jax.models.blocks import MIXERS
 
-NAMES = [*(name for name in MIXERS if name != "sliding_window_attention"), "mamba3_mimo"]
+# Both tests of a mixer use the same compiled programs.
+NAMES = [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"test_mixers {name}"))
+    for name in (*(name for name in MIXERS if name != "sliding_window_attention"), "mamba3_mimo")
+]
 
 
 @functools.cache
@@ -30,22 +34,24 @@ def tokens(*shape):
     return jax.random.randint(jax.random.key(2), shape, 0, 257)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def step_along_the_gradient(config, params, ids):
+    """The loss before and after, the gradient, and the logits [2, 16, 257] before."""
+
+    def loss(params):
+        logits = LanguageModel(config).apply({"params": params}, ids[:, :-1])
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+        return losses.mean(), logits
+
+    (before, logits), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    after, _ = loss(jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient))
+    return before, after, gradient, logits
+
+
 @pytest.mark.parametrize("mixer", NAMES)
 def test_one_step_along_the_gradient_lowers_the_loss(mixer):
     config, params = build(mixer)
-    ids = tokens(2, 17)
-
-    @jax.jit
-    def step(params):
-        def loss(params):
-            logits = LanguageModel(config).apply({"params": params}, ids[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
-
-        before, gradient = jax.value_and_grad(loss)(params)
-        after = loss(jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient))
-        return before, after, gradient
-
-    before, after, gradient = step(params)
+    before, after, gradient, _ = step_along_the_gradient(config, params, tokens(2, 17))
     assert after < before - 0.01
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert jnp.all(jnp.isfinite(leaf)) and jnp.any(leaf != 0), jax.tree_util.keystr(path)
@@ -62,8 +68,8 @@ def test_greedy_tokens_of_each_row_are_the_most_likely_ones_of_its_full_forward(
     # Beyond the attention window of 8.
     continued = generate(config, params, start, max_new_tokens=7, temperature=0)
     # What is to the left of the shorter row, or to the right of it here, must not be seen.
-    whole = np.array([np.pad(row, (0, 12 - len(row))) for row in continued])
-    logits = jax.jit(LanguageModel(config).apply)({"params": params}, whole)
+    whole = np.array([np.pad(row, (0, 17 - len(row))) for row in continued])
+    *_, logits = step_along_the_gradient(config, params, whole)
     for row, likely in zip(continued, np.argmax(logits, -1), strict=True):
         np.testing.assert_array_equal(row[-7:], likely[len(row) - 8 : len(row) - 1])
 
