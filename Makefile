@@ -6,6 +6,11 @@ CUDA := $(shell command -v nvidia-smi >/dev/null && echo ,cuda)
 ARGS ?=
 WORKERS ?= 2
 
+# A file's tests run in one worker (tests/conftest.py), the heavy ones before the last folders' light ones.
+PYTEST = -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# What uses most of the libraries' interfaces.
+NEWEST = tests/ops tests/layers tests/pallas tests/data tests/interop/test_nnx.py tests/training/test_train.py
+
 .PHONY: help train test test-newest lint docs clean
 
 help:  ## lists the commands
@@ -16,10 +21,10 @@ train: .venv/.installed  ## trains a small model; options: make train ARGS="--he
 
 # glibc fills what it frees and allocates with MALLOC_PERTURB_: memory that nothing wrote shows.
 test: .venv/.installed  ## runs the test-suite on the CPU
-	MALLOC_PERTURB_=129 .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal tests $(ARGS)
+	MALLOC_PERTURB_=129 .venv/bin/python $(PYTEST) tests $(ARGS)
 
-test-newest: .venv-newest/.installed  ## runs the fast tests on the newest versions of the libraries
-	MALLOC_PERTURB_=129 .venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --first-cases tests $(ARGS)
+test-newest: .venv-newest/.installed  ## runs what finds changed interfaces on the newest versions of the libraries
+	MALLOC_PERTURB_=129 .venv-newest/bin/python $(PYTEST) -m "not slow" --first-cases $(NEWEST) $(ARGS)
 
 lint: .venv/.installed  ## checks style
 	.venv/bin/ruff check .

@@ -26,6 +26,15 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_itemcollected(item):
+    """One worker runs all tests of a file, which share fixtures and compiled programs.
+
+    Unless they are in groups of their own; for `--dist loadgroup`.
+    """
+    if not item.get_closest_marker("xdist_group"):
+        item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
 @pytest.hookimpl(trylast=True)  # after -m has left out what is marked
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--first-cases"):

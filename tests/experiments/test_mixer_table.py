@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Both count every preset, which is traced once a process.
+pytestmark = pytest.mark.xdist_group("test_presets and test_mixer_table")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gdn2_jax.models import PRESETS, LanguageModel, matched_preset
+from gdn2_jax.models import PRESETS, LanguageModel, matched_preset, model_sizes
+
+# Both count every preset, which is traced once a process.
+pytestmark = pytest.mark.xdist_group("test_presets and test_mixer_table")
 
 SCALES = [
     f"{prefix}{{}}_{size}"
@@ -27,9 +30,7 @@ def count(tree):
 
 def state_floats(name):
     """Of each recurrent layer, for one sequence."""
-    layers, *shape = shapes(name)["cache"]["layers"]["block"]["mixer"]["state"].shape
-    assert layers == PRESETS[name].num_layers // (2 if PRESETS[name].hybrid else 1)
-    return math.prod(shape)
+    return model_sizes(PRESETS[name], 4096).state
 
 
 @pytest.mark.parametrize(
@@ -83,14 +84,16 @@ def test_mixers_of_the_paper_models_have_as_many_parameters_as_their_authors_lay
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_all_mixers_of_a_scale_match_in_parameters_and_recurrent_ones_in_state(scale):
-    blocks = count(shapes(scale.format("gdn2"))["params"]["layers"])
+    def block_parameters(mixer):
+        return model_sizes(PRESETS[scale.format(mixer)], 4096).block_parameters
+
+    blocks = block_parameters("gdn2")
     state = state_floats(scale.format("gdn2"))
     for mixer in RECURRENT:
         assert state_floats(scale.format(mixer)) == state, mixer
     attention = ("attention",) + (() if "swa" in scale else ("sliding_window_attention",))
     for mixer in RECURRENT + attention:
-        actual = count(shapes(scale.format(mixer))["params"]["layers"])
-        assert abs(actual / blocks - 1) < 0.02, mixer
+        assert abs(block_parameters(mixer) / blocks - 1) < 0.02, mixer
 
 
 def test_paper_models_have_262144_state_floats_a_layer():
