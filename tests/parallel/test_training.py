@@ -101,8 +101,8 @@ def assert_same(actual, expected, tolerance):
     jax.tree_util.tree_map_with_path(compare, actual, expected)
 
 
+# With "data" alone training/test_step takes a step on eight devices.
 MESHES = {
-    "data 8": MeshConfig(),
     "fsdp 8": MeshConfig(fsdp=8),
     "data 2, fsdp 4": MeshConfig(fsdp=4),
     "sequence 8": MeshConfig(sequence=8),
