@@ -32,7 +32,8 @@ def _build(**options):
         # Initial mixers are almost silent: let them speak, so that tests hear their mistakes.
         return 8 * leaf if any(part.key == "mixer" for part in path) and leaf.ndim == 3 else leaf
 
-    return config, jax.tree.map_with_path(widen, params)
+    # In NumPy: jnp would compile each small operation on each shape.
+    return config, jax.device_put(jax.tree.map_with_path(widen, jax.device_get(params)))
 
 
 @pytest.fixture(params=[False, True], ids=["recurrent", "hybrid"])
