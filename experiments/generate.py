@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from gdn2_jax.command import run_command
+
 import tyro
 
 from gdn2_jax.data import Tokenizer, load_tokenizer
@@ -108,9 +110,6 @@ def main(options: Options) -> int | str:
         )
     except (ValueError, OSError, CheckpointError) as error:
         return f"generate.py: {error}"
-    except KeyboardInterrupt:
-        print()
-        return 130
     print()
     for number, text in enumerate(texts[1:], start=2):
         print(f"\n--- sample {number} ---\n{text}")
@@ -118,4 +117,10 @@ def main(options: Options) -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(
+        run_command(
+            "generate.py",
+            lambda: main(tyro.cli(Options, description=__doc__)),
+            keep_programs=True,
+        )
+    )

@@ -10,7 +10,8 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 def as_arrays[Tree](arguments: Tree) -> Tree:
     """JAX arrays of the arguments; NumPy's 64-bit ones become 32-bit unless 64-bit mode is on."""
-    return jax.tree.map(jnp.asarray, arguments)
+    # A list of numbers is an array, not a tree of them.
+    return jax.tree.map(jnp.asarray, arguments, is_leaf=lambda x: isinstance(x, list))
 
 
 def check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:

@@ -29,9 +29,16 @@ MISTAKES = {
     ("train.py", "--seed", str(2**64)): (
         f"seed: expected less than 2**32 = 4294967296, got {2**64}"
     ),
+    ("generate.py", "runs/huge"): "generate.py: out of device memory, allocating 128 bytes",
 }
 RUN = """
 import json, runpy, sys
+import jax, gdn2_jax.training
+
+def load_trained(directory):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 128 bytes.")
+
+gdn2_jax.training.load_trained = load_trained
 sys.path.insert(0, sys.argv[2])
 cases = json.loads(sys.argv[1])
 for name, *arguments in cases:

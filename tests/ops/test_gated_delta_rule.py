@@ -115,6 +115,7 @@ def array(*shape, dtype=jnp.float32):
 
 
 BAD_INPUTS = {
+    "q in a list": ({"q": [[1.0]]}, "q: .*B T Hk K.*(1, 1)"),
     "q of three dimensions": ({"q": array(2, 5, 4)}, "q: .*B T Hk K.*(2, 5, 4)"),
     "empty sequence": ({"q": array(2, 0, 2, 4)}, "q: .*non-empty.*(2, 0, 2, 4)"),
     "v of three dimensions": ({"v": array(2, 5, 4)}, "v: .*B T Hv V.*(2, 5, 4)"),
