@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from gdn2_jax.ops.isolation import not_finite, replace
 from gdn2_jax.parallel import previous_tokens
 
 
@@ -112,14 +113,47 @@ def attend(
     distances: Int[Array, "T S"],
     same_segment: Array | None,
     window_size: int,
+    isolate: bool = True,
 ) -> Float[Array, "B T N H"]:
     """Attention to the keys whose distance (query minus key position) is in [0, window_size).
 
-    `same_segment` [B, T, S], if given, says which of them belong to the query's document.
+    `same_segment` [B, T, S], if given, says which of them belong to the query's document. Then NaN
+    and infinity reach what attends to them and nothing else, in the gradients too, unless
+    `isolate` is false.
     """
     mask = ((distances >= 0) & (distances < window_size))[None]
     if same_segment is not None:
         mask &= same_segment
+    run = _isolated_attention if isolate and same_segment is not None else _masked_attention
+    return run(q, k, v, mask)
+
+
+@jax.custom_vjp
+def _isolated_attention(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:
+    """`_masked_attention`, whose products give masked keys a weight of zero: 0 * NaN is NaN."""
+    return _isolated_attention_fwd(q, k, v, mask)[0]
+
+
+def _isolated_attention_fwd(q, k, v, mask):
+    bad_queries, bad_keys = not_finite(q, 2), not_finite(k, 2) | not_finite(v, 2)
+    bad = bad_queries | jnp.any(mask & bad_keys[:, None], axis=2)
+    clean = replace(bad_queries, 0, q), replace(bad_keys, 0, k), replace(bad_keys, 0, v)
+    outputs, pullback = jax.vjp(functools.partial(_masked_attention, mask=mask), *clean)
+    return replace(bad, jnp.nan, outputs), (pullback, bad, bad_keys, mask)
+
+
+def _isolated_attention_bwd(residuals, d_outputs):
+    pullback, bad, bad_keys, mask = residuals
+    bad |= not_finite(d_outputs, 2)
+    bad_keys |= jnp.any(mask & bad[:, :, None], axis=1)
+    dq, dk, dv = pullback(replace(bad, 0, d_outputs))
+    return *(replace(b, jnp.nan, x) for b, x in ((bad, dq), (bad_keys, dk), (bad_keys, dv))), None
+
+
+_isolated_attention.defvjp(_isolated_attention_fwd, _isolated_attention_bwd)
+
+
+def _masked_attention(q: Array, k: Array, v: Array, mask: Bool[Array, "#B T S"]) -> Array:
     dtype = q.dtype
     if dtype == jnp.float16:  # dot_product_attention asks for a float16 product no CPU has.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))

@@ -130,6 +130,7 @@ class SlidingWindowAttention(nn.Module):
         start, first = index.value, slot.value
         positions = start + jnp.arange(length, dtype=start.dtype)
         q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
+        isolate = segment_ids is not None
         if segment_ids is None:
             last = documents.value[:, (first - 1) % window]
             segment_ids = jnp.broadcast_to(last[:, None], (batch, length))
@@ -153,7 +154,9 @@ class SlidingWindowAttention(nn.Module):
             return self._attend(q, k, v, segment_ids, past)
         # One token is written to the ring first; relative to the next token its position is -1.
         same_segment = segment_ids[:, :, None] == new.segment_ids[:, None]
-        return attend(q, new.k, new.v, -1 - new.positions[None], same_segment, window)
+        # Without documents there is nothing to isolate, and the ring is read once only.
+        distances = -1 - new.positions[None]
+        return attend(q, new.k, new.v, distances, same_segment, window, isolate)
 
     def _check_attributes(self, width: int) -> None:
         check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.language_model import LanguageModel
+from gdn2_jax.ops.isolation import not_finite, replace
 from gdn2_jax.parallel import constrain
 
 
@@ -49,6 +50,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Weighted sum of the tokens' cross-entropies, in nats, from the inputs of the output layer.
 
+    Tokens of weight 0 may be NaN or infinite.
+
     The tokens go through the output layer in blocks, each of every `blocks`-th token of all
     sequences: batches and sequences that are split over devices stay split. Matrix products take
     `hidden`'s dtype and add up in float32 (float64 for float64 inputs), as everything after them.
@@ -67,7 +70,7 @@ def cross_entropy(
     narrow = kernel.astype(hidden.dtype)
 
     def add(total, block):
-        hidden, targets, weights = block
+        hidden, targets, weights = _without_masked_nan(block)
         losses, *_ = _losses(hidden, narrow, targets)
         return total + jnp.sum(losses * weights), None
 
@@ -81,7 +84,7 @@ def _forward(blocks, hidden, kernel, targets, weights):
 
     def add(carry, block):
         total, d_kernel = carry
-        hidden, targets, weights = block
+        hidden, targets, weights = _without_masked_nan(block)
         losses, logits, log_normalizer, is_target = _losses(hidden, narrow, targets)
         d_logits = (jnp.exp(logits - log_normalizer) - is_target) * weights[..., None]
         d_logits = d_logits.astype(hidden.dtype)
@@ -102,6 +105,12 @@ def _backward(blocks, gradients, cotangent):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def _without_masked_nan(block: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    """The block with zeros for tokens that are not finite and have no weight: 0 * NaN is NaN."""
+    hidden, targets, weights = block
+    return replace((weights == 0) & not_finite(hidden, 2), 0, hidden), targets, weights
 
 
 def _losses(hidden, kernel, targets) -> tuple[Array, Array, Array, Array]:

@@ -125,3 +125,14 @@ def test_loss_of_a_model_is_that_of_its_logits(small_model):
     expected = jax.jit(jax.value_and_grad(plain))(params)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_a_token_without_weight_may_be_nan():
+    hidden, kernel, targets, weights = operands(2, 10, 31, "float32")
+    weights = weights.at[:, 3].set(0)
+    function = with_gradients(functools.partial(cross_entropy, 4))
+    expected = function(hidden, kernel, targets, weights)
+    loss, (d_hidden, d_kernel, _) = function(hidden.at[:, 3].set(jnp.nan), kernel, targets, weights)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(d_hidden, expected[1][0], atol=1e-6)
+    np.testing.assert_allclose(d_kernel, expected[1][1], atol=1e-6)
