@@ -11,7 +11,7 @@ from the inputs and the state at the start of each chunk, which is all that is s
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from gdn2_jax.ops.decayed_products import (
     pair_products_transpose,
     to_chunk_end,
 )
+from gdn2_jax.ops.documents import Chunks, align, state_of, with_state
 from gdn2_jax.ops.isolation import from_there_on, in_document, not_finite, replace
 from gdn2_jax.ops.triangular_inverse import unit_lower_inverse
 
@@ -76,7 +77,7 @@ def chunkwise(
     bf16 or fp16, products with the state use the backend's default precision (TF32 on a GPU).
     """
     length = q.shape[1]
-    chunk_size = max(_MIN_CHUNK_SIZE, min(_MAX_CHUNK_SIZE, 1 << (length - 1).bit_length()))
+    chunk_size = _chunk_size(length)
     chunks = -(-length // chunk_size)
     span = -(-chunks // _SPANS) * chunk_size
     padding = -length % span
@@ -87,8 +88,47 @@ def chunkwise(
     # Padded rows are exact no-ops: they write nothing and do not decay the state.
     padded = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v, g, b, w)]
     layout = _Layout(chunk_size, span, float(scale))
-    outputs, final_state = _chunkwise(layout, *padded, initial_state, segments)
+    outputs, final_state = _chunkwise(layout, *padded, initial_state, segments, None)
     return outputs[:, :length], final_state
+
+
+def chunkwise_by_document(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    g: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    w: Float[Array, "B T H V"],
+    initial_states: Float[Array, "B N H K V"],
+    starts: Bool[Array, "B T"],
+    scale: float,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B N H K V"]]:
+    """`chunkwise`, with the states before and after each of the N documents of a row.
+
+    The documents are laid apart, so that no two share a chunk: states are loaded and kept between
+    chunks. That takes up to N chunks more.
+    """
+    (batch, length), count = q.shape[:2], initial_states.shape[1]
+    chunk_size = _chunk_size(length)
+    chunks = (length + count * (chunk_size - 1)) // chunk_size
+    in_span = -(-chunks // _SPANS)
+    spans = -(-chunks // in_span)
+    place, documents = align(starts, count, chunk_size, spans * in_span)
+    documents = jax.tree.map(lambda x: x.reshape(spans, in_span, batch), documents)
+    rows = jnp.arange(batch)[:, None]
+
+    def apart(x):
+        shape = (batch, spans * in_span * chunk_size, *x.shape[2:])
+        return jnp.zeros_like(x, shape=shape).at[rows, place].set(x, mode="drop")
+
+    layout = _Layout(chunk_size, in_span * chunk_size, float(scale))
+    inputs = map(apart, (q, k, v, g, b, w))
+    outputs, final_states = _chunkwise(layout, *inputs, initial_states, None, documents)
+    return outputs.at[rows, place].get(mode="fill", fill_value=jnp.nan), final_states
+
+
+def _chunk_size(length: int) -> int:
+    return max(_MIN_CHUNK_SIZE, min(_MAX_CHUNK_SIZE, 1 << (length - 1).bit_length()))
 
 
 class _Layout(NamedTuple):
@@ -98,12 +138,26 @@ class _Layout(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(layout, q, k, v, g, b, w, initial_state, segments):
-    (outputs, final_state), _ = _forward(layout, q, k, v, g, b, w, initial_state, segments)
-    return outputs, final_state
+def _chunkwise(layout, *arguments):
+    return _forward(layout, *arguments)[0]
 
 
-def _forward(layout, q, k, v, g, b, w, initial_state, segments):
+def _forward(
+    layout: _Layout,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    g: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    w: Float[Array, "B T H V"],
+    initial_state: Float[Array, "B *N H K V"],
+    segments: Int[Array, "B T"] | None,
+    documents: Chunks | None,
+):
+    """Outputs, final states and what the backward needs; the last two arguments exclude each other.
+
+    With `documents` [S, N, B], of the chunks of all spans, there is a state for each document.
+    """
     inputs = (q, k, v, g, b, w)
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
     dot, operand = arithmetic.product, arithmetic.operand
@@ -114,37 +168,40 @@ def _forward(layout, q, k, v, g, b, w, initial_state, segments):
         bad = bad.at[:, 0].set(bad[:, 0] | not_finite(initial_state, 2))
         initial_state = replace(bad[:, 0], 0, initial_state)
 
-    def span_forward(carry, start):
-        state, all_outputs = carry
+    def span_forward(carry, xs):
+        states, all_outputs = carry
+        start, documents = xs
         loaded, masks = _load(layout, inputs, segments, bad, start)
         c = _prepare(*loaded, masks, arithmetic)
 
-        def next_chunk(state, chunk):
-            y, u, k_tail, decay = chunk
+        def next_chunk(states, chunk):
+            y, u, k_tail, decay, document = chunk
+            state = _enter(states, initial_state, document, "first")
             residual = u - dot("ck,kv->cv", y.astype(g.dtype), state)
             stored = state.astype(operand), residual.astype(operand)
-            return decay * state + dot("ck,cv->kv", k_tail.astype(g.dtype), residual), stored
+            state = decay * state + dot("ck,cv->kv", k_tail.astype(g.dtype), residual)
+            return _leave(states, state, document), stored
 
-        state, (states, residual) = jax.lax.scan(
-            next_chunk, state, (c.y, c.u, c.k_tail, c.decay), unroll=_UNROLL
-        )
-        outputs = dot("ck,kv->cv", c.q_gamma, states) + dot("cs,sv->cv", c.read, residual)
-        return (state, _store(all_outputs, layout.scale * outputs, start)), states
+        chunks = (c.y, c.u, c.k_tail, c.decay, documents)
+        states, (before, residual) = jax.lax.scan(next_chunk, states, chunks, unroll=_UNROLL)
+        outputs = dot("ck,kv->cv", c.q_gamma, before) + dot("cs,sv->cv", c.read, residual)
+        return (states, _store(all_outputs, layout.scale * outputs, start)), before
 
     starts = jnp.arange(0, q.shape[1], layout.span)
-    carry = (initial_state, jnp.zeros_like(v))
-    (final_state, outputs), states = jax.lax.scan(span_forward, carry, starts)
+    carry = (_before_all(initial_state, documents), jnp.zeros_like(v))
+    (states, outputs), before = jax.lax.scan(span_forward, carry, (starts, documents))
+    final_state = states.kept if documents is not None else states.current
     if bad is not None:
         after = from_there_on(bad, segment_starts(segments))
         outputs, final_state = (
             replace(after, jnp.nan, outputs),
             replace(after[:, -1], jnp.nan, final_state),
         )
-    return (outputs, final_state), (*inputs, segments, bad, states)
+    return (outputs, final_state), (*inputs, segments, documents, bad, before)
 
 
 def _backward(layout, residuals, cotangents):
-    q, k, v, g, b, w, segments, bad, states = residuals
+    q, k, v, g, b, w, segments, documents, bad, states = residuals
     inputs = (q, k, v, g, b, w)
     d_outputs, d_final_state = opaque(cotangents)
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
@@ -157,26 +214,27 @@ def _backward(layout, residuals, cotangents):
         d_final_state = replace(hidden[:, -1], 0, d_final_state)
 
     def span_backward(carry, xs):
-        d_state, all_d_inputs = carry
-        start, states = xs
+        d_states, all_d_inputs = carry
+        start, states, documents = xs
         (q_, k_, v_, g_, b_, w_), masks = _load(layout, inputs, segments, bad, start)
         d_out = (layout.scale * _load_one(layout, d_outputs, start).astype(g.dtype)).astype(operand)
         c = _prepare(q_, k_, v_, g_, b_, w_, masks, arithmetic)
         residual = (c.u - dot("ck,kv->cv", c.y, states)).astype(operand)
 
-        def previous_chunk(d_state, chunk):
-            y, q_gamma, k_tail, decay, d_residual, d_out = chunk
+        def previous_chunk(d_states, chunk):
+            y, q_gamma, k_tail, decay, d_residual, d_out, document = chunk
+            d_state = _enter(d_states, d_final_state, document, "last")
             d_end_state = d_state.astype(operand)
             d_residual += dot("ck,kv->cv", k_tail.astype(g.dtype), d_state)
             d_state = decay * d_state + dot("ck,cv->kv", q_gamma, d_out)
             d_state -= dot("ck,cv->kv", y.astype(g.dtype), d_residual)
-            return d_state, (d_end_state, d_residual)
+            return _leave(d_states, d_state, document), (d_end_state, d_residual)
 
         d_residual = dot("rs,rv->sv", c.read, d_out)
-        d_state, (d_end_states, d_residual) = jax.lax.scan(
+        d_states, (d_end_states, d_residual) = jax.lax.scan(
             previous_chunk,
-            d_state,
-            (c.y, c.q_gamma, c.k_tail, c.decay, d_residual, d_out),
+            d_states,
+            (c.y, c.q_gamma, c.k_tail, c.decay, d_residual, d_out, documents),
             reverse=True,
             unroll=_UNROLL,
         )
@@ -208,21 +266,59 @@ def _backward(layout, residuals, cotangents):
         dq, dk = dq + diagonal * k_, dk + diagonal * q_
         d_inputs = (dq, dk + b_ * de, w_ * d_z, dg, k_ * de, v_ * d_z)
         stored = tuple(_store(x, dx, start) for x, dx in zip(all_d_inputs, d_inputs))
-        return (d_state, stored), None
+        return (d_states, stored), None
 
     starts = jnp.arange(0, q.shape[1], layout.span)
-    carry = (d_final_state, tuple(jnp.zeros_like(x) for x in inputs))
-    (d_initial_state, d_inputs), _ = jax.lax.scan(
-        span_backward, carry, (starts, states), reverse=True
+    carry = (_before_all(d_final_state, documents), tuple(jnp.zeros_like(x) for x in inputs))
+    (d_states, d_inputs), _ = jax.lax.scan(
+        span_backward, carry, (starts, states, documents), reverse=True
     )
+    d_initial_state = d_states.kept if documents is not None else d_states.current
     if bad is not None:
         bad = in_document(bad | reported, segment_starts(segments))
         d_inputs = (replace(bad, jnp.nan, x) for x in d_inputs)
         d_initial_state = replace(bad[:, 0], jnp.nan, d_initial_state)
-    return (*d_inputs, d_initial_state, None)
+    return (*d_inputs, d_initial_state, None, None)
 
 
 _chunkwise.defvjp(_forward, _backward)
+
+
+class _States(NamedTuple):
+    """What passes from chunk to chunk: the state, and what it was at the border of each document.
+
+    Backwards in time, the gradients of both.
+    """
+
+    current: Float[Array, "B H K V"]
+    kept: Float[Array, "B N H K V"] | None
+
+
+def _before_all(given: Float[Array, "B *N H K V"], documents: Chunks | None) -> _States:
+    """From the states given; a document without tokens keeps its own."""
+    if documents is None:
+        return _States(given, None)
+    return _States(jnp.zeros_like(given[:, 0]), given)
+
+
+def _enter(
+    states: _States,
+    given: Float[Array, "B *N H K V"],
+    document: Chunks | None,
+    border: Literal["first", "last"],
+) -> Float[Array, "B H K V"]:
+    """The state with which a chunk begins: the one given where it is the document's first."""
+    if document is None:
+        return states.current
+    at_border = getattr(document, border)[:, None, None, None]
+    return jnp.where(at_border, state_of(given, document.document), states.current)
+
+
+def _leave(states: _States, state: Float[Array, "B H K V"], document: Chunks | None) -> _States:
+    """The states after a chunk that ends with `state`."""
+    if document is None:
+        return _States(state, None)
+    return _States(state, with_state(states.kept, document.document, state))
 
 
 def _load_one(layout: _Layout, x: Array, start: Array) -> Array:

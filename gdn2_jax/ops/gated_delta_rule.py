@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.arguments import as_arrays, match_varying_axes, opaque
-from gdn2_jax.ops.chunkwise import chunkwise
+from gdn2_jax.ops.chunkwise import chunkwise, chunkwise_by_document
 from gdn2_jax.ops.decoding import decode_kernel, decode_xla, why_not_decode_kernel
 from gdn2_jax.ops.dispatch import on_hopper
 from gdn2_jax.ops.hopper import hopper, why_not_hopper
-from gdn2_jax.ops.recurrent import recurrent
+from gdn2_jax.ops.recurrent import recurrent, recurrent_by_document
 
 Implementation = Literal["pallas", "xla", "recurrent"]
 
@@ -31,10 +31,11 @@ def gated_delta_rule_2(
     w: Float[Array, "B T Hv V"],
     *,
     scale: float | None = None,
-    initial_state: Float[Array, "B Hv K V"] | None = None,
+    initial_state: Float[Array, "B *N Hv K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    num_documents: int | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B *N Hv K V"]]:
     """Gated Delta Rule-2 over a sequence (arXiv 2605.22791, eqs. 8-10 and 18-25).
 
     For every head, with the state S of shape [K, V]:
@@ -64,14 +65,18 @@ def gated_delta_rule_2(
       initial_state: state before the first token, dtype as `g`; zeros if None.
       segment_ids: document of each token; the state restarts from zero at every change.
         `initial_state` feeds the first segment of a row.
+      num_documents: N, the most documents that a row holds. If given, states are those of documents,
+        [B, N, Hv, K, V], in the order of their first tokens: `initial_state` before them and the
+        result after them. A document that a row does not hold keeps its state; outputs of documents
+        beyond the N-th are NaN. Not served by "pallas".
       implementation: "pallas" (Hopper GPU kernels; K = 64 or 128, a multiple of 64 value channels a
         key head, bf16 or fp16 beside a fp32 g), "xla" (chunkwise, any backend), "recurrent" (the
         definition, token by token), or None for the kernels on a Hopper GPU
         where they serve, else "xla".
 
     Returns:
-      Outputs of `v`'s shape and dtype, and the state after the last token in float32 (float64
-      with float64 inputs).
+      Outputs of `v`'s shape and dtype, and the state after the last token (of each document, with
+      `num_documents`) in float32 (float64 with float64 inputs).
 
     Raises:
       ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
@@ -84,7 +89,9 @@ def gated_delta_rule_2(
     _check_inputs(q, k, v, g, b, w, leading=("B", "T"))
     batch, length, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
-    state_shape = (batch, value_heads, key_dim, value_dim)
+    _check_num_documents(num_documents)
+    documents = () if num_documents is None else (num_documents,)
+    state_shape = (batch, *documents, value_heads, key_dim, value_dim)
     _check_state("initial_state", initial_state, state_shape, g.dtype)
     if segment_ids is not None:
         _check_shape("segment_ids", segment_ids, (batch, length))
@@ -92,6 +99,8 @@ def gated_delta_rule_2(
             raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
     scale = _resolve_scale(scale, key_dim)
     obstacle = why_not_hopper(q, k, v, g, b, w)
+    if num_documents is not None:
+        obstacle = "the kernels keep no states of documents (num_documents)"
     if implementation == "pallas" and obstacle:
         raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
     if implementation != "recurrent" and jax.export.is_symbolic_dim(length):
@@ -104,16 +113,21 @@ def gated_delta_rule_2(
     folded = (batch, length, key_heads, -1)
     if initial_state is None:
         initial_state = jnp.zeros(state_shape, g.dtype)
-    state = fold_state(initial_state, key_heads)
+    state = fold_state(initial_state.reshape(-1, *state_shape[-3:]), key_heads)
+    state = state.reshape(batch, *documents, *state.shape[1:])
     arrays, segment_ids = match_varying_axes(
         (opaque((q, k, v.reshape(folded), g, b, w.reshape(folded), state)), segment_ids)
     )
     starts = None if segment_ids is None else _segment_starts(segment_ids)
+    definition, matrix_form = recurrent, chunkwise
+    if num_documents is not None:
+        definition, matrix_form = recurrent_by_document, chunkwise_by_document
+        starts = jnp.zeros((batch, length), bool) if starts is None else starts
     if implementation == "recurrent":
         q, *rest = (x.astype(g.dtype) for x in arrays)
-        outputs, final_state = recurrent(q * scale, *rest, starts)
+        outputs, final_state = definition(q * scale, *rest, starts)
     else:
-        kernels, xla = (_in_dtype(form, scale, v.dtype) for form in (hopper, chunkwise))
+        kernels, xla = (_in_dtype(form, scale, v.dtype) for form in (hopper, matrix_form))
         if implementation == "pallas":
             form = kernels
         elif implementation is not None or obstacle:
@@ -122,7 +136,9 @@ def gated_delta_rule_2(
             form = functools.partial(on_hopper, kernels, xla)
         outputs, final_state = form(*arrays, starts)
     outputs, final_state = opaque((outputs, final_state))
-    return outputs.astype(v.dtype).reshape(v.shape), unfold_state(final_state, value_heads)
+    final_state = final_state.reshape(-1, *final_state.shape[-3:])
+    final_state = unfold_state(final_state, value_heads).reshape(state_shape)
+    return outputs.astype(v.dtype).reshape(v.shape), final_state
 
 
 def gated_delta_rule_2_step(
@@ -215,6 +231,11 @@ def _check_implementation(implementation: str | None) -> None:
             f"implementation: expected one of {(None, *get_args(Implementation))}, "
             f"got {implementation!r}"
         )
+
+
+def _check_num_documents(count: int | None) -> None:
+    if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
+        raise ValueError(f"num_documents: expected a positive integer or None, got {count!r}")
 
 
 def _check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from gdn2_jax.ops.documents import document_of, state_of, with_state
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -57,3 +59,29 @@ def recurrent(
     time_major = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, b, w, starts))
     final_state, outputs = jax.lax.scan(body, initial_state, time_major)
     return jnp.moveaxis(outputs, 0, 1), final_state
+
+
+def recurrent_by_document(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    g: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    w: Float[Array, "B T H V"],
+    initial_states: Float[Array, "B N H K V"],
+    starts: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B N H K V"]]:
+    """`recurrent`, with the states before and after each of the N documents of a row."""
+
+    def body(carry, token):
+        state, states = carry
+        *inputs, document, start = token
+        start = start[:, None, None, None]
+        state, output = step(jnp.where(start, state_of(initial_states, document), state), *inputs)
+        return (state, with_state(states, document, state)), output
+
+    tokens = (q, k, v, g, b, w, document_of(starts), starts.at[:, 0].set(True))
+    time_major = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    carry = (jnp.zeros_like(initial_states[:, 0]), initial_states)
+    (_, states), outputs = jax.lax.scan(body, carry, time_major)
+    return jnp.moveaxis(outputs, 0, 1), states

@@ -76,16 +76,30 @@ def test_nothing_crosses_a_segment_border(implementation, regime):
             )
 
 
+def bits(x):
+    return np.asarray(x).view(np.int32)
+
+
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
-def test_outputs_do_not_depend_on_later_tokens(implementation, regime):
+@pytest.mark.parametrize("later", ["g=0", "resets"])
+def test_no_bit_of_a_past_output_or_gradient_depends_on_later_tokens(implementation, regime, later):
     inputs, (d_outputs, d_state) = draw(regime, 0)
-    other, _ = draw("g=-5", 1)
+    other, _ = draw(later, 1)
+    other = other._replace(v=1e4 * other.v, k=-other.k, q=1e3 * other.q)
     for border in BORDERS:
         early = jnp.arange(LENGTH) < border
         cotangents = (jnp.where(early[:, None, None], d_outputs, 0), jnp.zeros_like(d_state))
         results, gradients = run(inputs, cotangents, implementation)
-        changed, _ = run(with_start(other, inputs, border), cotangents, implementation)
-        np.testing.assert_array_equal(results["o"][:, :border], changed["o"][:, :border])
+        changed, changed_gradients = run(
+            with_start(other, inputs, border), cotangents, implementation
+        )
+        np.testing.assert_array_equal(
+            bits(results["o"][:, :border]), bits(changed["o"][:, :border])
+        )
+        for name, x in gradients.items():
+            y = changed_gradients[name]
+            past = slice(None) if name == "initial_state" else (slice(None), slice(border))
+            np.testing.assert_array_equal(bits(x[past]), bits(y[past]), err_msg=name)
         for name in "qkvgbw":
             assert not np.any(gradients[name][:, border:]), (name, border)
 
