@@ -59,9 +59,9 @@ def align(
 
 def state_of(states: Array, document: Int[Array, "B"]) -> Array:
     """Each row's state of one of its documents: [B, N, ...] -> [B, ...]; NaN beyond the last."""
-    return states.at[jnp.arange(len(states)), document].get(mode="fill", fill_value=jnp.nan)
+    return states.at[jnp.arange(states.shape[0]), document].get(mode="fill", fill_value=jnp.nan)
 
 
 def with_state(states: Array, document: Int[Array, "B"], state: Array) -> Array:
     """The states [B, N, ...] with one of each row replaced; none beyond the last."""
-    return states.at[jnp.arange(len(states)), document].set(state, mode="drop")
+    return states.at[jnp.arange(states.shape[0]), document].set(state, mode="drop")

@@ -17,8 +17,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops import Implementation, gated_delta_rule_2
+from gdn2_jax.ops.arguments import segment_starts
 from gdn2_jax.ops.arithmetic import arithmetic_for
+from gdn2_jax.ops.documents import document_of
 from gdn2_jax.ops.gated_delta_rule import fold_state, unfold_state
+from gdn2_jax.ops.isolation import replace
 from gdn2_jax.parallel.halo import AXIS, previous_tokens
 from gdn2_jax.parallel.logical import ambient_mesh, axis_size, explicit_sharding, per_device
 
@@ -110,9 +113,11 @@ def _span(arrays, initial_state, segment_ids, **options):
     identity = jnp.broadcast_to(
         jnp.eye(key_dim, dtype=g.dtype), (batch, key_heads, key_dim, key_dim)
     )
+    carried = None
     if segment_ids is not None:
         before = previous_tokens(segment_ids, 1)[:, 0]
         carries = (segment_ids[:, 0] == before) | (jax.lax.axis_index(AXIS) == 0)
+        carried = carries[:, None] & (document_of(segment_starts(segment_ids)) == 0)
         identity = jnp.where(carries[:, None, None, None], identity, 0)
     initial_state = fold_state(initial_state, key_heads)
     nothing = jnp.zeros_like(q, dtype=v.dtype)
@@ -130,10 +135,18 @@ def _span(arrays, initial_state, segment_ids, **options):
         **options,
     )
     reads, outputs = jnp.split(outputs, [key_dim], axis=-1)
-    incoming, final_state = _carry_over(*jnp.split(state, [key_dim], axis=-1), initial_state)
+    transition, contribution = jnp.split(state, [key_dim], axis=-1)
+    if carried is not None:
+        # Zeros already, but for documents with NaN, which shall not reach the one before.
+        reads = replace(~carried, 0, reads)
+        transition = replace(~carried[:, -1], 0, transition)
+    incoming, final_state = _carry_over(transition, contribution, initial_state)
     dot = arithmetic_for((q, k, v, b, w), g.dtype).product
     from_before = dot("tk,kv->tv", jnp.moveaxis(reads.astype(g.dtype), 1, 2), incoming)
-    outputs = (outputs.astype(g.dtype) + jnp.moveaxis(from_before, 1, 2)).astype(v.dtype)
+    from_before = jnp.moveaxis(from_before, 1, 2)
+    if carried is not None:
+        from_before = replace(~carried, 0, from_before)
+    outputs = (outputs.astype(g.dtype) + from_before).astype(v.dtype)
     return outputs.reshape(v.shape), unfold_state(final_state, v.shape[2])
 
 
@@ -148,6 +161,9 @@ def _carry_over(
     def advance(state, span):
         transition, contribution = span
         product = jnp.matmul(transition, state, precision=jax.lax.Precision.HIGHEST)
+        # A span that forgets the state forgets a NaN in it, too.
+        forgets = jnp.all(transition == 0, axis=(-2, -1))
+        product = replace(forgets, 0, product)
         return product + contribution, state
 
     initial_state = jax.lax.pcast(initial_state, AXIS, to="varying")

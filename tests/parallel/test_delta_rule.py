@@ -91,6 +91,23 @@ def test_a_document_that_starts_with_a_span_sees_nothing_before_it():
     assert max(errors.values()) < 1e-10, errors
 
 
+def test_a_nan_stays_in_its_document_on_every_device():
+    ids = jnp.repeat(jnp.array([[0, 3, 3, 3, 3, 5, 9, 9]]), 2, axis=1)[:, 1:]
+    *arrays, _ = operator_inputs(1, 15, 1, 4)
+    weights = (arrays[2], arrays[-1])
+    mesh = make_mesh(MeshConfig(sequence=8))
+    expected = on_devices(mesh, arrays, ids, weights, implementation="recurrent")
+    for place in (1, 8, 9):
+        poisoned = [*arrays[:2], arrays[2].at[0, place].set(jnp.nan), *arrays[3:]]
+        actual = on_devices(mesh, poisoned, ids, weights, implementation="recurrent")
+        others = np.asarray(ids[0] != ids[0, place])
+        for i, (x, y) in enumerate(zip(actual, expected)):
+            if i in (1, 8):  # the final state, of document 9, and the initial one's gradient, of 0
+                np.testing.assert_array_equal(x, y)
+            else:
+                np.testing.assert_array_equal(x[:, others], y[:, others])
+
+
 @pytest.mark.parametrize("regime", ["gentle", "repeated_keys", "mixture"])
 def test_sixteen_bit_inputs_keep_the_precision_contract(regime):
     shape = (1, 256, 2, 16)
