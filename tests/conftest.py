@@ -1,16 +1,11 @@
 """Flags for every test; JAX reads them when its first backend starts.
 
 Eight simulated CPU devices, and no optimisation by LLVM: the suite is mostly compilation, which
-that makes several times faster. What is compiled is kept for the other worker, the processes that
-tests start and the next run.
+that makes several times faster.
 """
 
 import os
-from pathlib import Path
 
-from gdn2_jax.command import _compilation_cache
-
-import jax
 import pytest
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -19,15 +14,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
     )
-)
-# One folder for each kind of CPU. The environment is for other processes; JAX has read it here.
-_CACHE = Path(__file__).parents[1] / ".pytest_cache" / _compilation_cache().name
-jax.config.update(
-    "jax_compilation_cache_dir", os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
-)
-jax.config.update(
-    "jax_persistent_cache_min_compile_time_secs",
-    float(os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")),
 )
 
 
