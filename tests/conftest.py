@@ -6,6 +6,7 @@ that makes several times faster.
 
 import os
 
+import jax
 import pytest
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -24,6 +25,13 @@ def pytest_addoption(parser):
         help="run the first case of each parametrised test only, on versions that another run does "
         "not test: enough to find what they changed",
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Each compiled program takes memory maps; a process that holds more than 65,530 is ended."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_itemcollected(item):
