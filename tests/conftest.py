@@ -29,7 +29,10 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """Each compiled program takes memory maps; a process that holds more than 65,530 is ended."""
+    """Frees the memory maps of compiled programs, of which a process may hold 65,530.
+
+    Workers that ran for long crashed while they compiled; the limit is the suspected cause.
+    """
     yield
     jax.clear_caches()
 

@@ -190,18 +190,22 @@ def test_a_readme_gets_the_table_where_it_names_the_rows_file_and_stays_as_it_is
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "error", "message"),
     [
-        ({"devices": 0}, "devices: expected at least 1, got 0"),
-        ({"devices": 9}, "devices: expected 1 to 8, got 9"),
-        ({"length": 7}, "length: expected a divisor of 16 tokens, got 7"),
-        ({"sequences": (24,)}, "sequences: expected multiples of 64, so .* 8 devices .*, got 24"),
+        ({"devices": 0}, ValueError, "devices: expected at least 1, got 0"),
+        ({"devices": 9}, SystemExit, "devices: expected 1 to 8, got 9"),
+        ({"length": 7}, SystemExit, "length: expected a divisor of 16 tokens, got 7"),
+        (
+            {"sequences": (24,)},
+            SystemExit,
+            "sequences: expected multiples of 64, so .* 8 devices .*, got 24",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is_written(
-    script, tmp_path, changes, message
+    script, tmp_path, changes, error, message
 ):
     output = tmp_path / "folder" / "rows.jsonl"
-    with pytest.raises((SystemExit, ValueError), match=message):
+    with pytest.raises(error, match=message):
         script.main(arguments(script, output, **changes))
     assert not output.parent.exists()

@@ -94,8 +94,8 @@ def test_a_tokenizer_that_alters_text_is_told_once(config, caplog):
     assert not caplog.records
     _warn_of_loss(config, Lower())
     (record,) = caplog.records
-    assert "data.tokenizer: bytes alters text: " in record.getMessage()
-    assert "Ab  c\\tD" in record.getMessage() and "ab  c\\td" in record.getMessage()
+    assert 'data.tokenizer: bytes alters text: "Ab  c\\tD' in record.getMessage()
+    assert 'becomes "ab  c\\td' in record.getMessage()
 
 
 def test_empty_corpus_is_refused_before_the_run_directory_exists(config, tmp_path):
