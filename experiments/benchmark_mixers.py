@@ -26,8 +26,7 @@ import tyro
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.models import PRESETS, ModelConfig
 from gdn2_jax.models.blocks import MIXERS
-from gdn2_jax.ops.mamba2 import mamba2
-from gdn2_jax.ops.mamba3 import Mamba3Inputs, Mamba3Weights, mamba3
+from gdn2_jax.ops import Mamba3Inputs, Mamba3Weights, mamba2, mamba3
 from gdn2_jax.testing import operator_inputs
 from gdn2_jax.timing import measure
 

@@ -17,8 +17,7 @@ from gdn2_jax.layers.initializers import (
 )
 from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
 from gdn2_jax.layers.short_convolution import ShortConvolution
-from gdn2_jax.ops import Implementation
-from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
+from gdn2_jax.ops import Implementation, mamba2, mamba2_step
 from gdn2_jax.parallel import dense_product, partitioned, per_device
 
 
@@ -54,7 +53,7 @@ class Mamba2(nn.Module):
         the channels, in all parameters.
       out_kernel_init: initialiser of `out_proj` (depth-scaled in the language model).
       decode: keep state between calls.
-      implementation: of the operator, see `gdn2_jax.ops.mamba2.mamba2`.
+      implementation: of the operator, see `gdn2_jax.ops.mamba2`.
     """
 
     num_heads: int

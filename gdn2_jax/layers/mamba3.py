@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.layers.initializers import fan_in_uniform, inverse_softplus_time_step
 from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
 from gdn2_jax.ops import Implementation
-from gdn2_jax.ops.mamba3 import (
+from gdn2_jax.ops.mamba.mamba3 import (
     Mamba3Inputs,
     Mamba3State,
     Mamba3Weights,
@@ -59,7 +59,7 @@ class Mamba3(nn.Module):
         the channels, in all parameters.
       out_kernel_init: initialiser of `out_proj` (depth-scaled in the language model).
       decode: keep state between calls.
-      implementation: of the operator, see `gdn2_jax.ops.mamba3.mamba3`.
+      implementation: of the operator, see `gdn2_jax.ops.mamba3`.
     """
 
     num_heads: int

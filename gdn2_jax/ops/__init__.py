@@ -1,9 +1,30 @@
-"""The Gated Delta Rule-2 operator: public functions, the recurrence, the chunkwise form."""
+"""The operators: Gated Delta Rule-2, and the state spaces of Mamba-2 and Mamba-3."""
 
-from gdn2_jax.ops.gated_delta_rule import (
+from gdn2_jax.ops.gated_delta_rule_2.api import (
     Implementation,
     gated_delta_rule_2,
     gated_delta_rule_2_step,
 )
+from gdn2_jax.ops.mamba.mamba2 import mamba2, mamba2_step
+from gdn2_jax.ops.mamba.mamba3 import (
+    Mamba3Inputs,
+    Mamba3State,
+    Mamba3Weights,
+    mamba3,
+    mamba3_initial_state,
+    mamba3_step,
+)
 
-__all__ = ["Implementation", "gated_delta_rule_2", "gated_delta_rule_2_step"]
+__all__ = [
+    "Implementation",
+    "Mamba3Inputs",
+    "Mamba3State",
+    "Mamba3Weights",
+    "gated_delta_rule_2",
+    "gated_delta_rule_2_step",
+    "mamba2",
+    "mamba2_step",
+    "mamba3",
+    "mamba3_initial_state",
+    "mamba3_step",
+]

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops import Implementation, gated_delta_rule_2
 from gdn2_jax.ops.arguments import segment_starts
-from gdn2_jax.ops.arithmetic import arithmetic_for
-from gdn2_jax.ops.documents import document_of
-from gdn2_jax.ops.gated_delta_rule import fold_state, unfold_state
+from gdn2_jax.ops.gated_delta_rule_2.api import fold_state, unfold_state
+from gdn2_jax.ops.gated_delta_rule_2.documents import document_of
 from gdn2_jax.ops.isolation import replace
+from gdn2_jax.ops.precision import arithmetic_for
 from gdn2_jax.parallel.halo import AXIS, previous_tokens
 from gdn2_jax.parallel.logical import ambient_mesh, axis_size, explicit_sharding, per_device
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
-from gdn2_jax.ops.dispatch import hopper_attached
+from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper_attached
 from gdn2_jax.testing import OperatorInputs, Regime, error_bound, operator_inputs
 
 pytestmark = pytest.mark.skipif(not hopper_attached(), reason="needs a Hopper GPU")

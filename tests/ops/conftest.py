@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
-from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
-from gdn2_jax.ops.mamba3 import Mamba3Inputs, Mamba3State, Mamba3Weights, mamba3, mamba3_step
+from gdn2_jax.ops import (
+    Mamba3Inputs,
+    Mamba3State,
+    Mamba3Weights,
+    mamba2,
+    mamba2_step,
+    mamba3,
+    mamba3_step,
+)
 
 
 def draw_log_decay(rng, shape, regime):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2
-from gdn2_jax.ops.arithmetic import finite_log_decay
+from gdn2_jax.ops.precision import finite_log_decay
 
 LENGTH = 20
 SEGMENT_IDS = np.asarray([[0] * 7 + [1] * 13])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
-from gdn2_jax.ops.mamba2 import mamba2
+from gdn2_jax.ops import mamba2
 from gdn2_jax.testing import operator_inputs
 
 

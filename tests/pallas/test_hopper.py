@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import gated_delta_rule_2
-from gdn2_jax.ops import dispatch
+from gdn2_jax.ops.gated_delta_rule_2 import hopper
 from gdn2_jax.pallas.mosaic import interpret_mode
 from gdn2_jax.pallas.state_pass import Tuning
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
@@ -121,7 +121,7 @@ def test_kernels_lower_for_cuda_on_a_host_without_one(segments, x64):
 
 @pytest.mark.parametrize("implementation", ["pallas", None])
 def test_kernels_under_shard_map_lower_to_kernels_of_each_shard(implementation, monkeypatch):
-    monkeypatch.setattr(dispatch, "hopper_attached", lambda: True)
+    monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spec = P("data", None, "tensor")
     inputs = operator_inputs(2, 100, 2, 128, dtype="bfloat16", initial_state=False)
@@ -150,7 +150,7 @@ def test_a_state_pass_without_a_chunk_on_its_way_is_refused():
 
 
 def test_the_default_is_the_kernels_where_a_hopper_gpu_is_attached(monkeypatch):
-    monkeypatch.setattr(dispatch, "hopper_attached", lambda: True)
+    monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
     *arrays, _, _ = draw(initial_state=False)
     traced = jax.jit(gated_delta_rule_2).trace(*arrays)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2
-from gdn2_jax.ops import dispatch
+from gdn2_jax.ops.gated_delta_rule_2 import hopper
 from gdn2_jax.parallel import MeshConfig, gated_delta_rule_2_on_mesh, make_mesh
 from gdn2_jax.testing import OperatorInputs, operator_inputs
 
@@ -131,7 +131,7 @@ def test_sixteen_bit_inputs_keep_the_precision_contract(regime):
 @pytest.mark.parametrize("implementation", ["pallas", None])
 def test_spans_with_their_gradients_run_on_the_kernels_of_a_hopper_gpu(implementation, monkeypatch):
     """Two kernels forward and two backward; other products join the spans or are the loss'."""
-    monkeypatch.setattr(dispatch, "hopper_attached", lambda: True)
+    monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
     *arrays, ids = operator_inputs(1, 40, 2, 128, dtype="bfloat16", segments=3)
     run = functools.partial(results, gated_delta_rule_2_on_mesh, implementation=implementation)
     with jax.set_mesh(make_mesh(MeshConfig(sequence=4, tensor=2))):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops.triangular_inverse import unit_lower_inverse
+from gdn2_jax.ops.gated_delta_rule_2.triangular_inverse import unit_lower_inverse
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 16, 64])

@@ -7,7 +7,7 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gdn2_jax.ops.recurrent import step
+from gdn2_jax.ops.gated_delta_rule_2.recurrent import step
 from gdn2_jax.pallas.decode_step import decode_step
 
 _CHANNELS = (64, 128)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gdn2_jax.ops.documents import document_of, state_of, with_state
+from gdn2_jax.ops.gated_delta_rule_2.documents import document_of, state_of, with_state
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

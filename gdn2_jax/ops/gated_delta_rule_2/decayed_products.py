@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gdn2_jax.ops.arithmetic import Arithmetic
+from gdn2_jax.ops.precision import Arithmetic
 
 BLOCK = 4
 _PAIRS = [(r, s) for r in range(BLOCK) for s in range(r)]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops.mamba2 import mamba2
-from gdn2_jax.ops.mamba3 import (
+from gdn2_jax.ops.mamba.mamba2 import mamba2
+from gdn2_jax.ops.mamba.mamba3 import (
     Mamba3Inputs,
     Mamba3State,
     Mamba3Weights,
@@ -14,7 +14,7 @@ from gdn2_jax.ops.mamba3 import (
     mamba3_initial_state,
     mamba3_step,
 )
-from gdn2_jax.ops.scalar_decay import Layout, layout_for
+from gdn2_jax.ops.mamba.scalar_decay import Layout, layout_for
 
 
 @pytest.fixture

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops.arithmetic import Arithmetic
-from gdn2_jax.ops.decayed_products import (
+from gdn2_jax.ops.gated_delta_rule_2.decayed_products import (
     decayed,
     from_chunk_start,
     pair_products,
     pair_products_transpose,
     to_chunk_end,
 )
+from gdn2_jax.ops.precision import Arithmetic
 
 ROWS, KEY_DIM = 64, 3
 ARITHMETIC = Arithmetic(jnp.dtype("float64"), jax.lax.Precision.HIGHEST)

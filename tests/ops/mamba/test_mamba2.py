@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax.ops.mamba2 import mamba2, mamba2_step
-from gdn2_jax.ops.scalar_decay import Layout, layout_for
+from gdn2_jax.ops.mamba.mamba2 import mamba2, mamba2_step
+from gdn2_jax.ops.mamba.scalar_decay import Layout, layout_for
 
 ARRAYS = ("q", "k", "v", "g", "dt", "initial_state")
 

@@ -29,8 +29,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from gdn2_jax.ops.arithmetic import Arithmetic
-from gdn2_jax.ops.rotation import turn_gradient
+from gdn2_jax.ops.mamba.rotation import turn_gradient
+from gdn2_jax.ops.precision import Arithmetic
 
 _ROWS = 64
 _MIN_CHUNK_SIZE = 16

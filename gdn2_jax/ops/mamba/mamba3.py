@@ -19,10 +19,9 @@ from gdn2_jax.ops.arguments import (
     opaque,
     segment_starts,
 )
-from gdn2_jax.ops.arithmetic import arithmetic_for, finite_log_decay
 from gdn2_jax.ops.isolation import isolated
-from gdn2_jax.ops.rotation import phases, rotate, rotate_state, turn_gradient, wrap
-from gdn2_jax.ops.scalar_decay import (
+from gdn2_jax.ops.mamba.rotation import phases, rotate, rotate_state, turn_gradient, wrap
+from gdn2_jax.ops.mamba.scalar_decay import (
     KEPT,
     join,
     layout_for,
@@ -32,6 +31,7 @@ from gdn2_jax.ops.scalar_decay import (
     split,
     split_segments,
 )
+from gdn2_jax.ops.precision import arithmetic_for, finite_log_decay
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -40,7 +40,7 @@ class Mamba3Inputs(NamedTuple):
     """What the operator reads at each token; [B, T, ...] for a sequence, [B, ...] for a step.
 
     q, k, v and z may be bf16, fp16, fp32 or fp64; the rest is float32, float64 beside float64. Matrix
-    products read them as those of `gdn2_jax.ops.mamba2.mamba2`.
+    products read them as those of `gdn2_jax.ops.mamba2`.
 
     Attributes:
       q: queries of R ranks and G groups, Mamba's C, before bias and rotation.

@@ -19,8 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arguments import opaque, segment_starts
-from gdn2_jax.ops.arithmetic import Arithmetic, arithmetic_for, finite_log_decay
-from gdn2_jax.ops.decayed_products import (
+from gdn2_jax.ops.gated_delta_rule_2.decayed_products import (
     Decayed,
     decayed,
     from_chunk_start,
@@ -28,9 +27,10 @@ from gdn2_jax.ops.decayed_products import (
     pair_products_transpose,
     to_chunk_end,
 )
-from gdn2_jax.ops.documents import Chunks, align, state_of, with_state
+from gdn2_jax.ops.gated_delta_rule_2.documents import Chunks, align, state_of, with_state
+from gdn2_jax.ops.gated_delta_rule_2.triangular_inverse import unit_lower_inverse
 from gdn2_jax.ops.isolation import from_there_on, in_document, not_finite, replace
-from gdn2_jax.ops.triangular_inverse import unit_lower_inverse
+from gdn2_jax.ops.precision import Arithmetic, arithmetic_for, finite_log_decay
 
 _MAX_CHUNK_SIZE = 64
 _MIN_CHUNK_SIZE = 16

@@ -17,9 +17,8 @@ from gdn2_jax.ops.arguments import (
     opaque,
     segment_starts,
 )
-from gdn2_jax.ops.arithmetic import arithmetic_for, finite_log_decay
 from gdn2_jax.ops.isolation import isolated
-from gdn2_jax.ops.scalar_decay import (
+from gdn2_jax.ops.mamba.scalar_decay import (
     join,
     layout_for,
     mix_chunks,
@@ -27,6 +26,7 @@ from gdn2_jax.ops.scalar_decay import (
     split,
     split_segments,
 )
+from gdn2_jax.ops.precision import arithmetic_for, finite_log_decay
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

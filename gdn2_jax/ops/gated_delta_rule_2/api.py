@@ -11,11 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.arguments import as_arrays, match_varying_axes, opaque
-from gdn2_jax.ops.chunkwise import chunkwise, chunkwise_by_document
-from gdn2_jax.ops.decoding import decode_kernel, decode_xla, why_not_decode_kernel
-from gdn2_jax.ops.dispatch import on_hopper
-from gdn2_jax.ops.hopper import hopper, why_not_hopper
-from gdn2_jax.ops.recurrent import recurrent, recurrent_by_document
+from gdn2_jax.ops.gated_delta_rule_2.chunkwise import chunkwise, chunkwise_by_document
+from gdn2_jax.ops.gated_delta_rule_2.decode_step import (
+    decode_kernel,
+    decode_xla,
+    why_not_decode_kernel,
+)
+from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper, on_hopper, why_not_hopper
+from gdn2_jax.ops.gated_delta_rule_2.recurrent import recurrent, recurrent_by_document
 
 Implementation = Literal["pallas", "xla", "recurrent"]
 

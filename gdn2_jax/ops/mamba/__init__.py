@@ -1,0 +1,1 @@
+"""The operators of Mamba-2 and Mamba-3, and what both compute alike."""
