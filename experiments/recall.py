@@ -40,7 +40,7 @@ import optax
 
 from gdn2_jax.data.recall import TASKS, Questions, Task, draw, questions
 from gdn2_jax.models import LanguageModel, ModelConfig, model_sizes
-from gdn2_jax.timing import device_events
+from gdn2_jax.timing import Event, device_events
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE / "recall"
@@ -65,8 +65,6 @@ MIXERS: dict[str, dict[str, Any]] = {
     "attention": {"mixer": "attention"},
 }
 """What a study names: fields of the model's configuration."""
-_OPERATOR = ("intra_chunk_forward", "chunk_backward", "state_pass")
-"""Parts of the names of the Hopper kernels."""
 _MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
 
 
@@ -133,8 +131,10 @@ class Cell(NamedTuple):
     def task(self, multiple: int = 1) -> Task:
         """The task at a multiple of the training length."""
         fields = {k: v for k, v in self.config.task.items() if k != "name"}
-        fields |= {k: v for k, v in self.size.items() if k not in _MODEL_FIELDS}
-        return TASKS[self.config.task["name"]](length=self.length * multiple, **fields)
+        kind = TASKS[self.config.task["name"]]
+        known = {field.name for field in dataclasses.fields(kind)}
+        fields |= {k: v for k, v in self.size.items() if k in known or k not in _MODEL_FIELDS}
+        return kind(length=self.length * multiple, **fields)
 
     @property
     def batch(self) -> int:
@@ -243,6 +243,7 @@ def model_config(cell: Cell) -> ModelConfig:
     """
     task, size = cell.task(), cell.size
     changes = cell.config.model | {k: v for k, v in size.items() if k in _MODEL_FIELDS}
+    changes.pop("vocab_size", None)  # the task's
     heads, head_dim = changes.pop("num_heads", 2), changes.pop("head_dim", 128)
     width = heads * head_dim
     mlp_dim = changes.pop("mlp_dim", width)
@@ -557,10 +558,7 @@ def run_cell(
         events = device_events(
             lambda: programs.train(state, rates, start, programs.draw(seeds, start))
         )
-        window = 1e3 * seconds / len(curves)
-        ours = [event for event in events if any(part in event.name for part in _OPERATOR)]
-        for name, some in (("gpu_share", events), ("operator_share", ours)):
-            shares[name] = round(sum(event.milliseconds for event in some) / window, 3)
+        shares = profile(events, programs.train.as_text(), 1e3 * seconds / len(curves))
     rows = []
     for i, (rate, seed) in enumerate(cell.runs):
         if not curves:
@@ -614,6 +612,19 @@ def run_cell(
     if finished:
         path.unlink(missing_ok=True)
     return finished
+
+
+def profile(events: list[Event], compiled: str, milliseconds: float) -> dict[str, Any]:
+    """Shares of a window's time: of all events, of the operator's kernels, and the largest by name."""
+    from benchmark_training import breakdown, operation_names
+
+    operations = breakdown(events, operation_names(compiled), "", 1)["operations_ms"]
+    shares = {name: round(ms / milliseconds, 3) for name, ms in operations.items()}
+    # JAX calls a kernel of Pallas a mpmd_map.
+    kernels = sum(share for name, share in shares.items() if "mpmd_map" in name)
+    busy = round(sum(event.milliseconds for event in events) / milliseconds, 3)
+    largest = dict(list(shares.items())[:12])
+    return {"gpu_share": busy, "operator_share": round(kernels, 3), "largest_shares": largest}
 
 
 def save(path: Path, state: State, curves: list[Measured], seconds: float) -> None:
@@ -881,13 +892,13 @@ def visible_gpus() -> list[str]:
 
 
 def commit() -> str:
-    """Of the sources; $GDN2_JAX_COMMIT where there is no repository."""
-    described = ""
-    if shutil.which("git"):
-        command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        described = done.stdout.strip()
-    return described or os.environ.get("GDN2_JAX_COMMIT", "unknown")
+    """Of the sources: $GDN2_JAX_COMMIT, which a copy of a working tree needs, or else git's."""
+    given = os.environ.get("GDN2_JAX_COMMIT")
+    if given or not shutil.which("git"):
+        return given or "unknown"
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

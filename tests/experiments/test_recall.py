@@ -166,6 +166,20 @@ def test_every_mixer_has_gdn2s_parameters_and_state(script, mixer):
         script.check_sizes(cell, wrong)
 
 
+def test_the_task_gives_the_vocabulary_where_sizes_vary_it(script):
+    study = script.read_study("mqar", sizes={"vocab_size": (64, 128)}, lengths=(32,))
+    for cell in script.cells("mqar", study, set()):
+        assert cell.task().vocab_size == cell.size["vocab_size"]
+        assert script.model_config(cell).vocab_size == cell.size["vocab_size"]
+
+
+def test_the_named_commit_wins_over_the_copys(script, monkeypatch):
+    monkeypatch.setenv("GDN2_JAX_COMMIT", "abc")
+    assert script.commit() == "abc"
+    monkeypatch.delenv("GDN2_JAX_COMMIT")
+    assert script.commit() not in ("abc", "")
+
+
 def test_every_study_can_be_read(script):
     for path in script.STUDIES.glob("*.toml"):
         assert script.cells(path.stem, script.read_study(path.stem), set())
