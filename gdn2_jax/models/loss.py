@@ -17,7 +17,6 @@ def next_token_loss(
     config: ModelConfig,
     params: Any,
     batch: dict[str, Array | None],
-    rngs: dict[str, Array] | None = None,
 ) -> Float[Array, ""]:
     """Weighted sum of the cross-entropies of a batch's tokens, in nats; for training and evaluation.
 
@@ -25,13 +24,12 @@ def next_token_loss(
       config: of the model; `loss_blocks` bounds the memory of the logits.
       params: its parameters.
       batch: "inputs" [B, T], "targets" [B, T], "weights" [B, T], and "segment_ids" [B, T] or None.
-      rngs: of the model.
 
     Returns:
       sum_i weight_i (logsumexp(logits_i) - logits_i[target_i]), float32 (float64 in such models).
     """
     hidden = LanguageModel(config).apply(
-        {"params": params}, batch["inputs"], batch["segment_ids"], head=False, rngs=rngs
+        {"params": params}, batch["inputs"], batch["segment_ids"], head=False
     )
     hidden = constrain(hidden, "batch", "sequence", None)
     with jax.named_scope("loss"):

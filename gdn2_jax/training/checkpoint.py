@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-from gdn2_jax.training.step import KEYS, TrainState
+from gdn2_jax.training.step import TrainState
 
 
 class CheckpointError(Exception):
@@ -50,7 +50,7 @@ def save_checkpoint(
     """
     trees = _split(state)
     content = {"progress": progress, "checksums": _checksums(trees)}
-    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
     items["content"] = ocp.args.JsonSave({**content, "sha256": _sha256(content)})
     step = int(state.step)
     try:
@@ -99,15 +99,12 @@ def restore_checkpoint(
     Raises:
       CheckpointError: if the checkpoint is damaged, or does not fit `abstract_state`.
     """
-    trees, progress = _restore(manager, step, _split(abstract_state))
-    state = TrainState(**trees["run"], params=trees["params"])
-    if not jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key):
-        # Where orbax's note of what the arrays were is lost, keys are read as their numbers.
-        state = state._replace(rng=jax.random.wrap_key_data(state.rng, impl=KEYS))
-    if state.rng.dtype != abstract_state.rng.dtype:
-        kinds = f"expected random numbers of {abstract_state.rng.dtype}, got {state.rng.dtype}"
-        raise CheckpointError(f"{_advice(manager, step)}: {kinds}")
-    return state, progress
+    abstract_trees = _split(abstract_state)
+    # Version 0.1 saved random numbers that nothing drew: they are not read, nor missed.
+    abstract_trees["run"]["rng"] = ocp.PLACEHOLDER
+    trees, progress = _restore(manager, step, abstract_trees)
+    del trees["run"]["rng"]
+    return TrainState(**trees["run"], params=trees["params"]), progress
 
 
 def restore_params(manager: ocp.CheckpointManager, step: int, abstract_params: Any) -> Any:
@@ -145,7 +142,12 @@ def _split(state: TrainState) -> dict[str, Any]:
 
 
 def _restore(manager, step, abstract_trees):
-    items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_trees.items()}
+    items = {
+        name: ocp.args.PyTreeRestore(
+            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+        )
+        for name, tree in abstract_trees.items()
+    }
     items["content"] = ocp.args.JsonRestore()
     try:
         restored = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
@@ -184,20 +186,20 @@ def _checksums(tree: Any) -> dict[str, int]:
     the sum of integers is the same in any order. An array that differs in one element always has
     another checksum, one that differs in more with probability 1 - 2**-32.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    values = jax.device_get(_checksum_arrays([leaf for _, leaf in leaves]))
-    return {name: int(value) for name, value in zip(names, values)}
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if leaf is not ocp.PLACEHOLDER
+    }
+    return {name: int(x) for name, x in jax.device_get(_checksum_arrays(leaves)).items()}
 
 
 @jax.jit
-def _checksum_arrays(arrays: list[Array]) -> list[UInt32[Array, ""]]:
-    return [_checksum(array) for array in arrays]
+def _checksum_arrays(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    return {name: _checksum(array) for name, array in arrays.items()}
 
 
 def _checksum(x: Array) -> UInt32[Array, ""]:
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
     word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
     position = jnp.zeros(words.shape, jnp.uint32)

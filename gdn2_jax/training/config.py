@@ -106,7 +106,7 @@ class TrainingConfig:
     """On several GPUs: options of XLA that hide collectives behind computation."""
 
     seed: int = 0
-    """Of the parameters' initial values and the model's random numbers."""
+    """Of the parameters' initial values."""
 
     log_every: int = 10
     """Steps between lines of metrics."""

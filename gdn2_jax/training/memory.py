@@ -131,9 +131,6 @@ def _gathered_bytes(params: Any, mesh: Mesh, blocks: int) -> int:
 
 
 def _shard_bytes(tree: Any) -> int:
-    def size(x):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return 0
-        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-
-    return sum(map(size, jax.tree.leaves(tree)))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )

@@ -19,9 +19,6 @@ from gdn2_jax.training.compiler import compiler_options
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.optimizer import make_optimizer, schedule_borders, scheduled_rate
 
-KEYS = "threefry2x32"
-"""The kind of a run's random numbers: it goes on where JAX's default is another."""
-
 
 class TrainState(NamedTuple):
     """What a training step reads and writes.
@@ -30,14 +27,12 @@ class TrainState(NamedTuple):
       step: optimizer steps taken.
       params: of the model.
       opt_state: of the optimizer.
-      rng: of the model's random numbers.
       borders: of the schedule, from `schedule_borders`; not part of a checkpoint.
     """
 
     step: Int[Array, ""]
     params: Any
     opt_state: Any
-    rng: Key[Array, ""]
     borders: Int[Array, "3"] | None = None
 
 
@@ -57,11 +52,12 @@ class StepMetrics(NamedTuple):
 
 def initial_state(config: TrainingConfig) -> TrainState:
     """Returns the state before the first step; traceable."""
-    params_key, rng = jax.random.split(jax.random.key(config.seed, impl=KEYS))
-    params = _initial_params(config, params_key)
+    # One kind of key and one split: a seed gives the same numbers in every version and setting of JAX.
+    key, _ = jax.random.split(jax.random.key(config.seed, impl="threefry2x32"))
+    params = _initial_params(config, key)
     opt_state = make_optimizer(config.optimizer, 0.0).init(params)
     borders = jnp.asarray(run_borders(config))
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rng, borders)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, borders)
 
 
 def run_borders(config: TrainingConfig) -> Int[np.ndarray, "3"]:
@@ -114,27 +110,24 @@ def train_step(
     Returns:
       The state after the step and the metrics.
     """
-    rng, step_rng = jax.random.split(state.rng)
     if not config.data.reset_at_documents:
         batch = {**batch, "segment_ids": None}
 
-    def loss_fn(params, batch, rng):
-        total = next_token_loss(config.model, params, batch, rngs={"dropout": rng})
-        return total / jnp.sum(batch["weights"])
+    def loss_fn(params, batch):
+        return next_token_loss(config.model, params, batch) / jnp.sum(batch["weights"])
 
     def accumulate(total, microbatch):
-        value_and_grad = jax.value_and_grad(loss_fn)(state.params, *microbatch)
+        value_and_grad = jax.value_and_grad(loss_fn)(state.params, microbatch)
         return jax.tree.map(jnp.add, total, value_and_grad), None
 
     count = config.accumulation
-    microbatches = batch, jax.random.split(step_rng, count)
     if count == 1:  # The sums would be one more copy of all gradients.
-        one = jax.tree.map(operator.itemgetter(0), microbatches)
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, *one)
+        one = jax.tree.map(operator.itemgetter(0), batch)
+        loss, grads = jax.value_and_grad(loss_fn)(state.params, one)
     else:
         loss_dtype = jnp.promote_types(config.model.dtype, jnp.float32)
         zeros = (jnp.zeros((), loss_dtype), jax.tree.map(jnp.zeros_like, state.params))
-        total, _ = jax.lax.scan(accumulate, zeros, microbatches)
+        total, _ = jax.lax.scan(accumulate, zeros, batch)
         loss, grads = jax.tree.map(lambda x: x / count, total)
 
     rate = scheduled_rate(config.optimizer, state.borders, count, state.step)
@@ -144,7 +137,7 @@ def train_step(
         )
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(loss, rate, optax.global_norm(grads))
-    return TrainState(state.step + 1, params, opt_state, rng, state.borders), metrics
+    return TrainState(state.step + 1, params, opt_state, state.borders), metrics
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -213,7 +213,7 @@ def test_killed_run_ends_with_the_bits_of_the_uninterrupted_one(interrupted, uni
         manager = read_checkpoints(files.checkpoints)
         state, progress = restore_checkpoint(manager, 200, abstract)
         manager.close()
-        results.append((state._replace(rng=jax.random.key_data(state.rng)), progress["position"]))
+        results.append((state, progress["position"]))
     assert results[0][1] == 200 * 4
     jax.tree.map(np.testing.assert_array_equal, *results)
 

@@ -104,10 +104,14 @@ def test_another_number_of_steps_compiles_nothing_anew(config):
     assert programs[0] == programs[1]
 
 
-def test_step_moves_the_random_numbers_and_the_count(one_step):
+def test_a_step_counts_itself_and_a_seed_means_the_same_with_another_default_of_jax(
+    float64_config, one_step
+):
     before, _, (after, _) = one_step
     assert int(after.step) == int(before.step) + 1
-    assert not np.array_equal(jax.random.key_data(after.rng), jax.random.key_data(before.rng))
+    with jax.default_prng_impl("rbg"):
+        other = jax.jit(initial_state, static_argnums=0)(float64_config)
+    jax.tree.map(np.testing.assert_array_equal, other.params, before.params)
 
 
 def test_documents_are_kept_apart_only_where_the_data_say_so(float64_config, jitted_step, one_step):
