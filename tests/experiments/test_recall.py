@@ -188,7 +188,7 @@ def test_every_study_can_be_read(script):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none"], "studies: expected some of capacity, "),
+        (["none"], "studies: expected some of calib"),
         (["mqar", "--mixers", "gdn3"], "mixers: expected some of gdn2, "),
         (["capacity", "--lengths", "64"], "length: expected an even number, at least 4 pairs"),
     ],
