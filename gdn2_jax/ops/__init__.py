@@ -1,10 +1,7 @@
 """The operators: Gated Delta Rule-2, and the state spaces of Mamba-2 and Mamba-3."""
 
-from gdn2_jax.ops.gated_delta_rule_2.api import (
-    Implementation,
-    gated_delta_rule_2,
-    gated_delta_rule_2_step,
-)
+from gdn2_jax.ops.arguments import Implementation
+from gdn2_jax.ops.gated_delta_rule_2.api import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.ops.mamba.mamba2 import mamba2, mamba2_step
 from gdn2_jax.ops.mamba.mamba3 import (
     Mamba3Inputs,

@@ -1,8 +1,12 @@
 """Checks and small preparations of an operator's arguments."""
 
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+Implementation = Literal["pallas", "xla", "recurrent"]
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 """What an operator takes for arrays that need no full precision."""
@@ -61,20 +65,44 @@ def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, i
         raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
 
 
+def check_heads(q: Array, v: Array, key_side: str, value_side: str) -> None:
+    """Raises ValueError unless `q` and `v` have these layouts, equal "B T", and heads that divide.
+
+    The last two axes of both are heads and channels.
+    """
+    check_layout("q", q, key_side)
+    check_layout("v", v, value_side)
+    lead = v.ndim - 2
+    if v.shape[:lead] != q.shape[:lead]:
+        raise ValueError(
+            f"v: expected leading dimensions {tuple(q.shape[:lead])} as q's, "
+            f"got {tuple(v.shape[:lead])}"
+        )
+    if v.shape[-2] % q.shape[-2]:
+        raise ValueError(
+            f"v: expected a number of heads that is a multiple of q's {q.shape[-2]}, "
+            f"got {v.shape[-2]}"
+        )
+
+
 def check_implementation(implementation: str | None) -> None:
-    """Raises unless `implementation` is one that operators without a GPU kernel have.
+    """Raises ValueError unless `implementation` is None or the name of one."""
+    known = (None, *get_args(Implementation))
+    if implementation not in known:
+        raise ValueError(f"implementation: expected one of {known}, got {implementation!r}")
+
+
+def check_no_kernel(implementation: str | None) -> None:
+    """`check_implementation` for an operator without a GPU kernel.
 
     Raises:
-      ValueError: the name is unknown.
-      NotImplementedError: it is "pallas".
+      NotImplementedError: "pallas" is asked for.
     """
+    check_implementation(implementation)
     if implementation == "pallas":
         raise NotImplementedError(
             'implementation="pallas": this operator has no GPU kernel; use "xla"'
         )
-    known = (None, "xla", "recurrent")
-    if implementation not in known:
-        raise ValueError(f"implementation: expected one of {known}, got {implementation!r}")
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+HIGHEST = jax.lax.Precision.HIGHEST
+"""Products exact to the dtype on every backend."""
+
 
 class Arithmetic(NamedTuple):
     """What matrix products read; sums, decays, states and the inverse keep full precision.
@@ -47,7 +50,7 @@ def arithmetic_for(inputs: tuple[Array, ...], full: jnp.dtype) -> Arithmetic:
         return Arithmetic(jnp.dtype(jnp.float32), jax.lax.Precision.DEFAULT)
     if all(x.dtype in (jnp.bfloat16, jnp.float16) for x in inputs):
         return Arithmetic(jnp.dtype(jnp.bfloat16), jax.lax.Precision.DEFAULT)
-    return Arithmetic(jnp.dtype(full), jax.lax.Precision.HIGHEST)
+    return Arithmetic(jnp.dtype(full), HIGHEST)
 
 
 def finite_log_decay(g: Array) -> Array:

@@ -21,7 +21,7 @@ from gdn2_jax.ops.arguments import segment_starts
 from gdn2_jax.ops.gated_delta_rule_2.api import fold_state, unfold_state
 from gdn2_jax.ops.gated_delta_rule_2.documents import document_of
 from gdn2_jax.ops.isolation import replace
-from gdn2_jax.ops.precision import arithmetic_for
+from gdn2_jax.ops.precision import HIGHEST, arithmetic_for
 from gdn2_jax.parallel.halo import AXIS, previous_tokens
 from gdn2_jax.parallel.logical import ambient_mesh, axis_size, explicit_sharding, per_device
 
@@ -160,7 +160,7 @@ def _carry_over(
 
     def advance(state, span):
         transition, contribution = span
-        product = jnp.matmul(transition, state, precision=jax.lax.Precision.HIGHEST)
+        product = jnp.matmul(transition, state, precision=HIGHEST)
         # A span that forgets the state forgets a NaN in it, too.
         forgets = jnp.all(transition == 0, axis=(-2, -1))
         product = replace(forgets, 0, product)

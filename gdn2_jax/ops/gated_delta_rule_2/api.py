@@ -3,14 +3,23 @@
 import functools
 import math
 import numbers
-from collections.abc import Callable
-from typing import Literal, get_args
 
 import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops.arguments import as_arrays, match_varying_axes, opaque
+from gdn2_jax.ops.arguments import (
+    Implementation,
+    as_arrays,
+    check_dtypes,
+    check_heads,
+    check_implementation,
+    check_segment_ids,
+    check_shape,
+    match_varying_axes,
+    opaque,
+    segment_starts,
+)
 from gdn2_jax.ops.gated_delta_rule_2.chunkwise import chunkwise, chunkwise_by_document
 from gdn2_jax.ops.gated_delta_rule_2.decode_step import (
     decode_kernel,
@@ -19,10 +28,6 @@ from gdn2_jax.ops.gated_delta_rule_2.decode_step import (
 )
 from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper, on_hopper, why_not_hopper
 from gdn2_jax.ops.gated_delta_rule_2.recurrent import recurrent, recurrent_by_document
-
-Implementation = Literal["pallas", "xla", "recurrent"]
-
-_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 
 def gated_delta_rule_2(
@@ -85,21 +90,17 @@ def gated_delta_rule_2(
       ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
       NotImplementedError: the implementation asked for cannot serve these inputs.
     """
-    _check_implementation(implementation)
+    check_implementation(implementation)
     q, k, v, g, b, w, initial_state, segment_ids = as_arrays(
         (q, k, v, g, b, w, initial_state, segment_ids)
     )
-    _check_inputs(q, k, v, g, b, w, leading=("B", "T"))
+    count = num_documents
+    if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
+        raise ValueError(f"num_documents: expected a positive integer or None, got {count!r}")
+    documents = () if count is None else (count,)
+    state_shape = _check_inputs(q, k, v, g, b, w, "initial_state", initial_state, "B T", documents)
     batch, length, key_heads, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
-    _check_num_documents(num_documents)
-    documents = () if num_documents is None else (num_documents,)
-    state_shape = (batch, *documents, value_heads, key_dim, value_dim)
-    _check_state("initial_state", initial_state, state_shape, g.dtype)
-    if segment_ids is not None:
-        _check_shape("segment_ids", segment_ids, (batch, length))
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
+    check_segment_ids(segment_ids, (batch, length))
     scale = _resolve_scale(scale, key_dim)
     obstacle = why_not_hopper(q, k, v, g, b, w)
     if num_documents is not None:
@@ -121,7 +122,7 @@ def gated_delta_rule_2(
     arrays, segment_ids = match_varying_axes(
         (opaque((q, k, v.reshape(folded), g, b, w.reshape(folded), state)), segment_ids)
     )
-    starts = None if segment_ids is None else _segment_starts(segment_ids)
+    starts = None if segment_ids is None else segment_starts(segment_ids)
     definition, matrix_form = recurrent, chunkwise
     if num_documents is not None:
         definition, matrix_form = recurrent_by_document, chunkwise_by_document
@@ -129,18 +130,16 @@ def gated_delta_rule_2(
     if implementation == "recurrent":
         q, *rest = (x.astype(g.dtype) for x in arrays)
         outputs, final_state = definition(q * scale, *rest, starts)
+    elif implementation == "pallas":
+        outputs, final_state = hopper(*arrays, starts, scale)
+    elif implementation == "xla" or obstacle:
+        outputs, final_state = matrix_form(*arrays, starts, scale)
     else:
-        kernels, xla = (_in_dtype(form, scale, v.dtype) for form in (hopper, matrix_form))
-        if implementation == "pallas":
-            form = kernels
-        elif implementation is not None or obstacle:
-            form = xla
-        else:
-            form = functools.partial(on_hopper, kernels, xla)
-        outputs, final_state = form(*arrays, starts)
+        forms = (functools.partial(form, scale=scale) for form in (hopper, matrix_form))
+        outputs, final_state = on_hopper(*forms, *arrays, starts)
     outputs, final_state = opaque((outputs, final_state))
     final_state = final_state.reshape(-1, *final_state.shape[-3:])
-    final_state = unfold_state(final_state, value_heads).reshape(state_shape)
+    final_state = unfold_state(final_state, v.shape[2]).reshape(state_shape)
     return outputs.astype(v.dtype).reshape(v.shape), final_state
 
 
@@ -177,35 +176,23 @@ def gated_delta_rule_2_step(
       ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
       NotImplementedError: the implementation asked for cannot serve these inputs.
     """
-    _check_implementation(implementation)
+    check_implementation(implementation)
     state, q, k, v, g, b, w = as_arrays((state, q, k, v, g, b, w))
-    _check_inputs(q, k, v, g, b, w, leading=("B",))
-    batch, _, key_dim = q.shape
-    value_heads, value_dim = v.shape[1:]
-    _check_state("state", state, (batch, value_heads, key_dim, value_dim), g.dtype)
-    scale = _resolve_scale(scale, key_dim)
+    _check_inputs(q, k, v, g, b, w, "state", state, "B")
+    scale = _resolve_scale(scale, q.shape[-1])
     obstacle = why_not_decode_kernel(q, k, v, g, b, w)
     if implementation == "pallas" and obstacle:
         raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
 
-    kernel, xla = (functools.partial(form, scale=scale) for form in (decode_kernel, decode_xla))
+    arrays = match_varying_axes(opaque((state, q, k, v, g, b, w)))
     if implementation == "pallas":
-        form = kernel
+        results = decode_kernel(*arrays, scale)
     elif implementation is not None or obstacle:
-        form = xla
+        results = decode_xla(*arrays, scale)
     else:
-        form = functools.partial(on_hopper, kernel, xla)
-    return opaque(form(*match_varying_axes(opaque((state, q, k, v, g, b, w)))))
-
-
-def _in_dtype(form: Callable, scale: float, dtype) -> Callable:
-    """The form with its scale set and its outputs in `dtype`."""
-
-    def run(*arrays):
-        outputs, final_state = form(*arrays, scale)
-        return outputs.astype(dtype), final_state
-
-    return run
+        forms = (functools.partial(form, scale=scale) for form in (decode_kernel, decode_xla))
+        results = on_hopper(*forms, *arrays)
+    return opaque(results)
 
 
 def fold_state(state: Array, key_heads: int) -> Array:
@@ -222,69 +209,21 @@ def unfold_state(state: Array, value_heads: int) -> Array:
     return jnp.moveaxis(grouped, 3, 2).reshape(batch, value_heads, key_dim, -1)
 
 
-def _segment_starts(segment_ids: Int[Array, "B T"]) -> Array:
-    """True where a token's segment differs from the one before; false for the first token."""
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (1, 0)))
-
-
-def _check_implementation(implementation: str | None) -> None:
-    if implementation is not None and implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation: expected one of {(None, *get_args(Implementation))}, "
-            f"got {implementation!r}"
-        )
-
-
-def _check_num_documents(count: int | None) -> None:
-    if count is not None and (not isinstance(count, numbers.Integral) or count < 1):
-        raise ValueError(f"num_documents: expected a positive integer or None, got {count!r}")
-
-
-def _check_shape(name: str, array: Array, expected: tuple[int, ...]) -> None:
-    if tuple(array.shape) != tuple(expected):
-        raise ValueError(f"{name}: expected shape {tuple(expected)}, got {tuple(array.shape)}")
-
-
-def _check_inputs(q, k, v, g, b, w, leading: tuple[str, ...]) -> None:
-    for name, array, dims in (("q", q, "Hk K"), ("v", v, "Hv V")):
-        layout = " ".join((*leading, dims))
-        if array.ndim != len(leading) + 2 or 0 in array.shape:
-            raise ValueError(
-                f"{name}: expected a non-empty array [{layout}], got shape {tuple(array.shape)}"
-            )
-    for name, array in (("k", k), ("g", g), ("b", b)):
-        _check_shape(name, array, q.shape)
-    _check_shape("w", w, v.shape)
-    if v.shape[:-2] != q.shape[:-2]:
-        raise ValueError(
-            f"v: expected leading dimensions {tuple(q.shape[:-2])} ({', '.join(leading)}) as q's, "
-            f"got {tuple(v.shape[:-2])}"
-        )
-    key_heads, value_heads = q.shape[-2], v.shape[-2]
-    if value_heads % key_heads:
-        raise ValueError(
-            f"v: expected a number of heads that is a multiple of q's {key_heads}, "
-            f"got {value_heads}"
-        )
-    named = {"q": q, "k": k, "v": v, "b": b, "w": w}
-    for name, array in named.items():
-        if array.dtype not in _DTYPES:
-            raise ValueError(
-                f"{name}: expected bfloat16, float16, float32 or float64, got {array.dtype}"
-            )
-    double = any(array.dtype == jnp.float64 for array in named.values())
-    allowed = ("float64",) if double else ("float32", "float64")
-    if g.dtype.name not in allowed:
-        raise ValueError(f"g: expected {' or '.join(allowed)} beside these inputs, got {g.dtype}")
-
-
-def _check_state(name: str, state: Array | None, shape: tuple[int, ...], dtype) -> None:
-    if state is None:
-        return
-    _check_shape(name, state, shape)
-    if state.dtype != dtype:
-        raise ValueError(f"{name}: expected dtype {dtype} as g's, got {state.dtype}")
+def _check_inputs(
+    q, k, v, g, b, w, name: str, state: Array | None, leading: str, documents: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """Returns the shape of the state, whose argument has that name."""
+    check_heads(q, v, f"{leading} Hk K", f"{leading} Hv V")
+    for other, array in (("k", k), ("g", g), ("b", b)):
+        check_shape(other, array, q.shape)
+    check_shape("w", w, v.shape)
+    shape = (q.shape[0], *documents, v.shape[-2], q.shape[-1], v.shape[-1])
+    full = {"g": g}
+    if state is not None:
+        check_shape(name, state, shape)
+        full[name] = state
+    check_dtypes({"q": q, "k": k, "v": v, "b": b, "w": w}, full)
+    return shape
 
 
 def _resolve_scale(scale: float | None, key_dim: int) -> float:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gdn2_jax.ops.precision import Arithmetic
+from gdn2_jax.ops.precision import HIGHEST, Arithmetic
 
 BLOCK = 4
 _PAIRS = [(r, s) for r in range(BLOCK) for s in range(r)]
@@ -235,12 +235,12 @@ def _levels(d: Decayed) -> list[int]:
 def _block_sums(totals: Float[Array, "*n S K"]) -> Float[Array, "*n M S K"]:
     """Sums of block totals before and after each block, and at each level."""
     matrix = jnp.asarray(_block_sum_matrix(totals.shape[-2]), totals.dtype)
-    return jnp.einsum("mij,...jk->...mik", matrix, totals, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("mij,...jk->...mik", matrix, totals, precision=HIGHEST)
 
 
 def _block_sums_transpose(d_sums: Float[Array, "*n M S K"]) -> Float[Array, "*n S K"]:
     matrix = jnp.asarray(_block_sum_matrix(d_sums.shape[-2]), d_sums.dtype)
-    return jnp.einsum("mij,...mik->...jk", matrix, d_sums, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("mij,...mik->...jk", matrix, d_sums, precision=HIGHEST)
 
 
 def _block_sum_matrix(count: int) -> np.ndarray:

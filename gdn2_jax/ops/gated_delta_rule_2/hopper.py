@@ -78,11 +78,11 @@ def hopper(
     starts: Bool[Array, "B T"] | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Outputs (bf16) and final state (fp32); arguments as in `chunkwise`, dtypes as above.
+    """Outputs (in v's dtype) and final state (fp32); arguments as in `chunkwise`, dtypes as above.
 
     K is 64 or 128 and V a multiple of 64; fp16 inputs are rounded to bf16.
     """
-    length, key_dim, value_dim = q.shape[1], q.shape[-1], v.shape[-1]
+    length, key_dim, value_dim, dtype = q.shape[1], q.shape[-1], v.shape[-1], v.dtype
     padding = -length % CHUNK
     # A block of value channels is as wide as the key's two halves.
     value_padding = -value_dim % key_dim
@@ -97,7 +97,8 @@ def hopper(
         masks = segment_masks(jnp.pad(starts, ((0, 0), (0, padding))))
     q, k, v, b, w = (x.astype(jnp.bfloat16) for x in (q, k, v, b, w))
     outputs, final_state = _hopper(scale, q, k, v, g, b, w, _transpose(initial_state), masks)
-    return outputs[:, :length, :, :value_dim], _transpose(final_state)[..., :value_dim]
+    outputs = outputs[:, :length, :, :value_dim].astype(dtype)
+    return outputs, _transpose(final_state)[..., :value_dim]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

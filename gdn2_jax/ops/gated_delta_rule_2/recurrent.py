@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.ops.gated_delta_rule_2.documents import document_of, state_of, with_state
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from gdn2_jax.ops.precision import HIGHEST
 
 
 def step(
@@ -26,9 +25,9 @@ def step(
       The new state and the output `state^T q`.
     """
     decayed = jnp.exp(g)[..., None] * state
-    read = jnp.einsum("bhkv,bhk->bhv", decayed, b * k, precision=_HIGHEST)
+    read = jnp.einsum("bhkv,bhk->bhv", decayed, b * k, precision=HIGHEST)
     state = decayed + k[..., None] * (w * v - read)[..., None, :]
-    return state, jnp.einsum("bhkv,bhk->bhv", state, q, precision=_HIGHEST)
+    return state, jnp.einsum("bhkv,bhk->bhv", state, q, precision=HIGHEST)
 
 
 def recurrent(

@@ -1,10 +1,10 @@
 """Inverse of a unit lower-triangular matrix by block doubling."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_HIGHEST = jax.lax.Precision.HIGHEST
+from gdn2_jax.ops.precision import HIGHEST
+
 # Up to this size the doubling runs on whole tiles with a mask, so that no product is tiny.
 _TILE = 16
 
@@ -46,4 +46,4 @@ def unit_lower_inverse(strict: Float[Array, "*b C C"]) -> Float[Array, "*b C C"]
 
 
 def _product(a: Array, b: Array, c: Array) -> Array:
-    return jnp.matmul(jnp.matmul(a, b, precision=_HIGHEST), c, precision=_HIGHEST)
+    return jnp.matmul(jnp.matmul(a, b, precision=HIGHEST), c, precision=HIGHEST)

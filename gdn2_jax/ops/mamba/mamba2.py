@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 from gdn2_jax.ops.arguments import (
     as_arrays,
     check_dtypes,
-    check_implementation,
-    check_layout,
+    check_heads,
+    check_no_kernel,
     check_segment_ids,
     check_shape,
     match_varying_axes,
@@ -26,9 +26,7 @@ from gdn2_jax.ops.mamba.scalar_decay import (
     split,
     split_segments,
 )
-from gdn2_jax.ops.precision import arithmetic_for, finite_log_decay
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from gdn2_jax.ops.precision import HIGHEST, arithmetic_for, finite_log_decay
 
 
 def mamba2(
@@ -74,7 +72,7 @@ def mamba2(
       ValueError: an argument has a wrong shape or dtype, or `implementation` is unknown.
       NotImplementedError: `implementation` is "pallas": there is no kernel.
     """
-    check_implementation(implementation)
+    check_no_kernel(implementation)
     q, k, v, g, dt, initial_state, segment_ids = as_arrays(
         (q, k, v, g, dt, initial_state, segment_ids)
     )
@@ -131,7 +129,7 @@ def _step(state, q, k, v, g, dt):
     q, k = (jnp.repeat(x, v.shape[1] // x.shape[1], axis=1) for x in (q, k))
     written = k[..., :, None] * (dt[..., None] * v)[..., None, :]
     state = jnp.exp(g)[..., None, None] * state + written
-    return state, jnp.einsum("bhkv,bhk->bhv", state, q, precision=_HIGHEST)
+    return state, jnp.einsum("bhkv,bhk->bhv", state, q, precision=HIGHEST)
 
 
 def _recurrent(q, k, v, g, dt, initial_state, starts: Bool[Array, "B T"] | None):
@@ -179,18 +177,8 @@ def _chunkwise(q, k, v, g, dt, initial_state, starts: Bool[Array, "B T"] | None)
 
 
 def _check_inputs(q, k, v, g, dt, leading: str) -> None:
-    check_layout("q", q, f"{leading} G K")
+    check_heads(q, v, f"{leading} G K", f"{leading} H V")
     check_shape("k", k, q.shape)
-    check_layout("v", v, f"{leading} H V")
-    if v.shape[:-2] != q.shape[:-2]:
-        raise ValueError(
-            f"v: expected leading dimensions {tuple(q.shape[:-2])} as q's, got {v.shape[:-2]}"
-        )
-    if v.shape[-2] % q.shape[-2]:
-        raise ValueError(
-            f"v: expected a number of heads that is a multiple of q's {q.shape[-2]} groups, "
-            f"got {v.shape[-2]}"
-        )
     check_shape("g", g, v.shape[:-1])
     check_shape("dt", dt, v.shape[:-1])
 

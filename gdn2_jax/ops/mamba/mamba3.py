@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from gdn2_jax.ops.arguments import (
     as_arrays,
     check_dtypes,
-    check_implementation,
+    check_heads,
     check_layout,
+    check_no_kernel,
     check_segment_ids,
     check_shape,
     match_varying_axes,
@@ -31,9 +32,7 @@ from gdn2_jax.ops.mamba.scalar_decay import (
     split,
     split_segments,
 )
-from gdn2_jax.ops.precision import arithmetic_for, finite_log_decay
-
-_HIGHEST = jax.lax.Precision.HIGHEST
+from gdn2_jax.ops.precision import HIGHEST, arithmetic_for, finite_log_decay
 
 
 class Mamba3Inputs(NamedTuple):
@@ -138,7 +137,7 @@ def mamba3(
       NotImplementedError: `implementation` is "pallas": there is no kernel. Or a second derivative
         is taken through "xla".
     """
-    check_implementation(implementation)
+    check_no_kernel(implementation)
     inputs, weights, initial_state, segment_ids = as_arrays(
         (inputs, weights, initial_state, segment_ids)
     )
@@ -205,12 +204,12 @@ def _step(state: Mamba3State, inputs: Mamba3Inputs, weights: Mamba3Weights):
     k = rotate(_to_heads(k, weights.k_bias), phase[:, :, None])
 
     def outer(k, v):
-        return jnp.einsum("bhrk,bhv,hrv->bhkv", k, v, weights.v_rank, precision=_HIGHEST)
+        return jnp.einsum("bhrk,bhv,hrv->bhkv", k, v, weights.v_rank, precision=HIGHEST)
 
     before = ((1 - trapezoid) * dt)[..., None, None] * outer(state.k, state.v)
     now = (trapezoid * dt)[..., None, None] * outer(k, v)
     memory = jnp.exp(g)[..., None, None] * (state.memory + before) + now
-    o = jnp.einsum("bhkv,bhrk->bhrv", memory, q, precision=_HIGHEST)
+    o = jnp.einsum("bhkv,bhrk->bhrv", memory, q, precision=HIGHEST)
     o += weights.skip[None, :, None, None] * (v[:, :, None] * weights.v_rank[None])
     return Mamba3State(phase, memory, k, v), _gated_sum(o, z[:, :, None], weights)
 
@@ -273,7 +272,7 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
     weight = trapezoid * dt + jnp.pad(ahead[:, 1:], ((0, 0), (0, 1), (0, 0)))
     before = jnp.einsum(
         *("bh,bhrk,bhv,hrv->bhkv", ahead[:, 0], initial_state.k, initial_state.v, weights.v_rank),
-        precision=_HIGHEST,
+        precision=HIGHEST,
     )
     memory = rotate_state(initial_state.memory + before, -initial_state.phase)[:, :, None]
 
@@ -405,24 +404,14 @@ def _state_shapes(inputs: Mamba3Inputs, leading: str) -> tuple[tuple[int, ...], 
 
 def _check_inputs(inputs, weights, state: Mamba3State | None, leading: str) -> jnp.dtype:
     q, v, rotation = inputs.q, inputs.v, inputs.rotation
-    check_layout("q", q, f"{leading} R G K")
+    check_heads(q, v, f"{leading} R G K", f"{leading} H V")
     check_shape("k", inputs.k, q.shape)
-    check_layout("v", v, f"{leading} H V")
     check_shape("z", inputs.z, v.shape)
-    lead = len(leading.split())
-    if v.shape[:lead] != q.shape[:lead]:
-        raise ValueError(
-            f"v: expected leading dimensions {tuple(q.shape[:lead])} as q's, got {v.shape[:lead]}"
-        )
-    (ranks, groups, key_dim), (heads, value_dim) = q.shape[lead:], v.shape[lead:]
-    if heads % groups:
-        raise ValueError(
-            f"v: expected a number of heads that is a multiple of q's {groups} groups, got {heads}"
-        )
+    (ranks, _, key_dim), (heads, value_dim) = q.shape[-3:], v.shape[-2:]
     for name in ("g", "dt", "trapezoid"):
         check_shape(name, getattr(inputs, name), v.shape[:-1])
     check_layout("rotation", rotation, f"{leading} A")
-    check_shape("rotation", rotation, (*v.shape[:lead], rotation.shape[-1]))
+    check_shape("rotation", rotation, (*v.shape[:-2], rotation.shape[-1]))
     if key_dim % 2 or rotation.shape[-1] > key_dim // 2:
         raise ValueError(
             f"rotation: expected at most K / 2 = {key_dim / 2} angles and an even K, "

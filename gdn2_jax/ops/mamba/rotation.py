@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-_HIGHEST = jax.lax.Precision.HIGHEST
+from gdn2_jax.ops.precision import HIGHEST
 
 
 def rotate(
@@ -62,5 +62,5 @@ def phases(
     until = np.tri(dt.shape[-1], dtype=dt.dtype)
     if same is not None:
         until = jnp.where(same, until, 0)
-    sums = jnp.einsum("...rc,...ca->...ra", until, dt[..., None] * rotation, precision=_HIGHEST)
+    sums = jnp.einsum("...rc,...ca->...ra", until, dt[..., None] * rotation, precision=HIGHEST)
     return wrap(sums)

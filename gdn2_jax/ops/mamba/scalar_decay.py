@@ -30,14 +30,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.mamba.rotation import turn_gradient
-from gdn2_jax.ops.precision import Arithmetic
+from gdn2_jax.ops.precision import HIGHEST, Arithmetic
 
 _ROWS = 64
 _MIN_CHUNK_SIZE = 16
 _SPANS = 4
 _MAX_CHUNKS = 16
 KEPT = "kept for the backward"
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Layout(NamedTuple):
@@ -316,7 +315,7 @@ def _accumulate(
     rounded = start.astype(operand)
     # Behind barriers a row is replaced in place; fused into its readers, it costs a copy.
     added = jax.lax.optimization_barrier(added.at[first].set(rounded))
-    product = functools.partial(jnp.einsum, precision=_HIGHEST)
+    product = functools.partial(jnp.einsum, precision=HIGHEST)
     states = product("...nm,m...kv->n...kv", weights, added, preferred_element_type=operand)
     last = product("...m,m...kv->...kv", to_end, added, preferred_element_type=full)
     last += to_end[..., first, None, None] * (start - rounded.astype(full))
@@ -331,7 +330,7 @@ def _cut(x: Array, layout: Layout) -> Array:
 def _decays(g: Float[Array, "*n C"]) -> tuple[Array, Array, Array, Array]:
     """Log-decays of a chunk: start to row, row to end, column to row (row > column), all of it."""
     size = g.shape[-1]
-    sums = functools.partial(jnp.matmul, precision=_HIGHEST)
+    sums = functools.partial(jnp.matmul, precision=HIGHEST)
     until = np.tri(size, dtype=bool).T
     after = np.tri(size, k=-1, dtype=bool)
     # Token i lies between r and s if s < i <= r.
