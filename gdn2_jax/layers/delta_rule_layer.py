@@ -14,12 +14,10 @@ from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import small_xavier_uniform
 from gdn2_jax.layers.inputs import check_wide_dtypes
 from gdn2_jax.layers.short_convolution import ShortConvolution, to_unit_length
-from gdn2_jax.ops import Implementation, gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.ops import Implementation, gated_delta_rule_2_from_state, gated_delta_rule_2_on_mesh
 from gdn2_jax.parallel import (
-    as_typed,
     beside,
     dense_product,
-    gated_delta_rule_2_on_mesh,
     partitioned,
 )
 
@@ -127,7 +125,7 @@ class DeltaRuleLayer(nn.Module):
             return gated_delta_rule_2_on_mesh(
                 q, k, v, g, b, w, segment_ids=segment_ids, implementation=self.implementation
             )[0]
-        batch, length, value_heads, value_dim = v.shape
+        batch, _, value_heads, value_dim = v.shape
         shape = (batch, value_heads, self.head_dim, value_dim)
         state = self.variable("cache", "state", jnp.zeros, shape, g.dtype)
         document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
@@ -137,19 +135,9 @@ class DeltaRuleLayer(nn.Module):
             restarts = first != beside(document.value, v)
             initial_state = jnp.where(restarts[:, None, None, None], 0, initial_state)
 
-        def advance(state, arrays, segment_ids):
-            options = {"implementation": self.implementation}
-            if length > 1:
-                return gated_delta_rule_2(
-                    *arrays, initial_state=state, segment_ids=segment_ids, **options
-                )
-            token = (array[:, 0] for array in arrays)
-            state, o = gated_delta_rule_2_step(state, *token, **options)
-            return o[:, None], state
-
-        tokens, heads = ("batch", None, "heads"), ("batch", "heads")
-        advance = as_typed(advance, (heads, (tokens,) * 6, ("batch",)), (tokens, heads))
-        o, final_state = advance(initial_state, (q, k, v, g, b, w), segment_ids)
+        o, final_state = gated_delta_rule_2_from_state(
+            initial_state, (q, k, v, g, b, w), segment_ids, self.implementation
+        )
         if not self.is_initializing():
             state.value = final_state
             if segment_ids is not None:

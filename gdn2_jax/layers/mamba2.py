@@ -17,8 +17,8 @@ from gdn2_jax.layers.initializers import (
 )
 from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
 from gdn2_jax.layers.short_convolution import ShortConvolution
-from gdn2_jax.ops import Implementation, mamba2, mamba2_step
-from gdn2_jax.parallel import dense_product, partitioned, per_device
+from gdn2_jax.ops import Implementation, mamba2_from_state, mamba2_on_mesh
+from gdn2_jax.parallel import dense_product, partitioned
 
 
 class Mamba2(nn.Module):
@@ -149,17 +149,10 @@ class Mamba2(nn.Module):
 
     def _mix(self, q, k, v, g, dt, segment_ids) -> Float[Array, "B T H V"]:
         """Runs the operator, from and to the cached state when decoding."""
-        options = {"implementation": self.implementation}
+        arrays = (q, k, v, g, dt)
         if not self.decode:
-            heads = ("batch", None, "heads")
-            groups = ("batch", None, None if self.num_groups == 1 else "heads")
-            run = per_device(
-                lambda *arrays: mamba2(*arrays[:5], segment_ids=arrays[5], **options)[0],
-                (groups, groups, heads, heads, heads, ("batch",)),
-                heads,
-            )
-            return run(q, k, v, g, dt, segment_ids)
-        batch, length, heads, head_dim = v.shape
+            return mamba2_on_mesh(*arrays, segment_ids, self.implementation)
+        batch, _, heads, head_dim = v.shape
         shape = (batch, heads, self.state_dim, head_dim)
         state = self.variable("cache", "state", jnp.zeros, shape, g.dtype)
         document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
@@ -167,13 +160,7 @@ class Mamba2(nn.Module):
         if segment_ids is not None:
             restarts = segment_ids[:, 0] != document.value
             initial_state = jnp.where(restarts[:, None, None, None], 0, initial_state)
-        if length == 1:
-            final_state, o = mamba2_step(initial_state, *(u[:, 0] for u in (q, k, v, g, dt)))
-            o = o[:, None]
-        else:
-            o, final_state = mamba2(
-                *(q, k, v, g, dt), initial_state=initial_state, segment_ids=segment_ids, **options
-            )
+        o, final_state = mamba2_from_state(initial_state, arrays, segment_ids, self.implementation)
         if not self.is_initializing():
             state.value = final_state
             if segment_ids is not None:

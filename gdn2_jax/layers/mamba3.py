@@ -11,17 +11,17 @@ from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform, inverse_softplus_time_step
 from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
-from gdn2_jax.ops import Implementation
-from gdn2_jax.ops.mamba.mamba3 import (
+from gdn2_jax.ops import (
+    Implementation,
     Mamba3Inputs,
     Mamba3State,
     Mamba3Weights,
-    mamba3,
+    mamba3_from_state,
     mamba3_initial_state,
-    mamba3_step,
-    restart,
+    mamba3_on_mesh,
 )
-from gdn2_jax.parallel import dense_product, partitioned, per_device
+from gdn2_jax.ops.mamba.mamba3 import restart
+from gdn2_jax.parallel import dense_product, partitioned
 
 _MIN_RATE = 1e-4
 
@@ -179,18 +179,9 @@ class Mamba3(nn.Module):
         self, inputs: Mamba3Inputs, weights: Mamba3Weights, segment_ids: Array | None
     ) -> Float[Array, "B T H V"]:
         """Runs the operator, from and to the cached state when decoding."""
-        options = {"implementation": self.implementation}
         if not self.decode:
-            heads = ("batch", None, "heads")
-            groups = ("batch", None, None, None if self.num_groups == 1 else "heads")
-            axes = Mamba3Inputs(groups, groups, *[heads] * 5, rotation=("batch",))
-            run = per_device(
-                lambda *arguments: mamba3(*arguments[:2], segment_ids=arguments[2], **options)[0],
-                (axes, ("heads",), ("batch",)),
-                heads,
-            )
-            return run(inputs, weights, segment_ids)
-        batch, length = inputs.v.shape[:2]
+            return mamba3_on_mesh(inputs, weights, segment_ids, self.implementation)
+        batch = inputs.v.shape[0]
         zeros = mamba3_initial_state(inputs)
         names = Mamba3State(phase="phase", memory="state", k="key", v="value")
         variables = [
@@ -200,14 +191,7 @@ class Mamba3(nn.Module):
         state = Mamba3State(*(variable.value for variable in variables))
         if segment_ids is not None:
             state = restart(state, segment_ids[:, 0] != document.value)
-        if length == 1:
-            token = Mamba3Inputs(*(u[:, 0] for u in inputs))
-            state, o = mamba3_step(state, token, weights)
-            o = o[:, None]
-        else:
-            o, state = mamba3(
-                inputs, weights, initial_state=state, segment_ids=segment_ids, **options
-            )
+        o, state = mamba3_from_state(state, inputs, weights, segment_ids, self.implementation)
         if not self.is_initializing():
             for variable, value in zip(variables, state):
                 variable.value = value

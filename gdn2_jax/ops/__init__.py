@@ -2,6 +2,10 @@
 
 from gdn2_jax.ops.arguments import Implementation
 from gdn2_jax.ops.gated_delta_rule_2.api import gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.ops.gated_delta_rule_2.sharded import (
+    gated_delta_rule_2_from_state,
+    gated_delta_rule_2_on_mesh,
+)
 from gdn2_jax.ops.mamba.mamba2 import mamba2, mamba2_step
 from gdn2_jax.ops.mamba.mamba3 import (
     Mamba3Inputs,
@@ -11,6 +15,12 @@ from gdn2_jax.ops.mamba.mamba3 import (
     mamba3_initial_state,
     mamba3_step,
 )
+from gdn2_jax.ops.mamba.sharded import (
+    mamba2_from_state,
+    mamba2_on_mesh,
+    mamba3_from_state,
+    mamba3_on_mesh,
+)
 
 __all__ = [
     "Implementation",
@@ -18,10 +28,16 @@ __all__ = [
     "Mamba3State",
     "Mamba3Weights",
     "gated_delta_rule_2",
+    "gated_delta_rule_2_from_state",
+    "gated_delta_rule_2_on_mesh",
     "gated_delta_rule_2_step",
     "mamba2",
+    "mamba2_from_state",
+    "mamba2_on_mesh",
     "mamba2_step",
     "mamba3",
+    "mamba3_from_state",
     "mamba3_initial_state",
+    "mamba3_on_mesh",
     "mamba3_step",
 ]

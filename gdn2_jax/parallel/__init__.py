@@ -1,6 +1,5 @@
-"""Meshes, shardings, and what layers run on each device: depends on `gdn2_jax.ops` alone."""
+"""Meshes and shardings: depends on nothing of ours."""
 
-from gdn2_jax.parallel.delta_rule import gated_delta_rule_2_on_mesh
 from gdn2_jax.parallel.halo import previous_tokens, with_previous_tokens
 from gdn2_jax.parallel.logical import (
     as_typed,
@@ -36,7 +35,6 @@ __all__ = [
     "constrain",
     "dense_product",
     "explicit_sharding",
-    "gated_delta_rule_2_on_mesh",
     "gathered",
     "greatest_of_processes",
     "join_processes",

@@ -16,14 +16,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.ops import Implementation, gated_delta_rule_2
-from gdn2_jax.ops.arguments import segment_starts
-from gdn2_jax.ops.gated_delta_rule_2.api import fold_state, unfold_state
+from gdn2_jax.ops.arguments import Implementation, segment_starts
+from gdn2_jax.ops.gated_delta_rule_2.api import (
+    fold_state,
+    gated_delta_rule_2,
+    gated_delta_rule_2_step,
+    unfold_state,
+)
 from gdn2_jax.ops.gated_delta_rule_2.documents import document_of
 from gdn2_jax.ops.isolation import replace
 from gdn2_jax.ops.precision import HIGHEST, arithmetic_for
 from gdn2_jax.parallel.halo import AXIS, previous_tokens
-from gdn2_jax.parallel.logical import ambient_mesh, axis_size, explicit_sharding, per_device
+from gdn2_jax.parallel.logical import (
+    ambient_mesh,
+    as_typed,
+    axis_size,
+    explicit_sharding,
+    per_device,
+)
 
 
 def gated_delta_rule_2_on_mesh(
@@ -98,6 +108,29 @@ def gated_delta_rule_2_on_mesh(
     )
     outputs, final_state = run(tuple(arrays), initial_state, segment_ids)
     return outputs[:, :length], final_state
+
+
+def gated_delta_rule_2_from_state(
+    state: Float[Array, "B Hv K V"],
+    arrays: tuple[Array, ...],
+    segment_ids: Int[Array, "B T"] | None,
+    implementation: Implementation | None,
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+    """The operator on T tokens after `state`: the step for one token, else the whole form.
+
+    On a mesh of Explicit axes, rows and heads stay split as the types of q, k, v, g, b, w say.
+    """
+
+    def advance(state, arrays, segment_ids):
+        if arrays[0].shape[1] > 1:
+            return _whole(arrays, state, segment_ids, implementation=implementation)
+        token = (x[:, 0] for x in arrays)
+        state, o = gated_delta_rule_2_step(state, *token, implementation=implementation)
+        return o[:, None], state
+
+    tokens, heads = ("batch", None, "heads"), ("batch", "heads")
+    advance = as_typed(advance, (heads, (tokens,) * 6, ("batch",)), (tokens, heads))
+    return advance(state, arrays, segment_ids)
 
 
 def _whole(arrays, initial_state, segment_ids, **options):

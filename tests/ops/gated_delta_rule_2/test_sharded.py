@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2
+from gdn2_jax.ops import gated_delta_rule_2_on_mesh
 from gdn2_jax.ops.gated_delta_rule_2 import hopper
-from gdn2_jax.parallel import MeshConfig, gated_delta_rule_2_on_mesh, make_mesh
+from gdn2_jax.parallel import MeshConfig, make_mesh
 from gdn2_jax.testing import OperatorInputs, operator_inputs
 
 NAMES = OperatorInputs._fields[:7]

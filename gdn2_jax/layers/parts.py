@@ -1,0 +1,91 @@
+"""What mixers are made of: projections, parameters of heads, and the state between calls."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Int
+
+from gdn2_jax.parallel import beside, dense_product, partitioned
+
+
+def dense(
+    module: Any,
+    name: str,
+    features: int,
+    *axes: str | None,
+    kernel_init: Initializer | None = None,
+    use_bias: bool = False,
+    split_channels: bool = True,
+) -> nn.Dense:
+    """A projection with the dtypes of `module`.
+
+    Args:
+      module: has `dtype`, `param_dtype` and `kernel_init`, whose names of axes the kernel follows.
+      name: of the projection.
+      features: channels of its result.
+      axes: our names of the kernel's two axes.
+      kernel_init: initialiser; the module's if None.
+      use_bias: add a bias.
+      split_channels: as in `gdn2_jax.parallel.dense_product`.
+    """
+    like = module.kernel_init
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=module.dtype,
+        param_dtype=module.param_dtype,
+        kernel_init=partitioned(kernel_init or like, *axes, like=like),
+        bias_init=partitioned(nn.initializers.zeros, axes[1], like=like),
+        dot_general=functools.partial(dense_product, split_channels=split_channels),
+        name=name,
+    )
+
+
+def per_head(module: Any, name: str, init: Initializer, *shape: int) -> Array:
+    """A float32 parameter of `module`, whose first axis is the heads."""
+    names = ("heads", *(None for _ in shape[1:]))
+    init = partitioned(init, *names, like=module.kernel_init)
+    return module.param(name, init, shape, jnp.float32)
+
+
+def from_cached_state(
+    module: nn.Module,
+    zeros: dict[str, Any],
+    segment_ids: Int[Array, "B T"] | None,
+    like: Array,
+    advance: Callable[..., tuple],
+) -> Array:
+    """Runs `advance` from the state in the "cache" collection, and keeps the state after it.
+
+    A row starts from zeros where the document of its first token is not that of its last token in
+    the call before.
+
+    Args:
+      module: has the cache.
+      zeros: shapes and dtypes of the state's arrays [B, ...], by their names in the cache.
+      segment_ids: document of each token; None continues the last one.
+      like: array [B, T, ...] beside whose rows the documents lie on a mesh of Explicit axes.
+      advance: function of the state's arrays; returns the outputs and the arrays after them.
+
+    Returns:
+      The outputs.
+    """
+    variables = [
+        module.variable("cache", name, jnp.zeros, x.shape, x.dtype) for name, x in zeros.items()
+    ]
+    document = module.variable("cache", "segment_id", jnp.zeros, like.shape[:1], jnp.int32)
+    state = [variable.value for variable in variables]
+    if segment_ids is not None:
+        restarts = beside(segment_ids[:, 0], like) != beside(document.value, like)
+        state = [jnp.where(jnp.expand_dims(restarts, range(1, x.ndim)), 0, x) for x in state]
+    outputs, state = advance(*state)
+    if not module.is_initializing():
+        for variable, value in zip(variables, state, strict=True):
+            variable.value = value
+        if segment_ids is not None:
+            document.value = segment_ids[:, -1].astype(jnp.int32)
+    return outputs
