@@ -15,20 +15,9 @@ _QUERIES_AT_ONCE = 512
 class Attention(SlidingWindowAttention):
     """Causal multi-head softmax attention to all tokens of the document so far, with rotary.
 
-    Parameters, calls and the decoding cache are those of `SlidingWindowAttention`.
-
-    Attributes:
-      num_heads: number of heads, each of width D / num_heads.
-      window_size: number of tokens that the decoding cache holds, which is the number of keys that
-        a query sees with `decode=True`. Without it there is no such bound.
-      rope_theta: base of the rotary frequencies.
-      dtype: dtype of the matrix products; promoted from input and parameters if None.
-      param_dtype: dtype of the kernels.
-      kernel_init: initialiser of the query, key and value kernels.
-        Made by nn.with_logical_partitioning, its two names are those of the model's width and of
-        the channels, in all parameters.
-      out_kernel_init: initialiser of the output kernel (depth-scaled in the language model).
-      decode: keep keys and values between calls.
+    Parameters, calls, the decoding cache and attributes are those of `SlidingWindowAttention`, but
+    `window_size` is the number of tokens that the cache holds. That is the number of keys which a
+    query sees with `decode=True`; without it there is no such bound.
     """
 
     def _attend_span(self, q, k, v, segment_ids):

@@ -12,14 +12,10 @@ from jaxtyping import Array, Float
 
 from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import small_xavier_uniform
-from gdn2_jax.layers.inputs import check_wide_dtypes
+from gdn2_jax.layers.inputs import check_attributes
+from gdn2_jax.layers.parts import dense, from_cached_state
 from gdn2_jax.layers.short_convolution import ShortConvolution, to_unit_length
 from gdn2_jax.ops import Implementation, gated_delta_rule_2_from_state, gated_delta_rule_2_on_mesh
-from gdn2_jax.parallel import (
-    beside,
-    dense_product,
-    partitioned,
-)
 
 
 class DeltaRuleLayer(nn.Module):
@@ -51,36 +47,12 @@ class DeltaRuleLayer(nn.Module):
     def _value_dim(self) -> int:
         return round(self.head_dim * self.expand_v)
 
-    def _dense(
-        self,
-        name: str,
-        features: int,
-        use_bias: bool = False,
-        axes: tuple[str | None, str | None] = ("embed", "heads"),
-    ) -> nn.Dense:
-        return nn.Dense(
-            features,
-            use_bias=use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=partitioned(self.kernel_init, *axes, like=self.kernel_init),
-            bias_init=partitioned(nn.initializers.zeros, axes[1], like=self.kernel_init),
-            dot_general=dense_product,
-            name=name,
-        )
-
     def _low_rank(
         self, name: str, x: Float[Array, "B T D"], rank: int, features: int, use_bias: bool = False
     ) -> Array:
         """Two projections without anything between; the bias is the second one's."""
-        x = self._dense(f"{name}_0", rank, axes=("embed", None))(x)
-        return self._dense(f"{name}_1", features, use_bias, axes=(None, "heads"))(x)
-
-    def _per_head(self, name: str, init: Initializer, *shape: int) -> Array:
-        """A float32 parameter whose first axis is the heads."""
-        names = ("heads", *(None for _ in shape[1:]))
-        init = partitioned(init, *names, like=self.kernel_init)
-        return self.param(name, init, shape, jnp.float32)
+        x = dense(self, f"{name}_0", rank, ("embed", None))(x)
+        return dense(self, f"{name}_1", features, (None, "heads"), use_bias=use_bias)(x)
 
     def _queries_keys_values(self, x: Float[Array, "B T D"], segment_ids: Array | None) -> tuple:
         """Queries and keys [B, T, H, K] of unit length, values [B, T, Hv, V]."""
@@ -94,7 +66,7 @@ class DeltaRuleLayer(nn.Module):
     def _convolved(
         self, name: str, x: Array, features: int, segment_ids: Array | None, unit_dim: int | None
     ) -> Array:
-        y = self._dense(f"{name}_proj", features)(x)
+        y = dense(self, f"{name}_proj", features)(x)
         if not self.use_short_conv:
             y = jax.nn.silu(y)
             return y if unit_dim is None else _heads_to_unit_length(y, unit_dim)
@@ -125,24 +97,16 @@ class DeltaRuleLayer(nn.Module):
             return gated_delta_rule_2_on_mesh(
                 q, k, v, g, b, w, segment_ids=segment_ids, implementation=self.implementation
             )[0]
-        batch, _, value_heads, value_dim = v.shape
-        shape = (batch, value_heads, self.head_dim, value_dim)
-        state = self.variable("cache", "state", jnp.zeros, shape, g.dtype)
-        document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
-        initial_state = state.value
-        if segment_ids is not None:
-            first = beside(segment_ids[:, 0], v)
-            restarts = first != beside(document.value, v)
-            initial_state = jnp.where(restarts[:, None, None, None], 0, initial_state)
+        shape = (v.shape[0], v.shape[2], self.head_dim, v.shape[3])
 
-        o, final_state = gated_delta_rule_2_from_state(
-            initial_state, (q, k, v, g, b, w), segment_ids, self.implementation
-        )
-        if not self.is_initializing():
-            state.value = final_state
-            if segment_ids is not None:
-                document.value = segment_ids[:, -1].astype(jnp.int32)
-        return o
+        def advance(state):
+            o, state = gated_delta_rule_2_from_state(
+                state, (q, k, v, g, b, w), segment_ids, self.implementation
+            )
+            return o, (state,)
+
+        zeros = {"state": jax.ShapeDtypeStruct(shape, g.dtype)}
+        return from_cached_state(self, zeros, segment_ids, v, advance)
 
     def _output(
         self,
@@ -159,14 +123,11 @@ class DeltaRuleLayer(nn.Module):
         gate = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
         y = norm(o) * gate(split_heads(z, self._value_heads).astype(wide))
         y = checkpoint_name(y.astype(o.dtype), "operand")
-        o_proj = self._dense("o_proj", width, axes=("heads", "embed"))
+        o_proj = dense(self, "o_proj", width, ("heads", "embed"))
         return o_proj(y.reshape(*o.shape[:2], -1))
 
     def _check_attributes(self) -> None:
-        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
-        for name in ("num_heads", "head_dim", "conv_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_attributes(self, "num_heads", "head_dim", "conv_size")
         value_heads = self.num_value_heads
         if value_heads is not None and (value_heads < 1 or value_heads % self.num_heads):
             raise ValueError(
@@ -225,9 +186,3 @@ def check_decay_lower_bound(bound: float | None) -> None:
     """Raises ValueError unless `bound` is None or in [-5, 0)."""
     if bound is not None and not -5 <= bound < 0:
         raise ValueError(f"decay_lower_bound: expected None or a number in [-5, 0), got {bound}")
-
-
-def check_output_gate(activation: str) -> None:
-    """Raises ValueError unless `activation` is one of the two."""
-    if activation not in ("silu", "sigmoid"):
-        raise ValueError(f'output_gate: expected "silu" or "sigmoid", got {activation!r}')

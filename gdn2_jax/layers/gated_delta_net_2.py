@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.layers.delta_rule_layer import (
     DeltaRuleLayer,
     check_decay_lower_bound,
-    check_output_gate,
     log_decay,
     split_heads,
 )
 from gdn2_jax.layers.initializers import inverse_softplus_time_step, log_uniform_rate
-from gdn2_jax.layers.inputs import check_inputs
+from gdn2_jax.layers.inputs import check_choices, check_inputs
+from gdn2_jax.layers.parts import dense, per_head
 
 GateStructure = Literal["channel", "scalar"]
 
@@ -97,31 +97,28 @@ class GatedDeltaNet2(DeltaRuleLayer):
 
         q, k, v = self._queries_keys_values(x, segment_ids)
         g = self._log_decay(split_heads(f, heads))
-        b = _gate(split_heads(self._dense("b_proj", heads * key_dim)(x), heads), self.erase_gate)
+        b = dense(self, "b_proj", heads * key_dim)(x)
+        b = _gate(split_heads(b, heads), self.erase_gate)
         if self.allow_negative_eigenvalues:
             b = 2 * b
-        w = self._dense("w_proj", value_heads * value_dim)(x)
+        w = dense(self, "w_proj", value_heads * value_dim)(x)
         w = _gate(split_heads(w, value_heads), self.write_gate)
 
         o = self._mix(q, k, v, g, b, w, segment_ids)
         return self._output(o, z, self.output_gate, x.shape[-1])
 
     def _log_decay(self, f: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
-        a_log = self._per_head("A_log", log_uniform_rate, self.num_heads)
-        dt_bias = self._per_head(
-            "dt_bias", inverse_softplus_time_step, self.num_heads, self.head_dim
+        a_log = per_head(self, "A_log", log_uniform_rate, self.num_heads)
+        dt_bias = per_head(
+            self, "dt_bias", inverse_softplus_time_step, self.num_heads, self.head_dim
         )
         return log_decay(f, a_log, dt_bias, self.decay_lower_bound)
 
     def _check_attributes(self) -> None:
         super()._check_attributes()
-        for name in ("erase_gate", "write_gate"):
-            if getattr(self, name) not in ("channel", "scalar"):
-                raise ValueError(
-                    f'{name}: expected "channel" or "scalar", got {getattr(self, name)!r}'
-                )
+        check_choices(self, ("channel", "scalar"), "erase_gate", "write_gate")
         check_decay_lower_bound(self.decay_lower_bound)
-        check_output_gate(self.output_gate)
+        check_choices(self, ("silu", "sigmoid"), "output_gate")
 
 
 def _gate(logits: Float[Array, "B T H C"], structure: GateStructure) -> Float[Array, "B T H C"]:

@@ -22,6 +22,24 @@ def check_wide_dtypes(**dtypes: Any) -> None:
             )
 
 
+def check_attributes(module: Any, *sizes: str) -> None:
+    """Raises ValueError where a size of a mixer is below 1 or a dtype is not to be had."""
+    check_wide_dtypes(dtype=module.dtype, param_dtype=module.param_dtype)
+    for name in sizes:
+        value = getattr(module, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_choices(module: Any, choices: tuple[str, ...], *names: str) -> None:
+    """Raises ValueError unless each of these attributes is one of the choices."""
+    for name in names:
+        value = getattr(module, name)
+        if value not in choices:
+            expected = " or ".join(f'"{choice}"' for choice in choices)
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
 def check_inputs(
     x: Float[Array, "B T D"],
     segment_ids: Int[Array, "B T"] | None,

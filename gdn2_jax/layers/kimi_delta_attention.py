@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.layers.delta_rule_layer import (
     DeltaRuleLayer,
     check_decay_lower_bound,
-    check_output_gate,
     log_decay,
     split_heads,
 )
 from gdn2_jax.layers.initializers import inverse_softplus_time_step, log_uniform_rate
-from gdn2_jax.layers.inputs import check_inputs
+from gdn2_jax.layers.inputs import check_choices, check_inputs
+from gdn2_jax.layers.parts import dense, per_head
 
 
 class KimiDeltaAttention(DeltaRuleLayer):
@@ -31,25 +31,11 @@ class KimiDeltaAttention(DeltaRuleLayer):
     beta, g, A_log and dt_bias belong to value heads: with several value heads a key head, q and k
     are repeated. Dtypes, decoding and `segment_ids` are those of `GatedDeltaNet2`.
 
-    Attributes:
-      num_heads: number of query and key heads.
-      head_dim: key channels per head.
-      num_value_heads: number of value heads, a multiple of `num_heads`; `num_heads` if None.
-        Value head i reads key head i // (num_value_heads / num_heads).
-      expand_v: value channels per head, as a multiple of `head_dim`.
-      use_short_conv: convolve q, k and v along time; otherwise SiLU alone is applied.
-      conv_size: tokens seen by each convolution.
-      allow_negative_eigenvalues: beta in [0, 2] instead of [0, 1].
+    Attributes, in addition to those of `GatedDeltaNet2` (`num_heads` to `allow_negative_eigenvalues`,
+    which doubles beta here, and `norm_epsilon` to `implementation`):
       decay_lower_bound: None, or a bound in [-5, 0) on the log-decay, which then is
         bound * sigmoid(exp(A_log) (f + dt_bias)), A_log starting from 0.
       output_gate: "sigmoid", or "silu" as in GDN-2.
-      norm_epsilon: epsilon of the output RMSNorm.
-      dtype: dtype of the matrix products; promoted from input and parameters if None.
-      param_dtype: dtype of all parameters but A_log and dt_bias.
-      kernel_init: initialiser of every projection. Made by nn.with_logical_partitioning, its two
-        names are those of the model's width and of the channels, in all parameters.
-      decode: keep state between calls.
-      implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`.
     """
 
     decay_lower_bound: float | None = None
@@ -59,19 +45,7 @@ class KimiDeltaAttention(DeltaRuleLayer):
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Mixes tokens within each document.
-
-        Args:
-          x: inputs.
-          segment_ids: document of each token, non-decreasing along T; neither the convolutions
-            nor the state cross a change.
-
-        Returns:
-          Outputs of `x`'s shape, in the compute dtype.
-
-        Raises:
-          ValueError: an input or an attribute is malformed.
-        """
+        """Mixes tokens within each document; see `GatedDeltaNet2.__call__`."""
         check_inputs(x, segment_ids, self.variables.get("cache"))
         self._check_attributes()
         heads, value_dim = self._value_heads, self._value_dim
@@ -82,11 +56,11 @@ class KimiDeltaAttention(DeltaRuleLayer):
         q, k, v = self._queries_keys_values(x, segment_ids)
         bounded = self.decay_lower_bound is not None
         rate_init = nn.initializers.zeros if bounded else log_uniform_rate
-        a_log = self._per_head("A_log", rate_init, heads)
-        dt_bias = self._per_head("dt_bias", inverse_softplus_time_step, heads, self.head_dim)
+        a_log = per_head(self, "A_log", rate_init, heads)
+        dt_bias = per_head(self, "dt_bias", inverse_softplus_time_step, heads, self.head_dim)
         g = log_decay(f, a_log, dt_bias, self.decay_lower_bound)
 
-        beta = jax.nn.sigmoid(self._dense("b_proj", heads)(x))[..., None]
+        beta = jax.nn.sigmoid(dense(self, "b_proj", heads)(x))[..., None]
         if self.allow_negative_eigenvalues:
             beta = 2 * beta
         o = self._mix_tied(q, k, v, g, beta, segment_ids)
@@ -95,4 +69,4 @@ class KimiDeltaAttention(DeltaRuleLayer):
     def _check_attributes(self) -> None:
         super()._check_attributes()
         check_decay_lower_bound(self.decay_lower_bound)
-        check_output_gate(self.output_gate)
+        check_choices(self, ("silu", "sigmoid"), "output_gate")

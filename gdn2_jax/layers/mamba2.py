@@ -1,6 +1,5 @@
 """The Mamba-2 token mixer."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,10 +14,10 @@ from gdn2_jax.layers.initializers import (
     inverse_softplus_time_step,
     log_uniform_rate,
 )
-from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
+from gdn2_jax.layers.inputs import check_attributes, check_decoding, check_inputs
+from gdn2_jax.layers.parts import dense, from_cached_state, per_head
 from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.ops import Implementation, mamba2_from_state, mamba2_on_mesh
-from gdn2_jax.parallel import dense_product, partitioned
 
 
 class Mamba2(nn.Module):
@@ -74,44 +73,17 @@ class Mamba2(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Mixes tokens within each document.
-
-        Args:
-          x: inputs.
-          segment_ids: document of each token, non-decreasing along T; neither the convolution nor
-            the state cross a change.
-
-        Returns:
-          Outputs of `x`'s shape, in the compute dtype.
-
-        Raises:
-          ValueError: an input or an attribute is malformed.
-        """
+        """Mixes tokens within each document; see `GatedDeltaNet2.__call__`."""
         check_inputs(x, segment_ids, self.variables.get("cache"))
         check_decoding(x, self.decode)
         self._check_attributes()
         heads, groups = self.num_heads, self.num_groups
         inner, shared = heads * self.head_dim, groups * self.state_dim
 
-        def dense(name, features, kernel_init, *axes):
-            return nn.Dense(
-                features,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=partitioned(kernel_init, *axes, like=self.kernel_init),
-                # The parts of in_proj's channels do not lie at the borders of devices.
-                dot_general=functools.partial(dense_product, split_channels=name != "in_proj"),
-                name=name,
-            )
-
-        def per_head(name, init):
-            return self.param(
-                name, partitioned(init, "heads", like=self.kernel_init), (heads,), jnp.float32
-            )
-
         features = 2 * inner + 2 * shared + heads
-        projected = dense("in_proj", features, self.kernel_init, "embed", "heads")(x)
+        # The parts of its channels do not lie at the borders of devices.
+        in_proj = dense(self, "in_proj", features, split_channels=False)
+        projected = in_proj(x)
         z, vkq, s = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)
         convolution = ShortConvolution(
             self.conv_size,
@@ -125,9 +97,9 @@ class Mamba2(nn.Module):
         q, k = (u.reshape(*x.shape[:2], groups, self.state_dim) for u in (q, k))
         v = v.reshape(*x.shape[:2], heads, self.head_dim)
 
-        dt_bias = per_head("dt_bias", inverse_softplus_time_step)
-        a_log = per_head("A_log", log_uniform_rate)
-        skip = per_head("D", nn.initializers.ones)
+        dt_bias = per_head(self, "dt_bias", inverse_softplus_time_step, heads)
+        a_log = per_head(self, "A_log", log_uniform_rate, heads)
+        skip = per_head(self, "D", nn.initializers.ones, heads)
         wide = jnp.promote_types(projected.dtype, jnp.float32)
         dt = jax.nn.softplus(s.astype(wide) + dt_bias[None, None])
         g = -decay_rate(a_log, wide)[None, None] * dt
@@ -145,33 +117,25 @@ class Mamba2(nn.Module):
             name="norm",
         )
         y = norm(y).astype(projected.dtype).reshape(z.shape)
-        return dense("out_proj", x.shape[-1], self.out_kernel_init, "heads", "embed")(y)
+        init = self.out_kernel_init
+        return dense(self, "out_proj", x.shape[-1], ("heads", "embed"), kernel_init=init)(y)
 
     def _mix(self, q, k, v, g, dt, segment_ids) -> Float[Array, "B T H V"]:
         """Runs the operator, from and to the cached state when decoding."""
         arrays = (q, k, v, g, dt)
         if not self.decode:
             return mamba2_on_mesh(*arrays, segment_ids, self.implementation)
-        batch, _, heads, head_dim = v.shape
-        shape = (batch, heads, self.state_dim, head_dim)
-        state = self.variable("cache", "state", jnp.zeros, shape, g.dtype)
-        document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
-        initial_state = state.value
-        if segment_ids is not None:
-            restarts = segment_ids[:, 0] != document.value
-            initial_state = jnp.where(restarts[:, None, None, None], 0, initial_state)
-        o, final_state = mamba2_from_state(initial_state, arrays, segment_ids, self.implementation)
-        if not self.is_initializing():
-            state.value = final_state
-            if segment_ids is not None:
-                document.value = segment_ids[:, -1].astype(jnp.int32)
-        return o
+        shape = (v.shape[0], self.num_heads, self.state_dim, self.head_dim)
+
+        def advance(state):
+            o, state = mamba2_from_state(state, arrays, segment_ids, self.implementation)
+            return o, (state,)
+
+        zeros = {"state": jax.ShapeDtypeStruct(shape, g.dtype)}
+        return from_cached_state(self, zeros, segment_ids, v, advance)
 
     def _check_attributes(self) -> None:
-        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
-        for name in ("num_heads", "head_dim", "state_dim", "num_groups", "conv_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_attributes(self, "num_heads", "head_dim", "state_dim", "num_groups", "conv_size")
         if self.num_heads % self.num_groups:
             raise ValueError(
                 f"num_groups: expected a divisor of num_heads {self.num_heads}, "

@@ -1,6 +1,5 @@
 """The Mamba-3 token mixer."""
 
-import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -10,7 +9,13 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform, inverse_softplus_time_step
-from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
+from gdn2_jax.layers.inputs import (
+    check_attributes,
+    check_choices,
+    check_decoding,
+    check_inputs,
+)
+from gdn2_jax.layers.parts import dense, from_cached_state, per_head
 from gdn2_jax.ops import (
     Implementation,
     Mamba3Inputs,
@@ -20,8 +25,6 @@ from gdn2_jax.ops import (
     mamba3_initial_state,
     mamba3_on_mesh,
 )
-from gdn2_jax.ops.mamba.mamba3 import restart
-from gdn2_jax.parallel import dense_product, partitioned
 
 _MIN_RATE = 1e-4
 
@@ -81,19 +84,7 @@ class Mamba3(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Mixes tokens within each document.
-
-        Args:
-          x: inputs.
-          segment_ids: document of each token, non-decreasing along T; the state does not cross a
-            change.
-
-        Returns:
-          Outputs of `x`'s shape, in the compute dtype.
-
-        Raises:
-          ValueError: an input or an attribute is malformed.
-        """
+        """Mixes tokens within each document; see `GatedDeltaNet2.__call__`."""
         check_inputs(x, segment_ids, self.variables.get("cache"))
         check_decoding(x, self.decode)
         self._check_attributes()
@@ -102,20 +93,10 @@ class Mamba3(nn.Module):
         shared = (*x.shape[:2], ranks, self.num_groups, self.state_dim)
         sizes = [inner] * 2 + [ranks * self.num_groups * self.state_dim] * 2 + [heads] * 3
 
-        def dense(name, features, kernel_init, *axes):
-            return nn.Dense(
-                features,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=partitioned(kernel_init, *axes, like=self.kernel_init),
-                # The parts of in_proj's channels do not lie at the borders of devices.
-                dot_general=functools.partial(dense_product, split_channels=name != "in_proj"),
-                name=name,
-            )
-
         features = sum(sizes) + self._angles
-        projected = dense("in_proj", features, self.kernel_init, "embed", "heads")(x)
+        # The parts of its channels do not lie at the borders of devices.
+        in_proj = dense(self, "in_proj", features, split_channels=False)
+        projected = in_proj(x)
         starts = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         z, v, k, q, *scalars = jnp.split(projected, starts, axis=-1)
         wide = jnp.promote_types(projected.dtype, jnp.float32)
@@ -126,8 +107,7 @@ class Mamba3(nn.Module):
             )
             return norm(u.reshape(shared)).astype(u.dtype)
 
-        dt_bias_init = partitioned(inverse_softplus_time_step, "heads", like=self.kernel_init)
-        dt_bias = self.param("dt_bias", dt_bias_init, (heads,), jnp.float32)
+        dt_bias = per_head(self, "dt_bias", inverse_softplus_time_step, heads)
         s, a, l, r = (u.astype(wide) for u in scalars)
         dt = jax.nn.softplus(s + dt_bias[None, None])
         inputs = Mamba3Inputs(
@@ -141,7 +121,8 @@ class Mamba3(nn.Module):
             rotation=jnp.pi * jnp.tanh(r),
         )
         o = self._mix(inputs, self._weights(wide), segment_ids)
-        out_proj = dense("out_proj", x.shape[-1], self.out_kernel_init, "heads", "embed")
+        init = self.out_kernel_init
+        out_proj = dense(self, "out_proj", x.shape[-1], ("heads", "embed"), kernel_init=init)
         return out_proj(o.reshape(*x.shape[:2], inner))
 
     @property
@@ -158,9 +139,8 @@ class Mamba3(nn.Module):
         heads, ranks = self.num_heads, self.mimo_rank or 1
 
         def param(name, value, *shape):
-            names = ("heads", *(None for _ in shape))
-            init = partitioned(nn.initializers.constant(value), *names, like=self.kernel_init)
-            return self.param(name, init, (heads, *shape), jnp.float32).astype(dtype)
+            init = nn.initializers.constant(value)
+            return per_head(self, name, init, heads, *shape).astype(dtype)
 
         weights = Mamba3Weights(
             q_bias=param("C_bias", 1, ranks, self.state_dim),
@@ -181,30 +161,17 @@ class Mamba3(nn.Module):
         """Runs the operator, from and to the cached state when decoding."""
         if not self.decode:
             return mamba3_on_mesh(inputs, weights, segment_ids, self.implementation)
-        batch = inputs.v.shape[0]
-        zeros = mamba3_initial_state(inputs)
-        names = Mamba3State(phase="phase", memory="state", k="key", v="value")
-        variables = [
-            self.variable("cache", name, jnp.zeros_like, zero) for name, zero in zip(names, zeros)
-        ]
-        document = self.variable("cache", "segment_id", jnp.zeros, (batch,), jnp.int32)
-        state = Mamba3State(*(variable.value for variable in variables))
-        if segment_ids is not None:
-            state = restart(state, segment_ids[:, 0] != document.value)
-        o, state = mamba3_from_state(state, inputs, weights, segment_ids, self.implementation)
-        if not self.is_initializing():
-            for variable, value in zip(variables, state):
-                variable.value = value
-            if segment_ids is not None:
-                document.value = segment_ids[:, -1].astype(jnp.int32)
-        return o
+
+        def advance(*state):
+            state = Mamba3State(*state)
+            return mamba3_from_state(state, inputs, weights, segment_ids, self.implementation)
+
+        names = ("phase", "state", "key", "value")
+        zeros = dict(zip(names, mamba3_initial_state(inputs), strict=True))
+        return from_cached_state(self, zeros, segment_ids, inputs.v, advance)
 
     def _check_attributes(self) -> None:
-        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
-        for name in ("num_heads", "head_dim", "state_dim", "num_groups", "mimo_rank"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        check_attributes(self, "num_heads", "head_dim", "state_dim", "num_groups", "mimo_rank")
         if self.num_heads % self.num_groups:
             raise ValueError(
                 f"num_groups: expected a divisor of num_heads {self.num_heads}, "
@@ -217,8 +184,4 @@ class Mamba3(nn.Module):
                 f"rotary_fraction: expected at most 1 and at least one pair of the "
                 f"{self.state_dim} channels, got {self.rotary_fraction}"
             )
-        if self.decay_activation not in ("softplus", "heavy_tail"):
-            raise ValueError(
-                f'decay_activation: expected "softplus" or "heavy_tail", '
-                f"got {self.decay_activation!r}"
-            )
+        check_choices(self, ("softplus", "heavy_tail"), "decay_activation")

@@ -9,15 +9,16 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform
-from gdn2_jax.layers.inputs import check_decoding, check_inputs, check_wide_dtypes
+from gdn2_jax.layers.inputs import check_attributes, check_decoding, check_inputs
 from gdn2_jax.layers.local_attention import (
     Past,
     attend,
     local_attention,
     local_attention_of_span,
 )
+from gdn2_jax.layers.parts import dense
 from gdn2_jax.layers.rotary import PERIOD, rotate
-from gdn2_jax.parallel import axis_size, dense_product, partitioned, per_device
+from gdn2_jax.parallel import axis_size, per_device
 
 
 class SlidingWindowAttention(nn.Module):
@@ -56,38 +57,14 @@ class SlidingWindowAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Mixes tokens within each document.
-
-        Args:
-          x: inputs.
-          segment_ids: document of each token, non-decreasing along T.
-
-        Returns:
-          Outputs of `x`'s shape, in the compute dtype.
-
-        Raises:
-          ValueError: an input or an attribute is malformed.
-        """
+        """Mixes tokens within each document; see `GatedDeltaNet2.__call__`."""
         check_inputs(x, segment_ids, self.variables.get("cache"))
         check_decoding(x, self.decode)
         self._check_attributes(x.shape[-1])
         batch, length, width = x.shape
 
-        def dense(kernel_init: Initializer, name: str, *axes: str) -> nn.Dense:
-            return nn.Dense(
-                width,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=partitioned(kernel_init, *axes, like=self.kernel_init),
-                dot_general=dense_product,
-                name=name,
-            )
-
         q, k, v = (
-            dense(self.kernel_init, name, "embed", "heads")(x).reshape(
-                batch, length, self.num_heads, -1
-            )
+            dense(self, name, width)(x).reshape(batch, length, self.num_heads, -1)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         if self.decode:
@@ -99,7 +76,8 @@ class SlidingWindowAttention(nn.Module):
                 for array in (q, k)
             )
             o = self._attend_on_mesh(q, k, v, segment_ids)
-        o_proj = dense(self.out_kernel_init, "o_proj", "heads", "embed")
+        init = self.out_kernel_init
+        o_proj = dense(self, "o_proj", width, ("heads", "embed"), kernel_init=init)
         return o_proj(o.reshape(batch, length, width))
 
     def _attend_on_mesh(self, q, k, v, segment_ids) -> Float[Array, "B T N H"]:
@@ -159,14 +137,12 @@ class SlidingWindowAttention(nn.Module):
         return attend(q, new.k, new.v, distances, same_segment, window, isolate)
 
     def _check_attributes(self, width: int) -> None:
-        check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
+        check_attributes(self, "window_size")
         if self.num_heads < 1 or width % self.num_heads or width // self.num_heads % 2:
             raise ValueError(
                 f"num_heads: expected to divide the width {width} into heads of even width, "
                 f"got {self.num_heads}"
             )
-        if self.window_size < 1:
-            raise ValueError(f"window_size: expected at least 1, got {self.window_size}")
 
 
 def _positions_in_ring(

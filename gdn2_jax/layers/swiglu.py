@@ -10,7 +10,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from gdn2_jax.layers.initializers import fan_in_uniform
-from gdn2_jax.parallel import partitioned
+from gdn2_jax.layers.parts import dense
 
 
 class SwiGLU(nn.Module):
@@ -34,18 +34,9 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Applies the MLP to the last axis."""
-
-        def dense(features, kernel_init, name, *axes):
-            return nn.Dense(
-                features,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=partitioned(kernel_init, *axes, like=self.kernel_init),
-                name=name,
-            )
-
-        gate = dense(self.hidden_dim, self.kernel_init, "gate_proj", "embed", "mlp")(x)
-        up = dense(self.hidden_dim, self.kernel_init, "up_proj", "embed", "mlp")(x)
-        down = dense(x.shape[-1], self.down_kernel_init, "down_proj", "mlp", "embed")
+        hidden = self.hidden_dim
+        gate = dense(self, "gate_proj", hidden, ("embed", "mlp"))(x)
+        up = dense(self, "up_proj", hidden, ("embed", "mlp"))(x)
+        init = self.down_kernel_init
+        down = dense(self, "down_proj", x.shape[-1], ("mlp", "embed"), kernel_init=init)
         return down(checkpoint_name(jax.nn.silu(gate) * up, "operand"))
