@@ -15,15 +15,16 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()
-    """.txt, .jsonl or .parquet files, the first two also as .gz, .npy files of token ids, or
-    directories of them (searched recursively). None: the sources and documentation of the running
-    Python."""
+    """.txt, .jsonl, .parquet or .array_record files, the first two also as .gz, .npy files of token
+    ids, or directories of them (searched recursively). None: the sources and documentation of the
+    running Python."""
 
     validation_paths: tuple[str, ...] = ()
     """The same for validation, in place of a fraction of the text."""
 
     text_field: str = "text"
-    """The .jsonl field or .parquet column that holds the text, or lists of token ids."""
+    """The .jsonl field, .parquet column or .array_record feature (of a tf.train.Example) that holds
+    the text, or lists of token ids."""
 
     document_separator: str = ""
     r"""Cuts each .txt file into documents where this string stands; \n, \r and \t may be written

@@ -5,11 +5,11 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
@@ -27,7 +27,14 @@ from gdn2_jax.data.cache import (
 )
 from gdn2_jax.data.config import DataConfig
 from gdn2_jax.data.packing import PackedSequences
-from gdn2_jax.data.sources import Piece, file_kind, find_files, read_pieces
+from gdn2_jax.data.sources import (
+    Piece,
+    file_kind,
+    find_files,
+    note_missing_separator,
+    read_file,
+    read_pieces,
+)
 from gdn2_jax.data.store import StoreWriter, TokenStore
 from gdn2_jax.data.tokenizer import (
     Tokenizer,
@@ -232,11 +239,10 @@ def _build(
         "tokenizer": tokenizer,
     }
     count = _byte_counter(tokenizer)
-    survey = _survey(_bar(read_pieces(files, **options, note=notes.append), count, "read"), count)
+    survey = _survey(files, options, count, notes.append)
     if not len(survey.sizes):
         raise ValueError("paths: the corpus is empty, no document has any text")
-    pieces = read_pieces(held_out_files, **options, note=notes.append)
-    held_out = _survey(_bar(pieces, count, "read validation"), count)
+    held_out = _survey(held_out_files, options, count, notes.append)
     if held_out_files and not len(held_out.sizes):
         raise ValueError("validation_paths: no document has any text")
     if common := np.isin(held_out.digests, survey.digests).sum():
@@ -285,16 +291,42 @@ def _bar(
             bar.update(count(piece.content))
 
 
-def _survey(pieces: Iterable[Piece], count: Callable[[_Content], int]) -> _Survey:
-    digests, sizes = [], []
-    digest, size = hashlib.blake2b(digest_size=8), 0
-    for content, ends in pieces:
-        digest.update(content.encode() if type(content) is str else content.tobytes())
-        size += count(content)
-        if ends:
-            digests.append(int.from_bytes(digest.digest()))
-            sizes.append(size)
-            digest, size = hashlib.blake2b(digest_size=8), 0
+def _survey(
+    files: Sequence[Path],
+    options: Mapping[str, Any],
+    count: Callable[[_Content], int],
+    note: Callable[[str], None],
+) -> _Survey:
+    """Reads all documents once; many files at a time, as hashing and unpacking use all cores."""
+
+    def survey_file(path: Path) -> tuple[list[int], list[int], list[str], bool | None]:
+        digests, sizes, notes, cut = [], [], [], []
+
+        def pieces() -> Iterator[Piece]:
+            cut.append((yield from read_file(path, note=notes.append, **options)))
+
+        digest, size = hashlib.blake2b(digest_size=8), 0
+        for content, ends in pieces():
+            digest.update(content.encode() if type(content) is str else content.tobytes())
+            length = count(content)
+            size += length
+            bar.update(length)
+            if ends:
+                digests.append(int.from_bytes(digest.digest()))
+                sizes.append(size)
+                digest, size = hashlib.blake2b(digest_size=8), 0
+        return digests, sizes, notes, cut[0]
+
+    digests, sizes, cut = [], [], []
+    with tqdm(desc="read", unit="B", **_BAR) as bar, ThreadPoolExecutor() as pool:
+        # In the order of the files, whichever is read first.
+        for file_digests, file_sizes, notes, file_cut in pool.map(survey_file, files):
+            digests += file_digests
+            sizes += file_sizes
+            cut.append(file_cut)
+            for text in notes:
+                note(text)
+    note_missing_separator(options["document_separator"], cut, note)
     return _Survey(np.array(digests, np.uint64), np.array(sizes, np.int64))
 
 

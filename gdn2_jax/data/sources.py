@@ -1,4 +1,4 @@
-"""Documents from text, .jsonl, .parquet and .npy files, or from the running Python installation."""
+"""Documents from text, .jsonl, .parquet, .array_record and .npy files, or from Python's own sources."""
 
 import codecs
 import gzip
@@ -15,9 +15,10 @@ from typing import IO, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Integer
 
+from gdn2_jax.data.array_record import read_array_record
 from gdn2_jax.data.tokenizer import Tokenizer
 
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".npy", ".parquet")
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".npy", ".parquet", ".array_record")
 
 # Documents are read in pieces of so many characters or tokens, so that none has to fit into memory.
 PIECE = 2**16
@@ -98,54 +99,94 @@ def find_files(
 
 def file_kind(path: Path) -> str:
     """Returns the suffix in `SUFFIXES` that tells how to read a file, ".py", or ""."""
-    name = path.name.lower()
+    name = re.sub(r"-\d{5,}-of-\d{5,}$", "", path.name.lower())  # as shards are numbered
     return next((suffix for suffix in (*SUFFIXES, ".py") if name.endswith(suffix)), "")
 
 
 def read_pieces(
     files: Sequence[Path],
     *,
+    document_separator: str = "",
+    note: Callable[[str], None] = lambda text: None,
+    **options,
+) -> Iterator[Piece]:
+    """Yields the documents of `files` in order, piece by piece, without the empty ones.
+
+    Args:
+      files: from `find_files`.
+      document_separator: as in `read_file`.
+      note: is told of null texts, and of a separator that does not occur.
+      **options: `text_field` and `tokenizer` of `read_file`.
+
+    Raises:
+      ValueError: as `read_file`.
+    """
+    cut = []
+    for path in files:
+        separator = {"document_separator": document_separator}
+        cut.append((yield from read_file(path, note=note, **separator, **options)))
+    note_missing_separator(document_separator, cut, note)
+
+
+def read_file(
+    path: Path,
+    *,
     text_field: str = "text",
     document_separator: str = "",
     tokenizer: Tokenizer | None = None,
     note: Callable[[str], None] = lambda text: None,
-) -> Iterator[Piece]:
-    r"""Yields the documents of `files` in order, piece by piece, without the empty ones.
+) -> Generator[Piece, None, bool | None]:
+    r"""Yields the documents of a file, piece by piece, without the empty ones.
 
     Args:
-      files: from `find_files`.
-      text_field: the .jsonl field or .parquet column that holds the text, or lists of token ids.
-        Where it is null, the record is left out.
+      path: from `find_files`.
+      text_field: the .jsonl field, .parquet column or .array_record feature that holds the text, or
+        lists of token ids. Where it is null, the record is left out.
       document_separator: cuts text files into documents; empty: one document a file. A "\n" in it
         stands for "\r\n" too.
       tokenizer: that made token ids; None if it is not known. A .npy file of them is cut into
         documents at its end of a document.
-      note: is told of null texts, and of a separator that does not occur.
+      note: is told of null texts.
+
+    Returns:
+      Whether the separator occurs; None if the file is not one that it cuts.
 
     Raises:
-      ValueError: if a file does not hold text in the form that its suffix says; names the file
+      ValueError: if the file does not hold text in the form that its suffix says; names the file
         and the line or row.
     """
-    text_files = cut_files = 0
-    for path in files:
-        kind = file_kind(path)
-        if kind.startswith(".jsonl"):
-            texts = _without_nulls(_read_jsonl(path, text_field), path, text_field, note)
-        elif kind == ".parquet":
-            texts = _without_nulls(_read_parquet(path, text_field), path, text_field, note)
-        elif kind == ".npy":
-            texts = [_open_npy(path)]
-        elif kind == ".py":
-            texts = _read_python(path)
-        else:
-            text_files += 1
-            cut_files += yield from _read_text(path, document_separator)
-            continue
-        for text in texts:
-            yield from _pieces(text) if type(text) is str else _cut_ids(path, text, tokenizer)
-    if document_separator and text_files and not cut_files:
+    kind = file_kind(path)
+    if kind.startswith(".txt"):
+        return (yield from _read_text(path, document_separator))
+    if kind.startswith(".jsonl"):
+        texts = _without_nulls(_read_jsonl(path, text_field), path, text_field, note)
+    elif kind == ".parquet":
+        texts = _without_nulls(_read_parquet(path, text_field), path, text_field, note)
+    elif kind == ".array_record":
+        texts = _without_nulls(read_array_record(path, text_field), path, text_field, note)
+    elif kind == ".npy":
+        texts = [_open_npy(path)]
+    else:
+        texts = _read_python(path)
+    for text in texts:
+        yield from _pieces(text) if type(text) is str else _cut_ids(path, text, tokenizer)
+    return None
+
+
+def note_missing_separator(
+    separator: str, cut: Sequence[bool | None], note: Callable[[str], None]
+) -> None:
+    """Tells of a separator that occurs in none of the text files.
+
+    Args:
+      separator: the separator, or "".
+      cut: what `read_file` returned, for each file.
+      note: is told.
+    """
+    text_files = [found for found in cut if found is not None]
+    if separator and text_files and not any(text_files):
         note(
-            f"document_separator: {document_separator!r} occurs in none of the {text_files} text "
+            f"document_separator: {separator!r} occurs in none of the {len(text_files)} text "
             "files, so each is one document"
         )
 

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import threading
 import time
 from collections import Counter
 
@@ -11,7 +12,9 @@ import tokenizers
 from pyarrow import parquet
 
 from gdn2_jax.data import DataConfig, load_tokenizer, prepare, train_tokenizer
+from gdn2_jax.data import corpus as corpus_module
 from gdn2_jax.data.cache import file_digest, file_states, is_intact
+from gdn2_jax.data.sources import read_file
 
 TEXTS = [f"document {i}: " + f"{i * 7919} " * (i % 5 + 3) for i in range(60)]
 
@@ -378,8 +381,37 @@ def test_a_missing_tokenizer_is_an_error_before_anything_is_written(corpus, tmp_
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("name", ["ids.npy", "ids.parquet"])
-def test_token_ids_give_the_corpus_of_their_text(corpus, tmp_path, monkeypatch, name):
+def test_files_are_read_at_once_and_give_the_corpus_of_one_after_the_other(
+    corpus, tmp_path, monkeypatch
+):
+    paths = tuple(write_texts(tmp_path / f"{i}.jsonl", [*TEXTS[i::2], None])[0] for i in range(2))
+    expected = corpus(paths=paths)
+    monkeypatch.setattr(corpus_module, "read_file", wait_for_another(threading.Barrier(2)))
+    read = corpus(paths=paths, cache_directory=str(tmp_path / "another"))
+    assert (read.digest, read.description) == (expected.digest, expected.description)
+    for part in ("train", "validation"):
+        stores = [getattr(c, part).store for c in (read, expected)]
+        np.testing.assert_array_equal(*(store.tokens for store in stores))
+    notes = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/notes.json")]
+    assert notes[0] == notes[1] and ["0.jsonl" in note for note in notes[0]] == [True, False]
+
+
+def wait_for_another(barrier):
+    """`read_file`, whose calls only go on by twos, and the first file last."""
+
+    def read(path, **options):
+        barrier.wait(timeout=20)
+        if path.name == "0.jsonl":
+            time.sleep(0.1)
+        return (yield from read_file(path, **options))
+
+    return read
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "ids.parquet", "ids.array_record"])
+def test_token_ids_give_the_corpus_of_their_text(
+    corpus, tmp_path, monkeypatch, write_array_record, name
+):
     """Whole documents, the divided end of a long one, and the bytes of each token."""
     monkeypatch.setattr("gdn2_jax.data.sources.PIECE", 1000)
     long = " ".join(f"word {i * 7919} naïve" for i in range(100))
@@ -390,6 +422,9 @@ def test_token_ids_give_the_corpus_of_their_text(corpus, tmp_path, monkeypatch, 
     ids = [[*tokenizer.encode(text), tokenizer.end_of_document] for text in [long, *TEXTS]]
     if name == "ids.npy":
         np.save(tmp_path / name, np.concatenate(ids).astype(np.uint16)[:, None])
+    elif name == "ids.array_record":
+        # One record as numpy.save writes it, the others as TensorFlow's.
+        write_array_record(tmp_path / name, [np.array(ids[0]), *({"text": i} for i in ids[1:]), {}])
     else:
         column = pyarrow.array([*ids, None], pyarrow.list_(pyarrow.int32()))
         parquet.write_table(pyarrow.table({"text": column}), tmp_path / name)

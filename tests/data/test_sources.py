@@ -154,7 +154,9 @@ def test_a_missing_path_is_named(tmp_path):
 
 def test_a_file_of_another_suffix_is_named_with_those_expected(tmp_path):
     (tmp_path / "a.md").write_text("text")
-    with pytest.raises(ValueError, match=r"a\.md is not a \.txt, \.txt\.gz, .* or \.parquet file"):
+    with pytest.raises(
+        ValueError, match=r"a\.md is not a \.txt, \.txt\.gz, .* or \.array_record file"
+    ):
         read(tmp_path / "a.md")
 
 
@@ -207,6 +209,36 @@ def test_a_damaged_page_of_parquet_names_its_file(tmp_path):
     content[4:2000] = bytes(1996)
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file, or a damaged one"):
+        read(path)
+
+
+def test_each_record_of_array_record_is_a_document(tmp_path, write_array_record):
+    path = tmp_path / "a.array_record-00000-of-00001"
+    write_array_record(path, [{"text": "one"}, {"text": "naïve"}, {}])
+    notes = []
+    assert read(tmp_path, notes=notes) == ["one", "naïve"]
+    assert notes == [f"{path}: skipped 1 of 3 records, whose 'text' is null"]
+    with pytest.raises(ValueError, match="got null 'body' in 3 of 3"):
+        read(path, text_field="body")
+    with pytest.raises(ValueError, match="holds token ids: expected the tokenizer that made them"):
+        read(path, text_field="id")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"\xff text", r"record 1: expected a tf\.train\.Example, or token ids as numpy\.save"),
+        (b"\x93NUMPY", "record 1: not a whole array of numbers"),
+        (b"", r"record 1: expected a tf\.train\.Example"),
+    ],
+)
+def test_a_bad_record_is_named_by_file_and_number(tmp_path, write_array_record, record, message):
+    path = tmp_path / "a.array_record"
+    write_array_record(path, [{"text": "one"}, record])
+    with pytest.raises(ValueError, match=rf"a\.array_record: {message}"):
+        read(path)
+    path.write_bytes(b"text" * 100)
+    with pytest.raises(ValueError, match=r"a\.array_record: not an \.array_record file, or one"):
         read(path)
 
 
