@@ -468,12 +468,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def renew_table(readme: Path, name: str, table: str) -> None:
-    """Puts the table between the README's comments that name its file of rows, if it has them."""
+    """Puts the table between the README's lines that name its file of rows, if it has them."""
     start, end = f"<!-- table of {name} -->", f"<!-- end of {name} -->"
     text = readme.read_text() if readme.exists() else ""
-    if start in text and end in text:
-        before, after = text.split(start)[0], text.split(end)[1]
-        readme.write_text(f"{before}{start}\n\n{table}\n\n{end}{after}")
+    # Whole lines: prose may quote them.
+    place = re.compile(f"^{re.escape(start)}$.*?^{re.escape(end)}$", re.DOTALL | re.MULTILINE)
+    renewed, count = place.subn(lambda _: f"{start}\n\n{table}\n\n{end}", text, count=1)
+    if count:
+        readme.write_text(renewed)
         print(f"table in {readme}")
 
 

@@ -181,7 +181,8 @@ def test_a_readme_gets_the_table_where_it_names_the_rows_file_and_stays_as_it_is
     readme = tmp_path / "README.md"
     script.renew_table(readme, "a.jsonl", "| new |")
     assert not readme.exists()
-    text = "before\n<!-- table of a.jsonl -->\nold\n<!-- end of a.jsonl -->\nafter\n"
+    place = "<!-- table of a.jsonl -->\nold\n<!-- end of a.jsonl -->"
+    text = f"a line `<!-- table of a.jsonl -->`\nand <!-- end of a.jsonl -->\n{place}\nafter\n"
     readme.write_text(text)
     script.renew_table(readme, "b.jsonl", "| new |")
     assert readme.read_text() == text
