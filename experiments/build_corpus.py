@@ -12,7 +12,7 @@ ids, each document closed by its end token), facts.json, and the .npy files as .
 again. Nothing runs this script by itself, and nothing of what it makes belongs in a repository.
 
 resiliparse strips the markup, keeps the main part of each page and tells the language. A document that is not
-English, or is mostly lines that stood in documents before, is left out.
+English, or is mostly sentences of documents before, is left out.
 """
 
 import argparse
@@ -48,22 +48,21 @@ bind9-doc=1:9.18.49-1~deb12u3 buildbot-doc=3.7.0-2 cargo-doc=0.66.0+ds1-1
 cinder-doc=2:21.3.1-1~deb12u1 clisp-doc=1:2.49.20210628.gitde01f0f-3 cmake-doc=3.25.1-1
 cppreference-doc-en-html=20170409-2 csound-doc=1:6.18.0+dfsg0-1 db5.3-doc=5.3.28+dfsg2-1
 dblatex-doc=0.3.12py3-2 debian-faq=11.1 derby-doc=10.14.2.0-2 designate-doc=1:15.0.2-0+deb11u1
-dict-devil=1.0-13.1 dict-foldoc=20230119-1 dict-jargon=4.4.7-3.1 dict-vera=1:1.24-1
-dict-wn=1:3.0-37 docbook-xsl-doc-html=1.79.1-1 docutils-doc=0.19+dfsg-6
-dpdk-doc=22.11.11-0+deb12u1 erlang-doc=1:25.2.3+dfsg-1+deb12u4 exim4-doc-html=4.96-1
-fop-doc=1:2.8-2 fp-docs-3.2.2=3.2.2+dfsg-20 freedombox-doc-en=23.6.2+deb12u2 gap-doc=4.12.1-2
-ghc-doc=9.0.2-4 gimp-help-en=2.10.34-2 git-doc=1:2.39.5-0+deb12u3 glance-doc=2:25.1.0-2+deb12u5
+dict-devil=1.0-13.1 dict-foldoc=20230119-1 dict-jargon=4.4.7-3.1 dict-wn=1:3.0-37
+docbook-xsl-doc-html=1.79.1-1 docutils-doc=0.19+dfsg-6 dpdk-doc=22.11.11-0+deb12u1
+erlang-doc=1:25.2.3+dfsg-1+deb12u4 exim4-doc-html=4.96-1 freedombox-doc-en=23.6.2+deb12u2
+gap-doc=4.12.1-2 gimp-help-en=2.10.34-2 git-doc=1:2.39.5-0+deb12u3 glance-doc=2:25.1.0-2+deb12u5
 gnome-devel-docs=40.3-1 gnuplot-doc=5.4.4+dfsg1-2 grass-doc=8.2.1-1
 groonga-doc=13.0.0+dfsg-3~deb12u1 haproxy-doc=2.6.12-1+deb12u4 heat-doc=1:19.0.0-3
 imagemagick-6-doc=8:6.9.11.60+dfsg-1.6+deb12u15 installation-guide-amd64=20230508+deb12u1
 ironic-doc=1:21.4.4-0+deb12u2 keystone-doc=2:22.0.2-0+deb12u6 kicad-doc-en=6.0.11+dfsg-1
-lazarus-doc-2.2=2.2.6+dfsg2-2 libboost1.81-doc=1.81.0-5+deb12u1 libgtk-4-doc=4.8.3+ds-2+deb12u1
-libreoffice-help-en-us=4:7.4.7-1+deb12u14 libvirt-doc=9.0.0-4+deb12u2 lilypond-doc-html=2.24.1-2
-llvm-19-doc=1:19.1.7-3~deb12u1 maint-guide=1.2.53 manila-doc=1:15.1.0-2 maxima-doc=5.46.0-11
-mit-scheme-doc=12.1-3 neutron-doc=2:21.0.0-7+deb12u1 nova-doc=2:26.2.2-1~deb12u5 ns3-doc=3.37-2
+libboost1.81-doc=1.81.0-5+deb12u1 libreoffice-help-en-us=4:7.4.7-1+deb12u14
+libvirt-doc=9.0.0-4+deb12u2 lilypond-doc-html=2.24.1-2 llvm-19-doc=1:19.1.7-3~deb12u1
+maint-guide=1.2.53 manila-doc=1:15.1.0-2 maxima-doc=5.46.0-11 mit-scheme-doc=12.1-3
+neutron-doc=2:21.0.0-7+deb12u1 nova-doc=2:26.2.2-1~deb12u5 ns3-doc=3.37-2
 ntpsec-doc=1.2.2+dfsg1-1+deb12u1 octave-doc=7.3.0-2 octavia-doc=11.0.0-2+deb12u1
-openvswitch-doc=3.1.0-2+deb12u1 perl-doc=5.36.0-7+deb12u4 pike8.0-doc=8.0.1738-1
-postfix-doc=3.7.11-0+deb12u1 postgresql-doc-15=15.20-0+deb12u1 python-ase-doc=3.22.1-3+deb12u1
+openvswitch-doc=3.1.0-2+deb12u1 perl-doc=5.36.0-7+deb12u4 postfix-doc=3.7.11-0+deb12u1
+postgresql-doc-15=15.20-0+deb12u1 python-ase-doc=3.22.1-3+deb12u1
 python-astropy-doc=5.2.1-2+deb12u1 python-celery-doc=5.2.6-5
 python-cryptography-doc=38.0.4-3+deb12u1 python-dask-doc=2022.12.1+dfsg-2
 python-django-doc=3:3.2.25-0+deb12u7 python-h5py-doc=3.7.0-8 python-ipython-doc=8.5.0-4
@@ -74,9 +73,9 @@ python-statsmodels-doc=0.13.5+dfsg-7 python-sympy-doc=1.11.1-1 python-tables-doc
 python-tornado-doc=6.2.0-3+deb12u4 python-xarray-doc=2023.01.0-1.1
 qtbase5-doc-html=5.15.8+dfsg-11+deb12u3 qtdeclarative5-doc-html=5.15.8+dfsg-3
 r-doc-html=4.2.2.20221110-2 racket-doc=8.7+dfsg1-1 rsyslog-doc=8.2302.0+dfsg-1
-rust-doc=1.63.0+dfsg1-2 sagemath-doc=9.5-6 sbcl-doc=2:2.2.9-1 shorewall-doc=5.2.8-2
-slurm-wlm-doc=22.05.8-4+deb12u3 sphinx-doc=5.3.0-4 sqlite3-doc=3.40.1-2+deb12u2
-swi-prolog-doc=9.0.4+dfsg-2 swift-doc=2.30.1-0+deb12u3 tcl8.6-doc=8.6.13+dfsg-2 tk8.6-doc=8.6.13-2
+rust-doc=1.63.0+dfsg1-2 sbcl-doc=2:2.2.9-1 shorewall-doc=5.2.8-2 slurm-wlm-doc=22.05.8-4+deb12u3
+sphinx-doc=5.3.0-4 sqlite3-doc=3.40.1-2+deb12u2 swi-prolog-doc=9.0.4+dfsg-2
+swift-doc=2.30.1-0+deb12u3 tcl8.6-doc=8.6.13+dfsg-2 tk8.6-doc=8.6.13-2
 twisted-doc=22.4.0-4+deb12u1 varnish-doc=7.1.1-2+deb12u1 vim-doc=2:9.0.1378-2+deb12u2
 xen-doc=4.17.7+13-g2445b30a44-0+deb12u1 zsh-doc=5.9-4
 """
@@ -85,12 +84,12 @@ PYTHON = ("botocore==1.44.8",)
 # Characters that one package may give, so that none is most of the corpus, and bytes read for them.
 MOST, MOST_READ = 16_000_000, 100_000_000
 
-# Characters of the shortest document, and of lines that tell whether a document was there before.
+# Characters of the shortest document, and of sentences and lines that tell a document.
 SHORTEST, TELLING = 400, 40
 
 # Documents' sources, not documentation, indices, and pages for machines.
 _LEFT_OUT = re.compile(
-    r"/(_sources|_modules|_static|changelog[^/]*|NEWS[^/]*|genindex[^/]*|search|py-modindex|copyright|"
+    r"/(_sources|_modules|_static|markdown|changelog[^/]*|NEWS[^/]*|genindex[^/]*|search|py-modindex|copyright|"
     r"robots|index-[a-z]|doxygen|javadoc|api-docs|inherits?|members|searchindex)(\.[a-z.]+|/|$)|"
     r"/(src|hoogle|implementors)/|-members\.html|/(functions|globals|namespacemembers)_[^/]*\.html"
 )
@@ -147,7 +146,7 @@ def download(directory: Path) -> list[Path]:
 
 def build(directory: Path, archives: list[Path]) -> None:
     """Writes documents.jsonl and licences.md."""
-    seen_texts, seen_lines, licences = set(), set(), []
+    seen_texts, seen_sentences, licences = set(), set(), []
     unfinished = directory / "documents.part"
     with unfinished.open("w") as file, Pool() as pool:
         for archive in archives:
@@ -159,7 +158,7 @@ def build(directory: Path, archives: list[Path]) -> None:
             licences.append(f"## {archive.stem}\n\n{licence(folder, package)}\n")
             kept = size = 0
             for text in without_common_lines([text for text in texts if text]):
-                if size < MOST and is_new(text, seen_texts, seen_lines):
+                if size < MOST and is_new(text, seen_texts, seen_sentences):
                     file.write(json.dumps({"text": text, "source": package}) + "\n")
                     kept, size = kept + 1, size + len(text)
             print(f"{package}: {kept:,} documents, {size:,} characters", flush=True)
@@ -256,27 +255,30 @@ def without_common_lines(texts: list[str]) -> Iterator[str]:
         # A dictionary or a manual in one file is cut, so that a document is a part of the corpus.
         start = 0
         while len(text) - start > 400_000:
-            stop = text.find("\n\n", start + 100_000) + 2 or start + 100_000
-            stop = min(stop, start + 400_000)
+            paragraph = text.find("\n\n", start + 100_000, start + 400_000)
+            line = text.find("\n", start + 100_000, start + 400_000)
+            stop = max(paragraph + 2, line + 1, start + 100_000)
             yield text[start:stop]
             start = stop
         yield text[start:]
 
 
-def is_new(text: str, seen_texts: set[bytes], seen_lines: set[int]) -> bool:
-    """Whether a document is neither a copy of one before nor mostly made of their lines."""
+def is_new(text: str, seen_texts: set[bytes], seen_sentences: set[int]) -> bool:
+    """Whether a document is neither a copy of one before nor mostly made of their sentences."""
     digest = hashlib.blake2b(re.sub(r"\W+", " ", text).lower().encode(), digest_size=8).digest()
     if len(text) < SHORTEST or digest in seen_texts:
         return False
     seen_texts.add(digest)
-    lines = {line for line in map(str.strip, text.splitlines()) if len(line) >= TELLING}
+    # Whatever the width of the lines.
+    sentences = {" ".join(part.split()) for part in re.split(r"(?<=[.!?:;])\s|\n\s*\n", text)}
     numbers = {
-        int.from_bytes(hashlib.blake2b(line.encode(), digest_size=8).digest()): len(line)
-        for line in lines
+        int.from_bytes(hashlib.blake2b(sentence.encode(), digest_size=8).digest()): len(sentence)
+        for sentence in sentences
+        if len(sentence) >= TELLING
     }
     total = sum(numbers.values())
-    known = sum(size for number, size in numbers.items() if number in seen_lines)
-    seen_lines.update(numbers)
+    known = sum(size for number, size in numbers.items() if number in seen_sentences)
+    seen_sentences.update(numbers)
     return total >= SHORTEST / 2 and known < 0.5 * total
 
 
