@@ -25,7 +25,6 @@ import tyro
 
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.models import PRESETS, ModelConfig
-from gdn2_jax.models.blocks import MIXERS
 from gdn2_jax.ops import Mamba3Inputs, Mamba3Weights, mamba2, mamba3
 from gdn2_jax.testing import operator_inputs
 from gdn2_jax.timing import measure
@@ -100,7 +99,7 @@ def main(config: Config) -> None:
 
 def layer(model: ModelConfig, batch: int, length: int) -> tuple[Callable, tuple, jax.Array]:
     """The mixer's layer as a function, its parameters and inputs, and a cotangent."""
-    module = MIXERS[model.mixer](model, False, None)
+    module = model.mixer.layer(model, False, None)
     x = normal(0, (batch, length, model.d_model), jnp.promote_types(model.dtype, jnp.float32))
     params = jax.jit(module.init)(jax.random.key(0), x[:1, :1])["params"]
     cotangent = normal(1, x.shape, model.dtype)
@@ -113,9 +112,9 @@ def operator(model: ModelConfig, batch: int, length: int) -> tuple | None:
     Gates are as at initialisation. KDA, GDN and DeltaNet run on gdn2's operator, timed there.
     """
     cases = {"gdn2": gdn2_case, "mamba2": mamba2_case, "mamba3": mamba3_case}
-    if model.mixer not in cases:
+    if model.mixer.kind not in cases:
         return None
-    function, arguments, v = cases[model.mixer](model, batch, length)
+    function, arguments, v = cases[model.mixer.kind](model, batch, length)
 
     def outputs(*arguments):
         return function(*arguments, implementation=model.implementation)[0]
@@ -125,17 +124,18 @@ def operator(model: ModelConfig, batch: int, length: int) -> tuple | None:
 
 def gdn2_case(model: ModelConfig, batch: int, length: int) -> tuple:
     """Function, arguments, values."""
-    shape = (batch, length, model.num_heads, model.head_dim)
+    shape = (batch, length, model.mixer.num_heads, model.mixer.head_dim)
     arguments = operator_inputs(*shape, dtype=model.dtype, initial_state=False)[:6]
     return gated_delta_rule_2, arguments, arguments[2]
 
 
 def mamba2_case(model: ModelConfig, batch: int, length: int) -> tuple:
     """Function, arguments, values."""
-    heads = model.ssm_inner_dim // model.ssm_head_dim
-    shared = (batch, length, 1, model.ssm_state_dim)
+    mixer = model.mixer
+    heads = mixer.inner_dim // mixer.head_dim
+    shared = (batch, length, 1, mixer.state_dim)
     q, k = (normal(seed, shared, model.dtype) for seed in (2, 3))
-    v = normal(4, (batch, length, heads, model.ssm_head_dim), model.dtype)
+    v = normal(4, (batch, length, heads, mixer.head_dim), model.dtype)
     dt = time_steps(v.shape[:-1])
     rate = jax.random.uniform(jax.random.key(5), (heads,), dt.dtype, 1, 16)
     return mamba2, (q, k, v, -rate * dt, dt), v
@@ -143,18 +143,18 @@ def mamba2_case(model: ModelConfig, batch: int, length: int) -> tuple:
 
 def mamba3_case(model: ModelConfig, batch: int, length: int) -> tuple:
     """Function, arguments, values."""
-    heads = model.ssm_inner_dim // model.ssm_head_dim
-    mimo = model.mamba3_form == "mimo"
-    ranks, key_dim = model.mimo_rank if mimo else 1, model.ssm_state_dim
+    mixer = model.mixer
+    heads = mixer.inner_dim // mixer.head_dim
+    ranks, key_dim = mixer.mimo_rank or 1, mixer.state_dim
     q, k = (normal(s, (batch, length, ranks, 1, key_dim), model.dtype) for s in (2, 3))
-    v, z = (normal(s, (batch, length, heads, model.ssm_head_dim), model.dtype) for s in (4, 5))
+    v, z = (normal(s, (batch, length, heads, mixer.head_dim), model.dtype) for s in (4, 5))
     dt = time_steps(v.shape[:-1])
     half = jnp.full_like(dt, 0.5)
     rotation = jnp.pi * jnp.tanh(normal(6, (batch, length, key_dim // 4), dt.dtype))
     bias = jnp.ones((heads, ranks, key_dim), dt.dtype)
     weights = Mamba3Weights(bias, bias, jnp.ones(heads, dt.dtype))
-    if mimo:
-        rank = jnp.ones((heads, ranks, model.ssm_head_dim), dt.dtype)
+    if mixer.mimo_rank:
+        rank = jnp.ones((heads, ranks, mixer.head_dim), dt.dtype)
         weights = weights._replace(v_rank=rank / ranks, z_rank=rank, o_rank=rank / ranks)
     return mamba3, (Mamba3Inputs(q, k, v, z, -half * dt, dt, half, rotation), weights), v
 

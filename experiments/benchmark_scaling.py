@@ -53,7 +53,7 @@ import tyro
 from benchmark_training import compile_step, random_batch, read_rows, say
 
 from gdn2_jax.data import DataConfig
-from gdn2_jax.models import PRESETS, ModelConfig, tensor_axes
+from gdn2_jax.models import PRESETS, ModelConfig
 from gdn2_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gdn2_jax.timing import Event, device_events, peak_gib
 from gdn2_jax.training import OptimizerConfig, TrainingConfig, check_mesh
@@ -220,7 +220,7 @@ def plan(config: Config) -> list[Run]:
         return runs
     meshes = [
         Run(name, training_config(model, sizes, batch, length))
-        for sizes in batch_meshes(config.axes, devices, math.gcd(*tensor_axes(model).values()))
+        for sizes in batch_meshes(config.axes, devices, math.gcd(*model.tensor_axes.values()))
     ]
     if meshes:
         same = training_config(model, alone, batch, length, accumulation=devices)

@@ -216,7 +216,7 @@ def measure(config: Config, training: TrainingConfig, compiled: Future) -> dict[
     flops = training_flops_per_token(model, length) * row["tokens_per_second"]
     row["model_flops"] = flops / jax.device_count()
     if events:
-        row |= breakdown(events, operation_names(step.as_text()), model.mixer, 3)
+        row |= breakdown(events, operation_names(step.as_text()), model.mixer.kind, 3)
     return row
 
 

@@ -24,7 +24,7 @@ import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from gdn2_jax.command import out_of_memory, run_command
 
@@ -115,6 +115,8 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
     if scale not in SCALES:
         raise ValueError(f"expected a scale, one of {', '.join(SCALES)}, got {scale!r}")
     preset = PRESETS[SCALES[scale]]
+    if any(re.match(r"--model\.(mixer|mixer\.kind|hybrid)(=|$)", option) for option in options):
+        raise ValueError("model.mixer, model.hybrid: expected no value, --models chooses them")
 
     def command(
         config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = preset,
@@ -139,17 +141,21 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
         args=path_options(options),
         prog=f"compare_mixers.py {scale}",
         description=__doc__.format(scales=", ".join(SCALES)),
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
-    # What was changed in the preset's model is changed in every model.
-    changes = dict(dataclasses.asdict(config.model).items() - vars(preset.model).items())
+    # What was changed in the preset's model is changed in every model, and what was changed in its
+    # mixer in every mixer of that class.
+    changes, old = changed_fields(config.model, preset.model), preset.model
+    parts = {
+        name: changed_fields(changes.pop(name), getattr(old, name))
+        for name in ("mixer", "attention")
+        if name in changes
+    }
     if not any(re.match("--model.vocab.size", option) for option in options):
         data = config.data
         changes["vocab_size"] = data.trained_vocab_size or (
             load_tokenizer(data.tokenizer, data.end_of_document).vocab_size
         )
-    if changes.keys() & {"mixer", "hybrid"}:
-        raise ValueError("model.mixer, model.hybrid: expected no value, --models chooses them")
     if not (models and seeds):
         raise ValueError("models, seeds: expected at least one of each")
     runs = {}
@@ -157,10 +163,18 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
         if f"{model}_{scale}" not in MODELS:
             known = [name.removesuffix(f"_{scale}") for name in MODELS if name.endswith(scale)]
             raise ValueError(f"models: expected some of {', '.join(known)}, got {model!r}")
+        own = MODELS[f"{model}_{scale}"]
+        same = {n: p for n, p in parts.items() if type(getattr(own, n)) is type(getattr(old, n))}
+        replaced = {n: dataclasses.replace(getattr(own, n), **p) for n, p in same.items()}
         for seed in seeds:
-            changed = dataclasses.replace(MODELS[f"{model}_{scale}"], **changes)
+            changed = dataclasses.replace(own, **changes, **replaced)
             runs[f"{model}-{seed}"] = dataclasses.replace(config, model=changed, seed=seed)
     return runs, directory, results
+
+
+def changed_fields(new: Any, old: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from those of another."""
+    return {name: value for name, value in vars(new).items() if value != getattr(old, name)}
 
 
 def compile_all(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, Programs]:
@@ -193,7 +207,7 @@ def summarize(name: str, config: TrainingConfig, metrics: list[dict]) -> dict:
     sizes = model_sizes(config.model, config.data.sequence_length)
     return {
         "run": name,
-        "mixer": config.model.mixer,
+        "mixer": config.model.mixer.kind,
         "hybrid": config.model.hybrid,
         "seed": config.seed,
         "tokens": last["tokens"],

@@ -11,14 +11,10 @@ import sys
 
 from gdn2_jax.command import run_command
 
-from gdn2_jax.models import PRESETS, matched_preset, model_sizes
+from gdn2_jax.models import MIXERS, PRESETS, matched_preset, model_sizes
 from gdn2_jax.training.flops import training_flops_per_token
 
 SCALES = ("tiny", "30M", "100M", "305M", "1.3B")
-MIXERS = (
-    *("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3_mimo"),
-    *("attention", "sliding_window_attention"),
-)
 HEADER = """\
 | preset | parameters of the blocks | state a layer | cache a layer | GFLOPs a token |
 |---|---|---|---|---|"""

@@ -39,7 +39,15 @@ import numpy as np
 import optax
 
 from gdn2_jax.data.recall import TASKS, Questions, Task, draw, questions
-from gdn2_jax.models import LanguageModel, ModelConfig, model_sizes
+from gdn2_jax.models import (
+    DeltaRule,
+    LanguageModel,
+    Mixer,
+    ModelConfig,
+    SoftmaxAttention,
+    StateSpace,
+    model_sizes,
+)
 from gdn2_jax.timing import Event, device_events
 
 HERE = Path(__file__).resolve().parent
@@ -47,25 +55,28 @@ STUDIES = HERE / "recall"
 RESULTS = HERE / "results" / "recall"
 
 _NEGATIVE = {"allow_negative_eigenvalues": True}
-MIXERS: dict[str, dict[str, Any]] = {
-    "gdn2": {"mixer": "gdn2"},
-    "gdn2_scalar_erase": {"mixer": "gdn2", "erase_gate": "scalar"},
-    "gdn2_scalar_write": {"mixer": "gdn2", "write_gate": "scalar"},
-    "gdn2_scalar_both": {"mixer": "gdn2", "erase_gate": "scalar", "write_gate": "scalar"},
-    "gdn2_sigmoid": {"mixer": "gdn2", "output_gate": "sigmoid"},
-    "gdn2_negative": {"mixer": "gdn2", **_NEGATIVE},
-    "kda": {"mixer": "kda"},
-    "kda_negative": {"mixer": "kda", **_NEGATIVE},
-    "gdn": {"mixer": "gdn"},
-    "gdn_negative": {"mixer": "gdn", **_NEGATIVE},
-    "deltanet": {"mixer": "deltanet"},
-    "deltanet_negative": {"mixer": "deltanet", **_NEGATIVE},
-    "mamba2": {"mixer": "mamba2"},
-    "mamba3": {"mixer": "mamba3"},
-    "attention": {"mixer": "attention"},
+MIXERS: dict[str, Mixer] = {
+    "gdn2": DeltaRule(),
+    "gdn2_scalar_erase": DeltaRule(erase_gate="scalar"),
+    "gdn2_scalar_write": DeltaRule(write_gate="scalar"),
+    "gdn2_scalar_both": DeltaRule(erase_gate="scalar", write_gate="scalar"),
+    "gdn2_sigmoid": DeltaRule(output_gate="sigmoid"),
+    "gdn2_negative": DeltaRule(**_NEGATIVE),
+    "kda": DeltaRule(kind="kda"),
+    "kda_negative": DeltaRule(kind="kda", **_NEGATIVE),
+    "gdn": DeltaRule(kind="gdn"),
+    "gdn_negative": DeltaRule(kind="gdn", **_NEGATIVE),
+    "deltanet": DeltaRule(kind="deltanet"),
+    "deltanet_negative": DeltaRule(kind="deltanet", **_NEGATIVE),
+    "mamba2": StateSpace(kind="mamba2"),
+    "mamba3": StateSpace(kind="mamba3"),
+    "attention": SoftmaxAttention(kind="attention"),
 }
-"""What a study names: fields of the model's configuration."""
-_MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
+"""What a study names. The sizes are those of the study."""
+_MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} | {
+    "num_heads",
+    "head_dim",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +98,7 @@ class Study:
       solved: a cell ends when all its runs reach this accuracy.
       runs_at_once: of a cell; memory bounds it.
       sizes: fields of the task or of `ModelConfig`, each with values: every combination makes cells.
-      model: changes of `ModelConfig`'s fields, for all mixers.
+      model: changes of `ModelConfig`'s fields for all mixers, and their `num_heads` and `head_dim`.
       shows: what the results page says of the study.
     """
 
@@ -247,20 +258,18 @@ def model_config(cell: Cell) -> ModelConfig:
     heads, head_dim = changes.pop("num_heads", 2), changes.pop("head_dim", 128)
     width = heads * head_dim
     mlp_dim = changes.pop("mlp_dim", width)
-    shared = {
-        "vocab_size": task.vocab_size,
-        "d_model": width,
-        "num_layers": 2,
-        "num_heads": heads,
-        "head_dim": head_dim,
-        "ssm_inner_dim": width,
-        "ssm_head_dim": head_dim,
-        "ssm_state_dim": head_dim,
-        "attention_heads": heads,
-        **changes,
+    shared = {"vocab_size": task.vocab_size, "d_model": width, "num_layers": 2, **changes}
+    sizes = {
+        DeltaRule: {"num_heads": heads, "head_dim": head_dim},
+        StateSpace: {"inner_dim": width, "head_dim": head_dim, "state_dim": head_dim},
+        SoftmaxAttention: {"num_heads": heads},
     }
-    reference = ModelConfig(mlp_dim=mlp_dim, **shared)
-    config = ModelConfig(mlp_dim=8, **shared | MIXERS[cell.mixer])
+
+    def sized(name: str) -> Mixer:
+        return dataclasses.replace(MIXERS[name], **sizes[type(MIXERS[name])])
+
+    reference = ModelConfig(mlp_dim=mlp_dim, mixer=sized("gdn2"), **shared)
+    config = ModelConfig(mlp_dim=8, mixer=sized(cell.mixer), **shared)
     wanted = model_sizes(reference, cell.length).block_parameters
     missing = wanted - model_sizes(config, cell.length).block_parameters
     # A channel of the MLP has three parameters for each channel of the model, in each layer.

@@ -23,6 +23,7 @@ processes, started by srun, mpirun or with JAX_NUM_PROCESSES, JAX_PROCESS_ID, JA
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -130,6 +131,8 @@ def parse(arguments: list[str]) -> Command:
         preset, *options = arguments
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"expected a preset, one of {', '.join(PRESETS)}, got {preset!r}")
+    if any(re.match(r"--model\.mixer(\.kind)?(=|$)", option) for option in options):
+        raise ValueError("model.mixer: expected no value; --mixer NAME keeps the model's size")
     # These decide what the other options override, so they come before them.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("mixer", "run-dir", "init-from", "model.vocab-size"):
@@ -177,7 +180,7 @@ def parse(arguments: list[str]) -> Command:
         args=path_options(options),
         prog=f"train.py {preset or 'tiny'}",
         description=__doc__.format(presets=", ".join(PRESETS)),
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
 
 

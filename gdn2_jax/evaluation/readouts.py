@@ -233,7 +233,7 @@ def gate_statistics(
     """Measures the gates of a GDN-2 model on a text.
 
     Args:
-      config: of the model, whose mixer is "gdn2".
+      config: of the model, whose mixer is of kind "gdn2".
       params: its parameters.
       inputs: the text.
       bins: of the histograms.
@@ -241,10 +241,14 @@ def gate_statistics(
     Raises:
       ValueError: if the model has another mixer.
     """
-    if config.mixer != "gdn2":
-        raise ValueError(f"mixer: expected gdn2, got {config.mixer}")
+    if config.mixer.kind != "gdn2":
+        raise ValueError(f"mixer: expected gdn2, got {config.mixer.kind}")
     gates = jax.device_get(_gates(config, params, inputs))
-    upper = {"erase": 2.0 if config.allow_negative_eigenvalues else 1.0, "write": 1.0, "keep": 1.0}
+    upper = {
+        "erase": 2.0 if config.mixer.allow_negative_eigenvalues else 1.0,
+        "write": 1.0,
+        "keep": 1.0,
+    }
     histograms, saturated = {}, {}
     for name, layers in gates.items():
         top = upper[name]
@@ -276,7 +280,7 @@ def _gates(config, params, inputs) -> dict[str, Float[Array, "layers B T H C"]]:
     )
     flat = traverse_util.flatten_dict(variables["intermediates"])
     found = {path[-2]: value[0].astype(jnp.float32) for path, value in flat.items()}
-    heads = config.num_heads
+    heads = config.mixer.num_heads
 
     def split(x):
         return x.reshape(*x.shape[:-1], heads, -1)
@@ -290,13 +294,13 @@ def _gates(config, params, inputs) -> dict[str, Float[Array, "layers B T H C"]]:
     mixer = params["layers"]["block"]["mixer"]
     a_log = mixer["A_log"][:, None, None, :, None]
     f = split(found["f_proj_1"]) + mixer["dt_bias"][:, None, None]
-    if config.decay_lower_bound is None:
+    if config.mixer.decay_lower_bound is None:
         g = -decay_rate(a_log, jnp.float32) * jax.nn.softplus(f)
     else:
-        g = config.decay_lower_bound * jax.nn.sigmoid(decay_rate(a_log, jnp.float32) * f)
-    scale = 2 if config.allow_negative_eigenvalues else 1
+        g = config.mixer.decay_lower_bound * jax.nn.sigmoid(decay_rate(a_log, jnp.float32) * f)
+    scale = 2 if config.mixer.allow_negative_eigenvalues else 1
     return {
-        "erase": scale * gate(found["b_proj"], config.erase_gate),
-        "write": gate(found["w_proj"], config.write_gate),
+        "erase": scale * gate(found["b_proj"], config.mixer.erase_gate),
+        "write": gate(found["w_proj"], config.mixer.write_gate),
         "keep": jnp.exp(g),
     }

@@ -1,58 +1,35 @@
 """The one description of a language model."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal
 
 from gdn2_jax.layers.inputs import check_wide_dtypes
-from gdn2_jax.ops import Implementation
-
-Mixer = Literal[
-    "gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "attention", "sliding_window_attention"
-]
-
-SEQUENCE_PARALLEL_MIXERS = ("gdn2", "kda", "gdn", "deltanet", "sliding_window_attention")
-"""Mixers that run on sequences of which every device holds a span."""
-
-_POSITIVE = (
-    *("vocab_size", "d_model", "num_layers", "num_heads", "head_dim", "expand_v", "conv_size"),
-    *("ssm_inner_dim", "ssm_head_dim", "ssm_state_dim", "mimo_rank", "context_length"),
-    *("attention_heads", "window_size", "mlp_dim", "norm_epsilon", "rope_theta", "loss_blocks"),
+from gdn2_jax.models.mixers import (
+    MIXERS,
+    DeltaRule,
+    Mixer,
+    SoftmaxAttention,
+    StateSpace,
+    check_fields,
+    require,
 )
+from gdn2_jax.ops import Implementation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and options of a recurrent or hybrid language model, or of a Transformer.
 
-    A mixer ignores the fields of the others.
-
     Attributes:
       vocab_size: number of token ids.
       d_model: width of the residual stream.
       num_layers: blocks of a mixer and an MLP.
-      mixer: token mixer, a key of `gdn2_jax.models.blocks.MIXERS`.
-      hybrid: `mixer` on even layers, sliding-window attention on odd ones.
-      num_heads: key heads of the delta-rule mixers: gdn2, kda, gdn and deltanet.
-      head_dim: key channels of each.
-      num_value_heads: value heads, a multiple of `num_heads`; as many if None.
-      expand_v: value channels per head, as a multiple of `head_dim`.
-      conv_size: tokens seen by the short convolutions.
-      allow_negative_eigenvalues: erase gate in [0, 2] instead of [0, 1].
-      decay_lower_bound: None or a lower bound in [-5, 0) on the log-decay of gdn2 and kda.
-      erase_gate: a gate per channel of gdn2, or its mean per head.
-      write_gate: a gate per channel of gdn2, or its mean per head.
-      output_gate: "silu" or "sigmoid"; None is the mixer's own, sigmoid in kda, SiLU in the others.
-      ssm_inner_dim: value channels of mamba2 and mamba3, over all heads.
-      ssm_head_dim: value channels of each of their heads.
-      ssm_state_dim: key channels of their state.
-      mamba3_form: one input and output a head ("siso") or `mimo_rank` of each ("mimo").
-      mimo_rank: rank of the state's update in the latter form.
-      attention_heads: heads of both attentions, which divide `d_model`.
-      window_size: keys a query of sliding-window attention sees, its own included.
+      mixer: token mixer, one of `gdn2_jax.models.MIXERS` or another of their classes.
+      hybrid: `mixer` on even layers, `attention` on odd ones.
+      attention: of the odd layers of a hybrid.
       context_length: tokens that full attention's cache holds in decoding; `generate` sets it.
       mlp_dim: hidden width of the SwiGLU MLP.
       norm_epsilon: epsilon of every RMSNorm.
-      rope_theta: base of the rotary frequencies.
       dtype: dtype of the matrix products.
       param_dtype: dtype of the parameters (A_log and dt_bias are always float32).
       remat: what the backward recomputes instead of keeping it from the forward. "none": nothing.
@@ -73,29 +50,12 @@ class ModelConfig:
     vocab_size: int = 32000
     d_model: int
     num_layers: int
-    mixer: Mixer = "gdn2"
+    mixer: Mixer = dataclasses.field(default_factory=DeltaRule)
     hybrid: bool = False
-    num_heads: int = 16
-    head_dim: int = 128
-    num_value_heads: int | None = None
-    expand_v: float = 1.0
-    conv_size: int = 4
-    allow_negative_eigenvalues: bool = False
-    decay_lower_bound: float | None = None
-    erase_gate: Literal["channel", "scalar"] = "channel"
-    write_gate: Literal["channel", "scalar"] = "channel"
-    output_gate: Literal["silu", "sigmoid"] | None = None
-    ssm_inner_dim: int = 4096
-    ssm_head_dim: int = 64
-    ssm_state_dim: int = 64
-    mamba3_form: Literal["siso", "mimo"] = "siso"
-    mimo_rank: int = 4
-    attention_heads: int = 18
-    window_size: int = 2048
+    attention: SoftmaxAttention = dataclasses.field(default_factory=SoftmaxAttention)
     context_length: int = 4096
     mlp_dim: int
     norm_epsilon: float = 1e-5
-    rope_theta: float = 10000.0
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32", "float64"] = "float32"
     remat: Literal["none", "intermediates", "elementwise", "mixer", "full"] = "none"
@@ -104,63 +64,80 @@ class ModelConfig:
     implementation: Implementation | None = None
 
     def __post_init__(self):
-        for name in _POSITIVE:
-            self._require(name, getattr(self, name) > 0, "a positive number")
-        for name, choices in (
-            ("mixer", get_args(Mixer)),
-            ("erase_gate", ("channel", "scalar")),
-            ("write_gate", ("channel", "scalar")),
-            ("output_gate", ("silu", "sigmoid", None)),
-            ("mamba3_form", ("siso", "mimo")),
-            ("dtype", ("bfloat16", "float16", "float32", "float64")),
-            ("param_dtype", ("bfloat16", "float32", "float64")),
-            ("remat", ("none", "intermediates", "elementwise", "mixer", "full")),
-            ("implementation", (None, "pallas", "xla", "recurrent")),
-        ):
-            self._require(name, getattr(self, name) in choices, f"one of {choices}")
+        check_fields(self)
         check_wide_dtypes(dtype=self.dtype, param_dtype=self.param_dtype)
-        groups = self.num_value_heads
-        self._require(
-            "num_value_heads",
-            groups is None or (groups > 0 and groups % self.num_heads == 0),
-            f"None or a multiple of num_heads {self.num_heads}",
-        )
-        self._require(
-            "expand_v",
-            float(self.head_dim * self.expand_v).is_integer(),
-            f"a number that times head_dim {self.head_dim} is whole",
-        )
-        bound = self.decay_lower_bound
-        self._require("decay_lower_bound", bound is None or -5 <= bound < 0, "None or in [-5, 0)")
-        self._require(
-            "num_layers", not (self.hybrid and self.num_layers % 2), "an even number when hybrid"
-        )
-        if self.mixer in ("mamba2", "mamba3"):
-            self._require(
-                "ssm_inner_dim",
-                self.ssm_inner_dim % self.ssm_head_dim == 0,
-                f"a multiple of ssm_head_dim {self.ssm_head_dim}",
-            )
-            self._require("ssm_state_dim", self.ssm_state_dim % 4 == 0, "a multiple of 4")
-        if self.hybrid or self.mixer in ("attention", "sliding_window_attention"):
-            self._require(
-                "attention_heads",
-                self.d_model % (2 * self.attention_heads) == 0,
-                f"a number that divides d_model {self.d_model} into heads of even width",
-            )
+        paired = not (self.hybrid and self.num_layers % 2)
+        require(self, "num_layers", paired, "an even number when hybrid")
+        for name, mixer in self.mixers.items():
+            heads = mixer.num_heads if isinstance(mixer, SoftmaxAttention) else None
+            if heads and self.d_model % (2 * heads):
+                raise ValueError(
+                    f"{name}.num_heads: expected a number that divides d_model {self.d_model} "
+                    f"into heads of even width, got {heads}"
+                )
 
-    def _require(self, name: str, fulfilled: bool, expected: str) -> None:
-        if not fulfilled:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+    @property
+    def mixers(self) -> dict[str, Mixer]:
+        """The mixers of consecutive layers, by the names of their fields."""
+        return {"mixer": self.mixer} | ({"attention": self.attention} if self.hybrid else {})
+
+    @property
+    def tensor_axes(self) -> dict[str, int]:
+        """What a mesh axis "tensor" splits in such a model, by name."""
+        axes = {
+            f"{field}.{name}": size
+            for field, mixer in self.mixers.items()
+            for name, size in mixer.tensor_axes.items()
+        }
+        return {"mlp_dim": self.mlp_dim} | axes
 
 
-def tensor_axes(config: ModelConfig) -> dict[str, int]:
-    """What a mesh axis "tensor" splits in such a model, by name."""
-    axes = {"mlp_dim": config.mlp_dim}
-    if config.mixer in ("gdn2", "kda", "gdn", "deltanet"):
-        axes["num_heads"] = config.num_heads
-    if config.mixer in ("mamba2", "mamba3"):
-        axes["ssm_inner_dim / ssm_head_dim"] = config.ssm_inner_dim // config.ssm_head_dim
-    if config.hybrid or config.mixer in ("attention", "sliding_window_attention"):
-        axes["attention_heads"] = config.attention_heads
-    return axes
+def config_from_json(fields: dict[str, Any]) -> ModelConfig:
+    """The configuration whose fields are given as `dataclasses.asdict` makes them.
+
+    Those of runs before version 0.2.0 are read, too: they hold the fields of all mixers side by side.
+    """
+    if isinstance(fields["mixer"], str):
+        fields = _nested(fields)
+    mixers = {
+        name: dataclasses.replace(MIXERS[fields[name]["kind"]], **fields[name])
+        for name in ("mixer", "attention")
+    }
+    return ModelConfig(**fields | mixers)
+
+
+# Fields of mixers by their names before version 0.2.0.
+_OLD_FIELDS = {
+    DeltaRule: {
+        **{name: name for name in ("num_heads", "head_dim", "num_value_heads", "expand_v")},
+        **{name: name for name in ("conv_size", "allow_negative_eigenvalues", "output_gate")},
+        **{name: name for name in ("decay_lower_bound", "erase_gate", "write_gate")},
+    },
+    StateSpace: {
+        "ssm_inner_dim": "inner_dim",
+        "ssm_head_dim": "head_dim",
+        "ssm_state_dim": "state_dim",
+        "conv_size": "conv_size",
+        "mimo_rank": "mimo_rank",
+    },
+    SoftmaxAttention: {
+        "attention_heads": "num_heads",
+        "window_size": "window_size",
+        "rope_theta": "rope_theta",
+    },
+}
+
+
+def _nested(fields: dict[str, Any]) -> dict[str, Any]:
+    """Sorts fields that lie side by side into those of the mixer, the attention and the model."""
+    kind = fields["mixer"]
+    if kind != "mamba3" or fields.get("mamba3_form") != "mimo":
+        fields = fields | {"mimo_rank": None}
+
+    def part(kind: str) -> dict[str, Any]:
+        names = _OLD_FIELDS[type(MIXERS[kind])]
+        return {"kind": kind} | {names[old]: fields[old] for old in names.keys() & fields.keys()}
+
+    old = {"mamba3_form"}.union(*_OLD_FIELDS.values())
+    rest = {name: value for name, value in fields.items() if name not in old}
+    return rest | {"mixer": part(kind), "attention": part("sliding_window_attention")}

@@ -67,7 +67,7 @@ def generate(
     rows = _checked_rows(prompt, config.vocab_size)
     _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos)
     length = _in_pieces(max(map(len, rows)))
-    if config.mixer == "attention":  # The one mixer whose cache grows with the text.
+    if config.mixer.cache_grows:
         config = dataclasses.replace(config, context_length=_in_pieces(length + max_new_tokens))
     state = _read_prompt(config, params, rows, length)
     key = jax.random.key(seed % 2**32)

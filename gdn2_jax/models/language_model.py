@@ -64,7 +64,7 @@ class LanguageModel(nn.Module):
             embedding_init=partitioned(jax.nn.initializers.normal(0.02), "vocab", "embed"),
             name="embed",
         )
-        length = config.num_layers // (2 if config.hybrid else 1)
+        length = config.num_layers // len(config.mixers)
         layers = nn.scan(
             Layers,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},

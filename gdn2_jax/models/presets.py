@@ -7,48 +7,50 @@ widths make up for the mixers' parameters, to within 2 %. "mamba3" is SISO, "mam
 from typing import Any
 
 from gdn2_jax.models.config import ModelConfig
+from gdn2_jax.models.mixers import DeltaRule, SoftmaxAttention, StateSpace, named_mixer
 
 # Trains on bytes in minutes on two CPU cores.
-_TINY = {
-    "vocab_size": 257,
-    "d_model": 128,
-    "num_layers": 4,
-    "num_heads": 2,
-    "head_dim": 64,
-    "ssm_inner_dim": 256,
-    "ssm_state_dim": 32,
-    "attention_heads": 2,
-    "window_size": 128,
-    "dtype": "float32",
+_TINY = {"vocab_size": 257, "d_model": 128, "num_layers": 4, "dtype": "float32"}
+_TINY_MIXERS = {
+    DeltaRule: {"num_heads": 2, "head_dim": 64},
+    StateSpace: {"inner_dim": 256, "state_dim": 32},
+    SoftmaxAttention: {"num_heads": 2, "window_size": 128},
 }
 # Compares mixers on bytes within minutes on one data-centre GPU.
-_30M = {
-    "vocab_size": 257,
-    "d_model": 512,
-    "num_layers": 8,
-    "num_heads": 4,
-    "head_dim": 128,
-    "ssm_inner_dim": 1024,
-    "ssm_state_dim": 64,
-    "attention_heads": 4,
-    "window_size": 512,
+_30M = {"vocab_size": 257, "d_model": 512, "num_layers": 8}
+_30M_MIXERS = {
+    DeltaRule: {"num_heads": 4, "head_dim": 128},
+    StateSpace: {"inner_dim": 1024, "state_dim": 64},
+    SoftmaxAttention: {"num_heads": 4, "window_size": 512},
 }
-_305M = {
-    "d_model": 1024,
-    "num_layers": 12,
-    "num_heads": 16,
-    "head_dim": 64,
-    "ssm_inner_dim": 2048,
-    "ssm_state_dim": 32,
-    "attention_heads": 16,
+_100M = {"d_model": 768, "num_layers": 12}
+_100M_MIXERS = {
+    DeltaRule: {"num_heads": 12, "head_dim": 64},
+    StateSpace: {"inner_dim": 1536, "state_dim": 32},
+    SoftmaxAttention: {"num_heads": 12},
 }
-# The paper's models; "1.3B" counts the blocks without embedding and head.
+# The published hybrid has a third of the recurrent one's heads.
+_100M_HYBRID_MIXERS = {
+    DeltaRule: {"num_heads": 4, "head_dim": 64},
+    StateSpace: {"inner_dim": 512, "state_dim": 32},
+    SoftmaxAttention: {"num_heads": 12},
+}
+_305M = {"d_model": 1024, "num_layers": 12}
+_305M_MIXERS = {
+    DeltaRule: {"num_heads": 16, "head_dim": 64},
+    StateSpace: {"inner_dim": 2048, "state_dim": 32},
+    SoftmaxAttention: {"num_heads": 16},
+}
+# The paper's models; "1.3B" counts the blocks without embedding and head. Mixers have their defaults.
 _PAPER = {"d_model": 2304, "num_layers": 18, "remat": "elementwise", "unroll": True}
 
-# Names are filled with the mixer. Each scale: the fields that all models share, and MLP widths.
-_SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+_Sizes = dict[type, dict[str, Any]]
+# Names are filled with the mixer. Each scale: the fields that all models share, sizes of the mixers,
+# and MLP widths.
+_SCALES: dict[str, tuple[dict[str, Any], _Sizes, dict[str, int]]] = {
     "{}_tiny": (
         _TINY,
+        _TINY_MIXERS,
         {
             "gdn2": 168,
             "kda": 256,
@@ -63,6 +65,7 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "swa_{}_tiny": (
         _TINY | {"hybrid": True},
+        _TINY_MIXERS,
         {
             "gdn2": 256,
             "kda": 296,
@@ -76,6 +79,7 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "{}_30M": (
         _30M,
+        _30M_MIXERS,
         {
             "gdn2": 1408,
             "kda": 1760,
@@ -90,6 +94,7 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "swa_{}_30M": (
         _30M | {"hybrid": True},
+        _30M_MIXERS,
         {
             "gdn2": 1664,
             "kda": 1824,
@@ -102,15 +107,8 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         },
     ),
     "{}_100M": (
-        {
-            "d_model": 768,
-            "num_layers": 12,
-            "num_heads": 12,
-            "head_dim": 64,
-            "ssm_inner_dim": 1536,
-            "ssm_state_dim": 32,
-            "attention_heads": 12,
-        },
+        _100M,
+        _100M_MIXERS,
         {
             "gdn2": 2048,
             "kda": 2560,
@@ -123,18 +121,9 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "sliding_window_attention": 2624,
         },
     ),
-    # Its published configuration has a third of the recurrent one's heads.
     "swa_{}_100M": (
-        {
-            "d_model": 768,
-            "num_layers": 12,
-            "hybrid": True,
-            "num_heads": 4,
-            "head_dim": 64,
-            "ssm_inner_dim": 512,
-            "ssm_state_dim": 32,
-            "attention_heads": 12,
-        },
+        _100M | {"hybrid": True},
+        _100M_HYBRID_MIXERS,
         {
             "gdn2": 2048,
             "kda": 2112,
@@ -148,6 +137,7 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "{}_305M": (
         _305M,
+        _305M_MIXERS,
         {
             "gdn2": 4352,
             "kda": 5056,
@@ -162,6 +152,7 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "swa_{}_305M": (
         _305M | {"hybrid": True},
+        _305M_MIXERS,
         {
             "gdn2": 4736,
             "kda": 5056,
@@ -175,6 +166,7 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "{}_1.3B": (
         _PAPER,
+        {},
         {
             "gdn2": 6208,
             "kda": 7552,
@@ -189,6 +181,7 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "swa_{}_1.3B": (
         _PAPER | {"hybrid": True},
+        {},
         {
             "gdn2": 6784,
             "kda": 7488,
@@ -203,15 +196,14 @@ _SCALES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 }
 
 
-def _fields(mixer: str) -> dict[str, str]:
-    if mixer == "mamba3_mimo":
-        return {"mixer": "mamba3", "mamba3_form": "mimo"}
-    return {"mixer": mixer}
-
-
 PRESETS: dict[str, ModelConfig] = {
-    name.format(mixer): ModelConfig(**shared, **_fields(mixer), mlp_dim=mlp_dim)
-    for name, (shared, mlp_dims) in _SCALES.items()
+    name.format(mixer): ModelConfig(
+        **shared,
+        mixer=named_mixer(mixer, sizes),
+        attention=named_mixer("sliding_window_attention", sizes),
+        mlp_dim=mlp_dim,
+    )
+    for name, (shared, sizes, mlp_dims) in _SCALES.items()
     for mixer, mlp_dim in mlp_dims.items()
 }
 PRESETS["tiny"] = PRESETS["swa_gdn2_tiny"]
@@ -223,7 +215,7 @@ def matched_preset(name: str, mixer: str) -> str:
     Raises:
       ValueError: there is no such preset, or none of its scale with that mixer.
     """
-    for pattern, (_, mlp_dims) in _SCALES.items():
+    for pattern, (*_, mlp_dims) in _SCALES.items():
         if PRESETS.get(name) in [PRESETS[pattern.format(other)] for other in mlp_dims]:
             if mixer not in mlp_dims:
                 raise ValueError(f"mixer: expected one of {', '.join(mlp_dims)}, got {mixer!r}")

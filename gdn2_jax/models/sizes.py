@@ -36,7 +36,7 @@ def model_sizes(config: ModelConfig, sequence_length: int) -> Sizes:
     model = LanguageModel(config, decode=True)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     cache = variables["cache"]["layers"]["block"]["mixer"]
-    layers = config.num_layers // (2 if config.hybrid else 1)
+    layers = config.num_layers // len(config.mixers)
     return Sizes(
         _count(variables["params"]),
         _count(variables["params"]["layers"]),

@@ -28,9 +28,9 @@ _PEAK_FLOPS = {
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token; a multiply-add counts two.
 
-    Three forwards, where a forward is 2 for each weight of a matrix product, what the recurrence
-    takes (see `_recurrence`), and 4 d_model for each key that an attention query sees. What an
-    implementation spends beyond this, on chunks or on recomputation, does not count.
+    Three forwards, where a forward is 2 for each weight of a matrix product and what the mixers take
+    (`flops` in models/mixers.py). Decays do not count, nor what an implementation spends beyond this,
+    on chunks or on recomputation.
     """
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     # Of all implementations the recurrence is traced the fastest.
@@ -41,40 +41,11 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
         if path[-1].key == "kernel"
     )
-    mixers = [config.mixer]
-    if config.hybrid:
-        mixers.append("sliding_window_attention")
-    each = config.num_layers // len(mixers)
-    forward = 2 * weights
-    for mixer in mixers:
-        if mixer == "attention":
-            forward += each * _attention(config, sequence_length, sequence_length)
-        elif mixer == "sliding_window_attention":
-            forward += each * _attention(config, config.window_size, sequence_length)
-        else:
-            forward += each * _recurrence(config)
+    layers = config.num_layers // len(config.mixers)
+    forward = 2 * weights + sum(
+        layers * mixer.flops(config.d_model, sequence_length) for mixer in config.mixers.values()
+    )
     return 3 * forward
-
-
-def _recurrence(config: ModelConfig) -> float:
-    """FLOPs of a layer's recurrence for one token; decays do not count.
-
-    Delta rules read at the erase address, write, and read at the query: 6 d_k d_v for each value
-    head. State-space models write and read, each of them `mimo_rank` times if MIMO: 4 d_k d_v.
-    """
-    if config.mixer in ("mamba2", "mamba3"):
-        mimo = config.mixer == "mamba3" and config.mamba3_form == "mimo"
-        rank = config.mimo_rank if mimo else 1
-        return 4 * rank * config.ssm_inner_dim * config.ssm_state_dim
-    value_heads = config.num_value_heads or config.num_heads
-    return 6 * value_heads * config.head_dim**2 * config.expand_v
-
-
-def _attention(config: ModelConfig, window_size: int, sequence_length: int) -> float:
-    window = min(window_size, sequence_length)
-    # The first `window` queries see 1, 2, ..., the others `window` keys.
-    keys = window - window * (window - 1) / (2 * sequence_length)
-    return 4 * config.d_model * keys
 
 
 def peak_flops(device_kind: str) -> float | None:

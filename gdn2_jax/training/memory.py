@@ -57,7 +57,7 @@ def predict_memory(config: TrainingConfig, mesh: Mesh) -> Memory:
     """
     state = abstract_state(config, mesh)
     parameters, optimizer = (_shard_bytes(tree) for tree in (state.params, state.opt_state))
-    blocks = config.model.num_layers // (2 if config.model.hybrid else 1)
+    blocks = config.model.num_layers // len(config.model.mixers)
     kept = _kept(config, mesh, config.model)
     everything = _kept(config, mesh, dataclasses.replace(config.model, remat="none"))
     if config.model.unroll:

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gdn2_jax.data import Corpus, DataConfig, Tokenizer, load_tokenizer, prepare
-from gdn2_jax.models import SEQUENCE_PARALLEL_MIXERS, ModelConfig, tensor_axes
+from gdn2_jax.models import config_from_json
 from gdn2_jax.parallel import (
     MeshConfig,
     batch_reader,
@@ -267,14 +267,14 @@ def check_mesh(config: TrainingConfig, mesh: Mesh) -> None:
             f"got {config.global_batch_size}"
         )
     spans = mesh.shape["sequence"]
-    if spans > 1 and model.mixer not in SEQUENCE_PARALLEL_MIXERS:
+    if spans > 1 and not model.mixer.splits_sequences:
         raise ValueError(
-            f"mesh.sequence: expected 1 with {model.mixer}, which does not split sequences, "
+            f"mesh.sequence: expected 1 with {model.mixer.kind}, which does not split sequences, "
             f"got {spans}"
         )
     divisors = [("data.sequence_length", config.data.sequence_length, "sequence")]
     divisors.append(("model.d_model", model.d_model, "fsdp"))
-    divisors += [(f"model.{name}", size, "tensor") for name, size in tensor_axes(model).items()]
+    divisors += [(f"model.{name}", size, "tensor") for name, size in model.tensor_axes.items()]
     for name, size, axis in divisors:
         if size % mesh.shape[axis]:
             raise ValueError(
@@ -301,12 +301,8 @@ def load_config(path: Path) -> TrainingConfig:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in fields["data"].items()
         }
-        parts = {
-            "model": ModelConfig,
-            "data": DataConfig,
-            "optimizer": OptimizerConfig,
-            "mesh": MeshConfig,
-        }
+        fields["model"] = config_from_json(fields["model"])
+        parts = {"data": DataConfig, "optimizer": OptimizerConfig, "mesh": MeshConfig}
         fields |= {name: part(**fields[name]) for name, part in parts.items()}
         return TrainingConfig(**fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -317,9 +313,9 @@ def compare_configs(old: TrainingConfig, new: TrainingConfig) -> list[str]:
     """Describes the fields whose difference keeps a run from going on exactly."""
     old, new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
     return [
-        f"{name} is {old[name]!r} there, {new[name]!r} here"
-        for name in old
-        if old[name] != new[name] and name not in _FREE
+        f"{name} is {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in old | new
+        if old.get(name) != new.get(name) and name not in _FREE
     ]
 
 

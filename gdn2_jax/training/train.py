@@ -295,7 +295,9 @@ def _finish(run: Run, state: TrainState) -> None:
 def _plot(run: Run) -> None:
     if not _is_primary():
         return
-    title = f"{run.files.config.parent.name}: {run.config.model.mixer}, {_size(run)} parameters"
+    title = (
+        f"{run.files.config.parent.name}: {run.config.model.mixer.kind}, {_size(run)} parameters"
+    )
     rows = read_metrics(run.files.metrics)
     tokens = run.config.tokens_per_step
     # What stops the plot, such as a full disk, stops what matters soon enough.

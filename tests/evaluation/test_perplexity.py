@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gdn2_jax.data import DataConfig, prepare
 from gdn2_jax.evaluation import evaluate_perplexity, lower_evaluation
 from gdn2_jax.evaluation.perplexity import _summed_losses
-from gdn2_jax.models import LanguageModel, ModelConfig
+from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig
 from gdn2_jax.parallel import batch_sharding, make_mesh, put_batch
 
 
@@ -20,8 +20,7 @@ def config():
         vocab_size=300,
         d_model=16,
         num_layers=1,
-        num_heads=1,
-        head_dim=16,
+        mixer=DeltaRule(num_heads=1, head_dim=16),
         mlp_dim=32,
         dtype="float32",
         implementation="recurrent",

@@ -11,10 +11,15 @@ from gdn2_jax.data.packing import PackedSequences
 from gdn2_jax.data.store import StoreWriter, TokenStore
 from gdn2_jax.evaluation import readouts
 from gdn2_jax.layers.delta_rule_layer import DeltaRuleLayer
-from gdn2_jax.models import PRESETS, LanguageModel
+from gdn2_jax.models import PRESETS, DeltaRule, LanguageModel
 
 CONFIG = dataclasses.replace(
-    PRESETS["gdn2_tiny"], vocab_size=40, d_model=16, num_layers=2, num_heads=2, head_dim=8, mlp_dim=16
+    PRESETS["gdn2_tiny"],
+    vocab_size=40,
+    d_model=16,
+    num_layers=2,
+    mixer=DeltaRule(num_heads=2, head_dim=8),
+    mlp_dim=16,
 )
 END = 39
 
@@ -102,7 +107,8 @@ def test_recall_is_the_share_of_right_guesses_at_repeated_rare_pairs(params, sto
 )
 def test_gates_are_those_that_the_operator_receives(params, changes, monkeypatch):
     """The layer's own gates, seen where it hands them to the operator."""
-    config = dataclasses.replace(CONFIG, **changes)
+    mixer = dataclasses.replace(CONFIG.mixer, **changes)
+    config = dataclasses.replace(CONFIG, mixer=mixer)
     tokens = jax.random.randint(jax.random.key(2), (2, 24), 0, 40)
     mix = DeltaRuleLayer._mix
 
@@ -116,7 +122,7 @@ def test_gates_are_those_that_the_operator_receives(params, changes, monkeypatch
         _, variables = apply({"params": params}, tokens, head=False, mutable=["intermediates"])
     (seen,) = variables["intermediates"]["layers"]["block"]["mixer"]["gates"]
     statistics = readouts.gate_statistics(config, params, tokens, bins=10)
-    top = 2 if config.allow_negative_eigenvalues else 1
+    top = 2 if config.mixer.allow_negative_eigenvalues else 1
     for layer, gates in enumerate(zip(*seen, strict=True)):
         names = zip(("erase", "write", "keep"), gates, (top, 1, 1), strict=True)
         for name, gate, upper in names:
@@ -128,6 +134,6 @@ def test_gates_are_those_that_the_operator_receives(params, changes, monkeypatch
 
 
 def test_gates_of_another_mixer_are_refused(params):
-    config = dataclasses.replace(CONFIG, mixer="kda")
+    config = dataclasses.replace(CONFIG, mixer=DeltaRule(kind="kda"))
     with pytest.raises(ValueError, match="mixer: expected gdn2, got kda"):
         readouts.gate_statistics(config, params, np.zeros((1, 8), np.int32))

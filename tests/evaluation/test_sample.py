@@ -7,7 +7,7 @@ import pytest
 
 from gdn2_jax.data import load_tokenizer
 from gdn2_jax.evaluation import sample, sample_text
-from gdn2_jax.models import LanguageModel, ModelConfig
+from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig
 
 BYTES = load_tokenizer("bytes")
 
@@ -18,8 +18,7 @@ def model():
         vocab_size=257,
         d_model=16,
         num_layers=1,
-        num_heads=1,
-        head_dim=16,
+        mixer=DeltaRule(num_heads=1, head_dim=16),
         mlp_dim=32,
         dtype="float32",
         implementation="recurrent",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gdn2_jax.models import ModelConfig
+from gdn2_jax.models import DeltaRule, ModelConfig
 from gdn2_jax.parallel import MeshConfig
 from gdn2_jax.timing import Event
 
@@ -16,8 +16,7 @@ MODEL = ModelConfig(
     vocab_size=64,
     d_model=16,
     num_layers=1,
-    num_heads=2,
-    head_dim=4,
+    mixer=DeltaRule(num_heads=2, head_dim=4),
     mlp_dim=16,
     dtype="float32",
 )

@@ -40,8 +40,8 @@ def options(tmp_path_factory):
         "data.cache-directory": tmp_path_factory.mktemp("cache"),
         "model.d-model": 16,
         "model.num-layers": 2,
-        "model.num-heads": 1,
-        "model.head-dim": 8,
+        "model.mixer.num-heads": 1,
+        "model.mixer.head-dim": 8,
         "model.implementation": "recurrent",
     }
     return [*(f"--{name}={value}" for name, value in options.items()), "--data", str(text)]
@@ -120,23 +120,25 @@ def test_the_committed_table_is_that_of_the_committed_rows(script):
 def test_runs_differ_in_model_and_seed_alone(script):
     runs, directory, results = script.parse(
         ["--models", "gdn2", "swa_kda", "--seeds", "3", "4", "--steps", "7"]
-        + ["--model.dtype", "float32"]
+        + ["--model.dtype", "float32", "--model.mixer.conv-size", "3"]
     )
     assert directory == results == Path("runs/compare_30M")
     assert list(runs) == ["gdn2-3", "gdn2-4", "swa_kda-3", "swa_kda-4"]
     base = dataclasses.replace(PRESETS["gdn2_30M"], steps=7)
     for name, config in runs.items():
         model, seed = name.split("-")
-        expected = dataclasses.replace(MODELS[f"{model}_30M"], dtype="float32")
+        own = MODELS[f"{model}_30M"]
+        mixer = dataclasses.replace(own.mixer, conv_size=3)
+        expected = dataclasses.replace(own, dtype="float32", mixer=mixer)
         assert config == dataclasses.replace(base, model=expected, seed=int(seed))
 
 
 def test_every_recurrent_mixer_and_the_transformer_are_compared_by_default(script):
     runs, *_ = script.parse(["tiny"])
-    assert {config.model.mixer for config in runs.values()} == {
+    assert {config.model.mixer.kind for config in runs.values()} == {
         *("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "attention")
     }
-    assert runs["mamba3_mimo-0"].model.mamba3_form == "mimo"
+    assert runs["mamba3_mimo-0"].model.mixer.mimo_rank == 4
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import tyro
 
 from gdn2_jax.data.tokenizer import ByteTokenizer
 from gdn2_jax.interop.pytorch import load_pretrained, open_tensors
-from gdn2_jax.models import ModelConfig
+from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention
 from gdn2_jax.training import TrainingConfig, run_files
 from gdn2_jax.training.checkpoint import open_checkpoints, save_checkpoint
 from gdn2_jax.training.run import save_config
@@ -42,11 +42,9 @@ def run(tmp_path_factory):
         vocab_size=257,
         d_model=16,
         num_layers=2,
-        num_heads=1,
-        head_dim=16,
+        mixer=DeltaRule(num_heads=1, head_dim=16),
         hybrid=True,
-        attention_heads=1,
-        window_size=8,
+        attention=SoftmaxAttention(num_heads=1, window_size=8),
         mlp_dim=16,
         dtype="float32",
         implementation="recurrent",

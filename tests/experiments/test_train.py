@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from gdn2_jax.data import load_tokenizer, train_tokenizer
+from gdn2_jax.models import MIXERS
 from gdn2_jax.models import PRESETS as MODELS
-from gdn2_jax.models.blocks import MIXERS
 from gdn2_jax.parallel import make_mesh
 from gdn2_jax.training import PRESETS, OptimizerConfig, check_mesh, load_trained, run_files
 from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
@@ -45,8 +45,8 @@ OPTIONS = {
     "model.d-model": 16,
     "model.num-layers": 1,
     "model.hybrid": False,
-    "model.num-heads": 1,
-    "model.head-dim": 16,
+    "model.mixer.num-heads": 1,
+    "model.mixer.head-dim": 16,
     "model.mlp-dim": 32,
     "model.implementation": "recurrent",
 }
@@ -343,13 +343,18 @@ def test_the_documented_lines_fit_gpus_of_80_gb(script):
 
 
 def test_mixer_takes_the_matched_model_and_options_override_it(script):
-    config, directory, _ = script.parse(["--mixer", "kda", "--model.num-heads", "4"])
+    config, directory, _ = script.parse(["--mixer", "kda", "--model.mixer.num-heads", "4"])
     assert directory == Path("runs/tiny-kda")
-    assert config.model == dataclasses.replace(MODELS["swa_kda_tiny"], num_heads=4)
+    kda = MODELS["swa_kda_tiny"]
+    mixer = dataclasses.replace(kda.mixer, num_heads=4)
+    assert config.model == dataclasses.replace(kda, mixer=mixer)
     assert config.data == PRESETS["tiny"].data
-    for name in (*(m for m in MIXERS if "window" not in m), "mamba3_mimo"):
+    for name in MIXERS:
         config, *_ = script.parse(["gdn2_1.3B", f"--mixer={name}"])
         assert config.model == MODELS[f"{name}_1.3B"]
+    for option in ("--model.mixer", "--model.mixer.kind"):
+        with pytest.raises(ValueError, match="^model.mixer: expected no value; --mixer NAME"):
+            script.parse([option, "kda"])
 
 
 def test_the_vocabulary_is_the_tokenizers_unless_it_is_given(script, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.interop.export import export_decode, export_forward, export_prefill
-from gdn2_jax.models import LanguageModel, ModelConfig, generate
+from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention, generate
 from gdn2_jax.ops.gated_delta_rule_2 import hopper
 
 SERVER = """
@@ -49,11 +49,9 @@ def model(random_params):
         vocab_size=31,
         d_model=32,
         num_layers=2,
-        num_heads=2,
-        head_dim=8,
+        mixer=DeltaRule(num_heads=2, head_dim=8),
         hybrid=True,
-        attention_heads=2,
-        window_size=4,
+        attention=SoftmaxAttention(num_heads=2, window_size=4),
         mlp_dim=24,
         dtype="float32",
     )
@@ -91,7 +89,8 @@ def test_a_fresh_process_serves_what_was_exported(model, tmp_path):
 
 def kernel_sized(config, **options):
     """A configuration that the Hopper kernels serve, and its abstract parameters."""
-    config = dataclasses.replace(config, dtype="bfloat16", num_heads=1, head_dim=128, **options)
+    mixer = DeltaRule(num_heads=1, head_dim=128)
+    config = dataclasses.replace(config, dtype="bfloat16", mixer=mixer, **options)
     tokens = jnp.zeros((1, 1), jnp.int32)
     return config, jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"]
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gdn2_jax.models import LanguageModel, ModelConfig
+from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention
 
 
 @functools.cache
@@ -14,10 +14,8 @@ def _build(**options):
             "vocab_size": 31,
             "d_model": 16,
             "num_layers": 4,
-            "num_heads": 2,
-            "head_dim": 8,
-            "attention_heads": 2,
-            "window_size": 4,
+            "mixer": DeltaRule(num_heads=2, head_dim=8),
+            "attention": SoftmaxAttention(num_heads=2, window_size=4),
             "mlp_dim": 24,
             "dtype": "float32",
             "implementation": "recurrent",

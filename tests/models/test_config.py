@@ -1,11 +1,21 @@
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
-from gdn2_jax.models import PRESETS, ModelConfig
-from gdn2_jax.models.blocks import MIXERS
+from gdn2_jax.models import (
+    MIXERS,
+    PRESETS,
+    DeltaRule,
+    ModelConfig,
+    SoftmaxAttention,
+    StateSpace,
+    config_from_json,
+)
 
-SIZES = {"d_model": 64, "num_layers": 2, "mlp_dim": 96, "attention_heads": 2}
+SIZES = {"d_model": 64, "num_layers": 2, "mlp_dim": 96}
+SIZES["attention"] = SoftmaxAttention(num_heads=2)
 
 
 @pytest.mark.parametrize(
@@ -14,20 +24,7 @@ SIZES = {"d_model": 64, "num_layers": 2, "mlp_dim": 96, "attention_heads": 2}
         ("vocab_size", 0),
         ("d_model", -1),
         ("num_layers", 0),
-        ("mixer", "mamba9"),
-        ("num_heads", 0),
-        ("num_value_heads", 17),
-        ("expand_v", 0.3),
-        ("decay_lower_bound", -6.0),
-        ("decay_lower_bound", 0.0),
-        ("erase_gate", "head"),
-        ("write_gate", "head"),
-        ("output_gate", "swish"),
-        ("ssm_head_dim", 0),
-        ("mamba3_form", "miso"),
-        ("mimo_rank", 0),
         ("context_length", 0),
-        ("window_size", 0),
         ("mlp_dim", 0),
         ("dtype", "int8"),
         ("param_dtype", "float8"),
@@ -43,20 +40,38 @@ def test_an_impossible_field_is_named(field, value):
         ModelConfig(**SIZES | {field: value})
 
 
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        (DeltaRule, "kind", "mamba9"),
+        (DeltaRule, "num_heads", 0),
+        (DeltaRule, "num_value_heads", 17),
+        (DeltaRule, "expand_v", 0.3),
+        (DeltaRule, "decay_lower_bound", -6.0),
+        (DeltaRule, "decay_lower_bound", 0.0),
+        (DeltaRule, "erase_gate", "head"),
+        (DeltaRule, "write_gate", "head"),
+        (DeltaRule, "output_gate", "swish"),
+        (StateSpace, "head_dim", 0),
+        (StateSpace, "inner_dim", 100),
+        (StateSpace, "state_dim", 6),
+        (StateSpace, "mimo_rank", 0),
+        (StateSpace, "mimo_rank", 4),  # mamba2 has none
+        (SoftmaxAttention, "window_size", 0),
+    ],
+)
+def test_an_impossible_field_of_a_mixer_is_named(kind, field, value):
+    with pytest.raises(ValueError, match=f"^{field}: expected .*got {value!r}"):
+        kind(**{field: value})
+
+
 def test_hybrid_needs_pairs_of_layers_and_heads_that_divide_the_width():
     with pytest.raises(ValueError, match="^num_layers: expected an even number"):
         ModelConfig(**SIZES | {"num_layers": 3}, hybrid=True)
-    with pytest.raises(ValueError, match="^attention_heads: "):
-        ModelConfig(**SIZES | {"attention_heads": 3}, hybrid=True)
-    assert ModelConfig(**SIZES | {"attention_heads": 3, "num_layers": 3})
-
-
-def test_state_space_mixers_need_whole_heads_and_key_channels_in_pairs():
-    with pytest.raises(ValueError, match="^ssm_inner_dim: expected a multiple of ssm_head_dim 64"):
-        ModelConfig(**SIZES, mixer="mamba2", ssm_inner_dim=100)
-    with pytest.raises(ValueError, match="^ssm_state_dim: expected a multiple of 4"):
-        ModelConfig(**SIZES, mixer="mamba3", ssm_state_dim=6)
-    assert ModelConfig(**SIZES, mixer="kda", ssm_inner_dim=100, ssm_state_dim=6)
+    odd = {"attention": SoftmaxAttention(num_heads=3)}
+    with pytest.raises(ValueError, match="^attention.num_heads: "):
+        ModelConfig(**SIZES | odd, hybrid=True)
+    assert ModelConfig(**SIZES | odd | {"num_layers": 3})
 
 
 def test_replace_validates_again():
@@ -66,4 +81,21 @@ def test_replace_validates_again():
 
 def test_configs_are_hashable_and_every_mixer_name_is_accepted():
     assert hash(ModelConfig(**SIZES)) == hash(ModelConfig(**SIZES))
-    assert {ModelConfig(**SIZES, mixer=name).mixer for name in MIXERS} == set(MIXERS)
+    assert {
+        ModelConfig(**SIZES | {"d_model": 72}, mixer=mixer).mixer for mixer in MIXERS.values()
+    } == {*MIXERS.values()}
+
+
+@pytest.mark.parametrize(
+    "name", ["swa_gdn2_tiny", "mamba3_mimo_tiny", "mamba3_tiny", "attention_tiny"]
+)
+def test_a_configuration_survives_json(name):
+    fields = json.loads(json.dumps(dataclasses.asdict(PRESETS[name])))
+    assert config_from_json(fields) == PRESETS[name]
+
+
+def test_a_configuration_of_version_0_1_is_read():
+    """Its fields of all mixers lay side by side; these are four of its presets."""
+    written = json.loads(Path(__file__).with_name("configs_0_1.json").read_text())
+    for name, fields in written.items():
+        assert config_from_json(fields) == PRESETS[name]

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gdn2_jax.layers import GatedDeltaNet2, SlidingWindowAttention, SwiGLU
-from gdn2_jax.models import PRESETS, LanguageModel
+from gdn2_jax.models import PRESETS, DeltaRule, LanguageModel
 
 
 def tokens(*shape):
@@ -149,7 +149,8 @@ def count_kernels(jaxpr, name):
 def test_each_remat_policy_keeps_less_than_the_one_before_and_reruns_no_operator_but_full(
     hybrid_model,
 ):
-    sizes = {"d_model": 96, "num_layers": 10, "num_heads": 1, "head_dim": 128, "mlp_dim": 200}
+    sizes = {"d_model": 96, "num_layers": 10, "mlp_dim": 200}
+    sizes["mixer"] = DeltaRule(num_heads=1, head_dim=128)
     kernels = {"dtype": "bfloat16", "implementation": "pallas"}
     config = dataclasses.replace(hybrid_model[0], **sizes, **kernels)
     ids = tokens(2, 64)

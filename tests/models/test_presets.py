@@ -120,7 +120,7 @@ def test_tiny_preset_is_small_and_hybrid():
 def test_a_matched_preset_differs_in_mixer_and_mlp_alone():
     assert matched_preset("tiny", "gdn2") == "swa_gdn2_tiny"
     assert matched_preset("kda_1.3B", "mamba3_mimo") == "mamba3_mimo_1.3B"
-    names = ("mixer", "mamba3_form", "mlp_dim")
+    names = ("mixer", "mlp_dim")
     for name, config in PRESETS.items():
         other = PRESETS[matched_preset(name, "kda")]
         assert {field: value for field, value in vars(config).items() if field not in names} == {

@@ -12,9 +12,14 @@ from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import GatedDeltaNet2
 from gdn2_jax.layers import SlidingWindowAttention
-from gdn2_jax.models import ModelConfig
-from gdn2_jax.models.blocks import MIXERS
-from gdn2_jax.models.config import SEQUENCE_PARALLEL_MIXERS
+from gdn2_jax.models import (
+    MIXERS,
+    DeltaRule,
+    ModelConfig,
+    SoftmaxAttention,
+    StateSpace,
+    named_mixer,
+)
 from gdn2_jax.parallel import (
     MeshConfig,
     batch_sharding,
@@ -26,28 +31,29 @@ from gdn2_jax.parallel import (
 SIZES = {
     "d_model": 16,
     "num_layers": 1,
-    "num_heads": 2,
-    "num_value_heads": 4,
-    "head_dim": 8,
-    "attention_heads": 2,
-    "window_size": 20,
-    "ssm_inner_dim": 16,
-    "ssm_head_dim": 4,
-    "ssm_state_dim": 8,
     "mlp_dim": 16,
     "dtype": "float32",
     "implementation": "recurrent",
 }
 
+MIXER_SIZES = {
+    DeltaRule: {"num_heads": 2, "num_value_heads": 4, "head_dim": 8},
+    StateSpace: {"inner_dim": 16, "head_dim": 4, "state_dim": 8},
+    SoftmaxAttention: {"num_heads": 2, "window_size": 20},
+}
 
-@pytest.mark.parametrize("mixer", [*MIXERS, "mamba3_mimo"])
+
+def layer_of(mixer):
+    mixer = named_mixer(mixer, MIXER_SIZES)
+    return mixer.layer(ModelConfig(mixer=mixer, **SIZES), False, "mixer")
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_outputs_and_gradients_on_a_mesh_are_those_of_one_device(mixer):
     """Spans of 8 tokens: the window reaches over two spans before its own."""
-    name, form = (mixer, "siso") if mixer in MIXERS else ("mamba3", "mimo")
-    config = ModelConfig(mixer=name, mamba3_form=form, **SIZES)
-    sizes = {"sequence": 4} if name in SEQUENCE_PARALLEL_MIXERS else {"fsdp": 4}
+    sizes = {"sequence": 4} if MIXERS[mixer].splits_sequences else {"fsdp": 4}
     mesh = make_mesh(MeshConfig(tensor=2, **sizes))
-    layer = MIXERS[name](config, False, "mixer")
+    layer = layer_of(mixer)
     rng = np.random.default_rng(0)
     x, cotangent = rng.normal(size=(2, 4, 32, 16)).astype(np.float32)
     segment_ids = np.cumsum(rng.random((4, 32)) < 0.1, axis=1).astype(np.int32)
@@ -96,7 +102,7 @@ def on_explicit_axes(path, leaf, mesh):
 @pytest.mark.parametrize("mixer", ["gdn2", "kda", "mamba2", "sliding_window_attention"])
 def test_layers_run_on_the_mesh_that_jax_makes_by_default(mixer):
     """Of Explicit axes with anyone's names: rows and heads stay split, nothing needs Auto."""
-    layer = MIXERS[mixer](ModelConfig(mixer=mixer, **SIZES), False, "mixer")
+    layer = layer_of(mixer)
     mesh = jax.make_mesh((4, 2), ("rows", "columns"))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 6, 16)).astype(np.float32)
@@ -159,7 +165,7 @@ def test_named_initialisers_take_their_dtype_by_keyword_too():
 def test_parameters_take_the_names_that_kernel_init_gives(mixer):
     """As flax's attention does in models that ask for names without rules in force, as lm1b."""
     named = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("width", "joined_kv"))
-    layer = MIXERS[mixer](ModelConfig(mixer=mixer, **SIZES), False, "mixer")
+    layer = layer_of(mixer)
     layer = layer.clone(kernel_init=named)
     x = jax.ShapeDtypeStruct((1, 4, 16), jnp.float32)
     boxed = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]

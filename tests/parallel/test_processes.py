@@ -33,8 +33,8 @@ OPTIONS = {
     "model.d-model": 16,
     "model.num-layers": 1,
     "model.hybrid": False,
-    "model.num-heads": 2,
-    "model.head-dim": 8,
+    "model.mixer.num-heads": 2,
+    "model.mixer.head-dim": 8,
     "model.mlp-dim": 32,
     "model.implementation": "recurrent",
 }

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gdn2_jax.data import DataConfig
-from gdn2_jax.models import ModelConfig
+from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention, StateSpace
 from gdn2_jax.parallel import MeshConfig, gathered, make_mesh, on_mesh, put_batch
 from gdn2_jax.training import OptimizerConfig, TrainingConfig
 from gdn2_jax.training.run import check_mesh
@@ -31,13 +31,8 @@ def configuration():
         d_model=16,
         num_layers=4,
         hybrid=True,
-        num_heads=2,
-        head_dim=8,
-        attention_heads=2,
-        window_size=12,
-        ssm_inner_dim=32,
-        ssm_head_dim=8,
-        ssm_state_dim=8,
+        mixer=DeltaRule(num_heads=2, head_dim=8),
+        attention=SoftmaxAttention(num_heads=2, window_size=12),
         mlp_dim=24,
         dtype="float32",
         remat="full",
@@ -173,13 +168,29 @@ def test_what_the_forward_keeps_of_kernels_stays_split():
 @pytest.mark.parametrize(
     ("changes", "mesh", "message"),
     [
-        ({"num_heads": 3}, MeshConfig(tensor=2), "num_heads: expected a multiple of .*2, got 3"),
+        (
+            {"mixer": DeltaRule(num_heads=3)},
+            MeshConfig(tensor=2),
+            "mixer.num_heads: expected a multiple of .*2, got 3",
+        ),
         ({"mlp_dim": 30}, MeshConfig(tensor=4), "mlp_dim: expected a multiple of .*4, got 30"),
-        ({"attention_heads": 1}, MeshConfig(tensor=2), "attention_heads: .*2, got 1"),
-        ({"mixer": "mamba2", "ssm_inner_dim": 24}, MeshConfig(tensor=2), "head_dim: .*2, got 3"),
+        (
+            {"attention": SoftmaxAttention(num_heads=1)},
+            MeshConfig(tensor=2),
+            "attention.num_heads: .*2, got 1",
+        ),
+        (
+            {"mixer": StateSpace(inner_dim=24, head_dim=8)},
+            MeshConfig(tensor=2),
+            "head_dim: .*2, got 3",
+        ),
         ({"d_model": 20}, MeshConfig(fsdp=8), "d_model: expected a multiple of .*fsdp 8, got 20"),
-        ({"mixer": "mamba2"}, MeshConfig(sequence=2), "sequence: expected 1 with mamba2, .* 2"),
-        ({"mixer": "attention"}, MeshConfig(sequence=2), "sequence: expected 1 with attention"),
+        ({"mixer": StateSpace()}, MeshConfig(sequence=2), "sequence: expected 1 with mamba2, .* 2"),
+        (
+            {"mixer": SoftmaxAttention(kind="attention", num_heads=2)},
+            MeshConfig(sequence=2),
+            "sequence: expected 1 with attention",
+        ),
         ({"length": 63}, MeshConfig(sequence=2), "sequence_length: .* multiple .* 2, got 63"),
         ({"rows": 4}, MeshConfig(fsdp=4), r"global_batch_size: .* of 16 .*= 8 .*, got 4"),
         ({}, MeshConfig(tensor=3), "the 8 devices, got data .the rest. x fsdp 1 .* tensor 3"),

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from gdn2_jax.data import DataConfig
-from gdn2_jax.models import ModelConfig
+from gdn2_jax.models import DeltaRule, ModelConfig
 from gdn2_jax.training import OptimizerConfig, TrainingConfig
 
 
@@ -46,8 +46,7 @@ def config(corpus_directory):
             vocab_size=257,
             d_model=16,
             num_layers=1,
-            num_heads=1,
-            head_dim=16,
+            mixer=DeltaRule(num_heads=1, head_dim=16),
             mlp_dim=32,
             dtype="float32",
             implementation="recurrent",

@@ -29,7 +29,8 @@ def test_full_attention_counts_every_earlier_key():
 
 def test_a_recurrence_counts_its_reads_and_writes():
     def recurrence(config):
-        wide = dataclasses.replace(config, head_dim=256, num_heads=8)
+        mixer = dataclasses.replace(config.mixer, head_dim=256, num_heads=8)
+        wide = dataclasses.replace(config, mixer=mixer)
         same = training_flops_per_token(wide, 1) - training_flops_per_token(config, 1)
         # Projections keep their size, but for the gates of 8 heads: the state doubles.
         return same + 18 * 6 * 2 * 2304 * 8

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from gdn2_jax.models import DeltaRule, SoftmaxAttention
 from gdn2_jax.parallel import MeshConfig, make_mesh
 from gdn2_jax.timing import peak_gib
 from gdn2_jax.training.memory import predict_memory
@@ -19,8 +20,9 @@ from gdn2_jax.training.step import compile_train_step
     ids=str,
 )
 def test_prediction_is_within_15_percent_of_the_compiler(config, sizes, remat, unroll):
-    changes = {"vocab_size": 1024, "d_model": 128, "num_layers": 4, "hybrid": True, "num_heads": 2}
-    changes |= {"head_dim": 64, "attention_heads": 2, "window_size": 64, "mlp_dim": 384}
+    changes = {"vocab_size": 1024, "d_model": 128, "num_layers": 4, "hybrid": True, "mlp_dim": 384}
+    changes["mixer"] = DeltaRule(num_heads=2, head_dim=64)
+    changes["attention"] = SoftmaxAttention(num_heads=2, window_size=64)
     model = dataclasses.replace(
         config.model, implementation="xla", remat=remat, unroll=unroll, **changes
     )

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,7 +10,14 @@ import pytest
 
 from gdn2_jax.data import train_iterator
 from gdn2_jax.data.tokenizer import ByteTokenizer
-from gdn2_jax.training import CheckpointError, is_finished, load_trained, open_run, run_files
+from gdn2_jax.training import (
+    PRESETS,
+    CheckpointError,
+    is_finished,
+    load_trained,
+    open_run,
+    run_files,
+)
 from gdn2_jax.training.checkpoint import restore_checkpoint
 from gdn2_jax.training.run import _warn_of_loss, load_config, save_config
 from gdn2_jax.training.step import abstract_state, replicated
@@ -33,6 +41,10 @@ def contents(directory):
 def test_config_survives_its_file(config, tmp_path):
     save_config(config, tmp_path / "config.json")
     assert load_config(tmp_path / "config.json") == config
+
+
+def test_the_configuration_of_a_run_of_version_0_1_is_read():
+    assert load_config(Path(__file__).with_name("config_0_1.json")) == PRESETS["tiny"]
 
 
 def test_other_configuration_is_refused_by_naming_the_fields(config, finished):

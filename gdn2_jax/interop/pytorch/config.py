@@ -10,7 +10,7 @@ import numpy as np
 
 from gdn2_jax.interop.pytorch.files import StoredTensor
 from gdn2_jax.interop.pytorch.layouts import Style
-from gdn2_jax.models import ModelConfig
+from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention
 
 # flash-linear-attention has no GDN-2 model yet, only the layer: "gdn2" follows its KDA model.
 _MODEL_TYPES = {"gdn2": "gdn2", "kda": "kda", "gated_deltanet": "gdn"}
@@ -115,7 +115,7 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
         leave the model's function as it is; all are named.
     """
     check_model_type(content)
-    mixer = _MODEL_TYPES[content["model_type"]]
+    kind = _MODEL_TYPES[content["model_type"]]
     complaints = [
         f"{name}: expected {allowed[0]!r}, got {content[name]!r}"
         for name, allowed in _ALLOWED.items()
@@ -130,9 +130,9 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
     bound = content.get("lower_bound")
     if bound is None and content.get("safe_gate"):
         complaints.append("lower_bound: expected a number beside safe_gate, got None")
-    if bound is not None and mixer != "kda":
-        complaints.append(f"lower_bound: expected None as in fla's {mixer} layer, got {bound!r}")
-    output_gate = _output_gate(content, "sigmoid" if mixer == "gdn2" else None, complaints)
+    if bound is not None and kind != "kda":
+        complaints.append(f"lower_bound: expected None as in fla's {kind} layer, got {bound!r}")
+    output_gate = _output_gate(content, "sigmoid" if kind == "gdn2" else None, complaints)
     hybrid, attention = _attention(content, complaints)
     if complaints:
         raise ValueError(f"config.json describes no model of ours: {'; '.join(complaints)}")
@@ -142,20 +142,22 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
             vocab_size=content["vocab_size"],
             d_model=width,
             num_layers=content["num_hidden_layers"],
-            mixer=mixer,
+            mixer=DeltaRule(
+                kind=kind,
+                num_heads=content["num_heads"],
+                head_dim=content["head_dim"],
+                num_value_heads=content.get("num_v_heads"),
+                expand_v=content.get("expand_v", 2.0 if kind == "gdn" else 1.0),
+                conv_size=content.get("conv_size", 4),
+                allow_negative_eigenvalues=content.get("allow_neg_eigval", False),
+                # Applied whatever safe_gate says: that tells fla's kernel only to rely on it.
+                decay_lower_bound=bound,
+                output_gate=output_gate,
+            ),
             hybrid=hybrid,
-            num_heads=content["num_heads"],
-            head_dim=content["head_dim"],
-            num_value_heads=content.get("num_v_heads"),
-            expand_v=content.get("expand_v", 2.0 if mixer == "gdn" else 1.0),
-            conv_size=content.get("conv_size", 4),
-            allow_negative_eigenvalues=content.get("allow_neg_eigval", False),
-            # Applied whatever safe_gate says, which tells fla's kernel only that it may rely on it.
-            decay_lower_bound=bound,
-            output_gate=output_gate,
+            attention=SoftmaxAttention(**attention),
             mlp_dim=content.get("intermediate_size") or _fla_mlp_dim(width, content),
             norm_epsilon=content.get("norm_eps", 1e-6),
-            **attention,
             **_dtypes(dtype),
         )
     except KeyError as error:
@@ -172,19 +174,20 @@ def describe(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     Raises:
       ValueError: the model has an option that fla's layer lacks.
     """
+    mixer, attention = config.mixer, config.attention
     content = {
-        "architectures": [_ARCHITECTURES[config.mixer]],
-        "model_type": {mixer: name for name, mixer in _MODEL_TYPES.items()}[config.mixer],
+        "architectures": [_ARCHITECTURES[mixer.kind]],
+        "model_type": {kind: name for name, kind in _MODEL_TYPES.items()}[mixer.kind],
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "head_dim": config.head_dim,
-        "num_v_heads": config.num_value_heads,
-        "expand_v": config.expand_v,
+        "num_heads": mixer.num_heads,
+        "head_dim": mixer.head_dim,
+        "num_v_heads": mixer.num_value_heads,
+        "expand_v": mixer.expand_v,
         "use_short_conv": True,
-        "conv_size": config.conv_size,
-        "allow_neg_eigval": config.allow_negative_eigenvalues,
+        "conv_size": mixer.conv_size,
+        "allow_neg_eigval": mixer.allow_negative_eigenvalues,
         "intermediate_size": config.mlp_dim,
         "hidden_act": "swish",
         "norm_eps": config.norm_epsilon,
@@ -195,16 +198,16 @@ def describe(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     if config.hybrid:
         content["attn"] = {
             "layers": list(range(1, config.num_layers, 2)),
-            "num_heads": config.attention_heads,
-            "num_kv_heads": config.attention_heads,
+            "num_heads": attention.num_heads,
+            "num_kv_heads": attention.num_heads,
             "qkv_bias": False,
-            "window_size": config.window_size,
-            "rope_theta": config.rope_theta,
+            "window_size": attention.window_size,
+            "rope_theta": attention.rope_theta,
         }
-    if config.mixer == "gdn2" or config.output_gate is not None:
-        content["output_gate_activation"] = config.output_gate or "silu"
-    if config.mixer == "kda" and config.decay_lower_bound is not None:
-        content |= {"safe_gate": True, "lower_bound": config.decay_lower_bound}
+    if mixer.kind == "gdn2" or mixer.output_gate is not None:
+        content["output_gate_activation"] = mixer.output_gate or "silu"
+    if mixer.kind == "kda" and mixer.decay_lower_bound is not None:
+        content |= {"safe_gate": True, "lower_bound": mixer.decay_lower_bound}
     return content
 
 
@@ -216,23 +219,24 @@ def check_style(config: ModelConfig, style: Style) -> None:
     Raises:
       ValueError: it lacks an option of the model.
     """
+    mixer = config.mixer
     options = {"erase_gate": "channel", "write_gate": "channel"}
-    if config.mixer != "kda":
+    if mixer.kind != "kda":
         options["decay_lower_bound"] = None
     if style == "paper":
         options |= {"allow_negative_eigenvalues": False}
     for name, only in options.items():
-        if getattr(config, name) != only:
+        if getattr(mixer, name) != only:
             raise ValueError(
-                f"{name}: expected {only!r}, as the {style} style's {config.mixer} layer has no "
-                f"other, got {getattr(config, name)!r}"
+                f"{name}: expected {only!r}, as the {style} style's {mixer.kind} layer has no "
+                f"other, got {getattr(mixer, name)!r}"
             )
     theirs = {"gdn2": {"paper": "silu", "fla": "sigmoid"}[style], "kda": "sigmoid", "gdn": "silu"}
-    own = config.output_gate or {"gdn2": "silu", "kda": "sigmoid", "gdn": "silu"}[config.mixer]
-    if own != theirs[config.mixer]:
+    own = mixer.output_gate or {"gdn2": "silu", "kda": "sigmoid", "gdn": "silu"}[mixer.kind]
+    if own != theirs[mixer.kind]:
         warnings.warn(
-            f"the model gates its output with {own}, the {style} style's own {config.mixer} layer "
-            f"with {theirs[config.mixer]}: the weights are the same, its outputs will differ",
+            f"the model gates its output with {own}, the {style} style's own {mixer.kind} layer "
+            f"with {theirs[mixer.kind]}: the weights are the same, its outputs will differ",
             stacklevel=4,  # Of the public function's caller.
         )
 
@@ -267,19 +271,20 @@ def config_from_shapes(tensors: Mapping[str, StoredTensor]) -> ModelConfig:
         raise ValueError(f"{layer}.attn.dt_bias: expected a multiple of {heads}, got {channels}")
     head_dim = channels // heads
     value_heads = shape(f"{layer}.attn.v_proj.weight", 2)[0] // value_dim
-    attention_heads = max(width // _ATTENTION_HEAD_DIM, 1)
     dtype = tensors["transformer.wte.weight"].dtype
     return ModelConfig(
         vocab_size=vocab_size,
         d_model=width,
         num_layers=1 + max(int(n.split(".")[2]) for n in tensors if n.startswith("transformer.h.")),
         hybrid="transformer.h.1.attn.attn.weight" in tensors,
-        num_heads=heads,
-        head_dim=head_dim,
-        num_value_heads=None if value_heads == heads else value_heads,
-        expand_v=value_dim / head_dim,
-        conv_size=shape(f"{layer}.attn.q_conv1d.weight", 3)[-1],
-        attention_heads=attention_heads,
+        mixer=DeltaRule(
+            num_heads=heads,
+            head_dim=head_dim,
+            num_value_heads=None if value_heads == heads else value_heads,
+            expand_v=value_dim / head_dim,
+            conv_size=shape(f"{layer}.attn.q_conv1d.weight", 3)[-1],
+        ),
+        attention=SoftmaxAttention(num_heads=max(width // _ATTENTION_HEAD_DIM, 1)),
         mlp_dim=shape(f"{layer}.mlp.swiglu.w1.weight", 2)[0],
         # float32 weights were trained in bfloat16 arithmetic.
         **{} if dtype == np.float32 else _dtypes(dtype),
@@ -315,7 +320,7 @@ def _attention(content: Mapping[str, Any], complaints: list[str]) -> tuple[bool,
         if window_size is None:
             complaints.append("attn.window_size: expected a number, got None")
         return True, {
-            "attention_heads": attention["num_heads"],
+            "num_heads": attention["num_heads"],
             "window_size": window_size,
             "rope_theta": attention.get("rope_theta", 10000.0),
         }

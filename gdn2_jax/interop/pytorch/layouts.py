@@ -130,10 +130,10 @@ def model_entries(config: ModelConfig, style: Style) -> list[Entry]:
     """
     if style not in MIXERS:
         raise ValueError(f"style: expected one of {', '.join(MIXERS)}, got {style!r}")
-    if config.mixer not in MIXERS[style]:
+    if config.mixer.kind not in MIXERS[style]:
         raise ValueError(
             f"mixer: expected one of {', '.join(MIXERS[style])}, whose PyTorch names the {style} "
-            f"style has, got {config.mixer!r}"
+            f"style has, got {config.mixer.kind!r}"
         )
     names = _NAMES[style]
     entries = [Entry(names.embedding, (("embed", "embedding"),), _SAME)]
@@ -200,13 +200,13 @@ def style_of(names) -> Style:
 def _block_entries(config: ModelConfig, style: Style, attention: bool) -> list[Entry]:
     names = _NAMES[style]
     if not attention:
-        mixer = layer_entries(config.mixer)
+        mixer = layer_entries(config.mixer.kind)
     elif style == "fla":
         mixer = layer_entries("attention")
     else:
         kernels = tuple((name, "kernel") for name in ("q_proj", "k_proj", "v_proj"))
         mixer = [
-            Entry("attn.weight", kernels, _fused_attention(config.attention_heads)),
+            Entry("attn.weight", kernels, _fused_attention(config.attention.num_heads)),
             Entry("proj.weight", (("o_proj", "kernel"),), _LINEAR),
         ]
     return [

@@ -21,8 +21,9 @@ def test_a_sharded_checkpoint_comes_in_and_goes_back_bit_for_bit(tmp_path, name,
     model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
 
     config, params = load_pretrained(tmp_path / "theirs")
-    assert (config.mixer, config.num_layers, config.head_dim) == (mixer, 3, 16)
-    assert config.norm_epsilon == theirs.norm_eps and config.expand_v == theirs.expand_v
+    ours = config.mixer
+    assert (ours.kind, config.num_layers, ours.head_dim) == (mixer, 3, 16)
+    assert config.norm_epsilon == theirs.norm_eps and ours.expand_v == theirs.expand_v
     assert params["embed"]["embedding"].dtype == jnp.dtype(dtype)
 
     save_pretrained(tmp_path / "ours", config, params)

@@ -24,19 +24,31 @@ from gdn2_jax.interop.pytorch import (
 )
 from gdn2_jax.interop.pytorch.convert import leaves_of_params, tensors_of_leaves
 from gdn2_jax.interop.pytorch.layouts import model_entries
-from gdn2_jax.models import PRESETS, LanguageModel, ModelConfig
+from gdn2_jax.models import PRESETS, DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention
 
 TOKENS = jnp.zeros((1, 1), jnp.int32)
 
 
-def config_of(**options):
-    # Attention heads of width 128, as the paper's style cannot tell.
-    sizes = {"vocab_size": 11, "d_model": 256, "num_layers": 4, "num_heads": 2, "head_dim": 8}
+# Heads of width 128, as the paper's style cannot tell.
+ATTENTION = SoftmaxAttention(num_heads=2)
+
+
+def config_of(hybrid=False, **mixer):
     return ModelConfig(
-        **sizes
-        | {"attention_heads": 2, "mlp_dim": 24, "output_gate": "silu", "dtype": "float32"}
-        | options
+        vocab_size=11,
+        d_model=256,
+        num_layers=4,
+        mixer=DeltaRule(**{"num_heads": 2, "head_dim": 8, "output_gate": "silu"} | mixer),
+        hybrid=hybrid,
+        attention=ATTENTION,
+        mlp_dim=24,
+        dtype="float32",
     )
+
+
+def with_gate(config, gate):
+    mixer = dataclasses.replace(config.mixer, output_gate=gate)
+    return dataclasses.replace(config, mixer=mixer)
 
 
 @pytest.fixture
@@ -147,22 +159,22 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path, make, hybrid, style, name, 
     assert all(file.is_file() for file in files)
     loaded = load_pretrained(tmp_path / name)
     if style == "paper":
-        assert dataclasses.replace(loaded.config, output_gate="silu", dtype="float32") == config
+        assert dataclasses.replace(with_gate(loaded.config, "silu"), dtype="float32") == config
     elif hybrid:
         assert loaded.config == config
     else:  # No attention to describe.
-        assert dataclasses.replace(loaded.config, attention_heads=2) == config
+        assert dataclasses.replace(loaded.config, attention=ATTENTION) == config
     assert_same(loaded.params, params)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtypes_are_kept_and_the_model_computes_in_them(tmp_path, make, dtype):
-    config, params = make(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16, mixer="kda")
+    config, params = make(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16, kind="kda")
     params["layers"]["block"]["mixer"]["A_log"] = np.zeros((4, 2), np.float32)
-    save_pretrained(tmp_path, dataclasses.replace(config, output_gate=None), params)
+    save_pretrained(tmp_path, with_gate(config, None), params)
     loaded = load_pretrained(tmp_path)
     assert_same(loaded.params, params)
-    assert loaded.config.dtype == dtype and loaded.config.output_gate is None
+    assert loaded.config.dtype == dtype and loaded.config.mixer.output_gate is None
     logits = jax.jit(LanguageModel(loaded.config).apply)({"params": loaded.params}, TOKENS)
     assert logits.shape == (1, 1, 11)
 
@@ -187,19 +199,19 @@ def test_the_output_gate_follows_the_checkpoint(tmp_path, make):
     with pytest.warns(UserWarning, match=message) as caught:
         save_pretrained(tmp_path / "ours", config, params)
     assert caught[0].filename == __file__
-    assert load_pretrained(tmp_path / "ours").config.output_gate == "silu"
+    assert load_pretrained(tmp_path / "ours").config.mixer.output_gate == "silu"
     # A checkpoint of fla itself has no such entry.
     description = tmp_path / "ours" / "config.json"
     content = json.loads(description.read_text())
     del content["output_gate_activation"]
     description.write_text(json.dumps(content))
-    assert load_pretrained(tmp_path / "ours").config.output_gate == "sigmoid"
-    sigmoid = dataclasses.replace(config, output_gate="sigmoid")
+    assert load_pretrained(tmp_path / "ours").config.mixer.output_gate == "sigmoid"
+    sigmoid = with_gate(config, "sigmoid")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_pretrained(tmp_path / "sigmoid", sigmoid, params)
         save_pretrained(tmp_path / "silu.pth", config, params, style="paper")
-    assert load_pretrained(tmp_path / "sigmoid").config.output_gate == "sigmoid"
+    assert load_pretrained(tmp_path / "sigmoid").config.mixer.output_gate == "sigmoid"
 
 
 def test_a_tied_head_is_the_embedding(tmp_path, make):
@@ -311,12 +323,12 @@ def test_parameters_go_where_they_are_sent(tmp_path, make):
 
 
 def test_a_kda_and_a_gdn_model_of_fla_are_loaded(tmp_path, make):
-    kda, params = make(mixer="kda", output_gate=None, decay_lower_bound=-5.0)
+    kda, params = make(kind="kda", output_gate=None, decay_lower_bound=-5.0)
     save_pretrained(tmp_path / "kda", kda, params)
     loaded = load_pretrained(tmp_path / "kda")
-    assert dataclasses.replace(loaded.config, attention_heads=2) == kda
+    assert dataclasses.replace(loaded.config, attention=ATTENTION) == kda
     assert_same(loaded.params, params)
-    gdn, params = make(mixer="gdn", output_gate=None, expand_v=2.0)
+    gdn, params = make(kind="gdn", output_gate=None, expand_v=2.0)
     save_pretrained(tmp_path / "gdn", gdn, params)
     content = json.loads((tmp_path / "gdn" / "config.json").read_text())
     # As flash-linear-attention leaves them out or null where they are its defaults.
@@ -333,8 +345,8 @@ def test_a_kda_and_a_gdn_model_of_fla_are_loaded(tmp_path, make):
 @pytest.mark.parametrize(
     ("style", "options", "named"),
     [
-        ("fla", {"mixer": "mamba2", "ssm_inner_dim": 64}, "mixer: expected one of gdn2, kda, gdn"),
-        ("paper", {"mixer": "kda"}, "mixer: expected one of gdn2, .*paper"),
+        ("fla", {"kind": "deltanet"}, "mixer: expected one of gdn2, kda, gdn"),
+        ("paper", {"kind": "kda"}, "mixer: expected one of gdn2, .*paper"),
         ("fla", {"erase_gate": "scalar"}, "erase_gate: expected 'channel'"),
         ("fla", {"decay_lower_bound": -5.0}, "decay_lower_bound: expected None"),
         ("paper", {"allow_negative_eigenvalues": True}, "allow_negative_eigenvalues"),
@@ -397,24 +409,24 @@ def edit_config(path, **changes):
 
 def test_options_of_fla_that_change_the_function_are_read(tmp_path, make):
     """Two checkpoints that computed another function, silently."""
-    gdn, params = make(mixer="gdn", output_gate=None)
+    gdn, params = make(kind="gdn", output_gate=None)
     save_pretrained(tmp_path / "gdn", gdn, params)
-    assert load_pretrained(tmp_path / "gdn").config.output_gate is None
+    assert load_pretrained(tmp_path / "gdn").config.mixer.output_gate is None
     edit_config(tmp_path / "gdn", output_gate_activation="sigmoid")
     loaded = load_pretrained(tmp_path / "gdn")
-    assert loaded.config.output_gate == "sigmoid"
+    assert loaded.config.mixer.output_gate == "sigmoid"
     with pytest.warns(UserWarning, match="gates its output with sigmoid"):
         save_pretrained(tmp_path / "again", *loaded)
     assert load_pretrained(tmp_path / "again").config == loaded.config
-    kda, params = make(mixer="kda", output_gate=None, decay_lower_bound=-5.0)
+    kda, params = make(kind="kda", output_gate=None, decay_lower_bound=-5.0)
     save_pretrained(tmp_path / "kda", kda, params)
     for safe in (True, False):
         edit_config(tmp_path / "kda", safe_gate=safe)
-        assert load_pretrained(tmp_path / "kda").config.decay_lower_bound == -5.0
+        assert load_pretrained(tmp_path / "kda").config.mixer.decay_lower_bound == -5.0
 
 
 def test_tensors_of_compiled_models_old_layers_and_mixed_dtypes_are_loaded(tmp_path, make):
-    config, params = make(mixer="gdn", output_gate=None)
+    config, params = make(kind="gdn", output_gate=None)
     save_pretrained(tmp_path / "plain", config, params)
     content = (tmp_path / "plain" / "config.json").read_text()
     tensors = {}
@@ -457,11 +469,12 @@ from gdn2_jax.interop.pytorch.config import describe
 from gdn2_jax.interop.pytorch.files import write_json
 from gdn2_jax.interop.pytorch.convert import leaves_of_tensors
 from gdn2_jax.interop.pytorch import model
-from gdn2_jax.models import LanguageModel, ModelConfig
+from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention
 import jax, jax.numpy as jnp, pathlib
 
-config = ModelConfig(vocab_size=64, d_model=512, num_layers=32, num_heads=4, head_dim=64,
-    attention_heads=4, mlp_dim=512, hybrid=True, output_gate="sigmoid", dtype="float32")
+config = ModelConfig(vocab_size=64, d_model=512, num_layers=32,
+    mixer=DeltaRule(num_heads=4, head_dim=64, output_gate="sigmoid"),
+    attention=SoftmaxAttention(num_heads=4), mlp_dim=512, hybrid=True, dtype="float32")
 entries = model.model_entries(config, "fla")
 params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 1), int))
 shapes = model.leaf_shapes(params["params"], entries)

@@ -1,0 +1,290 @@
+"""The token mixers of a language model: for each kind its sizes, its layer and what it costs.
+
+All that the rest of a model or a script needs to know about a mixer is asked of these classes.
+"""
+
+import dataclasses
+import math
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import flax.linen as nn
+from jax.nn.initializers import Initializer
+
+from gdn2_jax.layers import (
+    Attention,
+    GatedDeltaNet,
+    GatedDeltaNet2,
+    KimiDeltaAttention,
+    Mamba2,
+    Mamba3,
+    SlidingWindowAttention,
+)
+from gdn2_jax.layers.initializers import fan_in_uniform
+
+if TYPE_CHECKING:
+    from gdn2_jax.models.config import ModelConfig
+
+
+def require(config: Any, name: str, fulfilled: bool, expected: str) -> None:
+    """Raises a ValueError that names the field unless its value is as it must be."""
+    if not fulfilled:
+        raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
+
+
+def check_fields(config: Any, signed: tuple[str, ...] = ()) -> None:
+    """Raises a ValueError that names the first field with an impossible value.
+
+    A field annotated with literals must be one of them; numbers must be positive.
+
+    Args:
+      config: a dataclass.
+      signed: numbers that may be negative.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        literals = [get_args(part) for part in parts if get_origin(part) is Literal]
+        if literals:
+            choices = sum(literals, ()) + ((None,) if len(parts) > 1 else ())
+            require(config, name, value in choices, f"one of {choices}")
+        elif type(value) in (int, float) and name not in signed:
+            require(config, name, value > 0, "a positive number")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeltaRule:
+    """The mixers that run on the Gated Delta Rule-2.
+
+    Attributes:
+      kind: Gated DeltaNet-2, Kimi Delta Attention, Gated DeltaNet, or DeltaNet.
+      num_heads: key heads.
+      head_dim: key channels of each.
+      num_value_heads: value heads, a multiple of `num_heads`; as many if None.
+      expand_v: value channels per head, as a multiple of `head_dim`.
+      conv_size: tokens seen by the short convolutions.
+      allow_negative_eigenvalues: erase gate in [0, 2] instead of [0, 1].
+      decay_lower_bound: None or a lower bound in [-5, 0) on the log-decay of gdn2 and kda.
+      erase_gate: a gate per channel of gdn2, or its mean per head.
+      write_gate: a gate per channel of gdn2, or its mean per head.
+      output_gate: None is the layer's own, sigmoid in kda, SiLU in the others.
+
+    Raises:
+      ValueError: a field has a value that no model can have; the message names the field.
+    """
+
+    kind: Literal["gdn2", "kda", "gdn", "deltanet"] = "gdn2"
+    num_heads: int = 16
+    head_dim: int = 128
+    num_value_heads: int | None = None
+    expand_v: float = 1.0
+    conv_size: int = 4
+    allow_negative_eigenvalues: bool = False
+    decay_lower_bound: float | None = None
+    erase_gate: Literal["channel", "scalar"] = "channel"
+    write_gate: Literal["channel", "scalar"] = "channel"
+    output_gate: Literal["silu", "sigmoid"] | None = None
+
+    splits_sequences: ClassVar[bool] = True
+    cache_grows: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_fields(self, signed=("decay_lower_bound",))
+        groups, bound = self.num_value_heads, self.decay_lower_bound
+        require(
+            self,
+            "num_value_heads",
+            groups is None or groups % self.num_heads == 0,
+            f"None or a multiple of num_heads {self.num_heads}",
+        )
+        require(
+            self,
+            "expand_v",
+            float(self.head_dim * self.expand_v).is_integer(),
+            f"a number that times head_dim {self.head_dim} is whole",
+        )
+        bounded = bound is None or -5 <= bound < 0
+        require(self, "decay_lower_bound", bounded, "None or in [-5, 0)")
+
+    def layer(self, config: "ModelConfig", decode: bool, name: str | None) -> nn.Module:
+        """The layer of a model."""
+        shared = _shared(config, decode, name) | {
+            "num_heads": self.num_heads,
+            "head_dim": self.head_dim,
+            "num_value_heads": self.num_value_heads,
+            "expand_v": self.expand_v,
+            "conv_size": self.conv_size,
+            "allow_negative_eigenvalues": self.allow_negative_eigenvalues,
+            "norm_epsilon": config.norm_epsilon,
+            "implementation": config.implementation,
+        }
+        if self.output_gate is not None:
+            shared["output_gate"] = self.output_gate
+        if self.kind in ("gdn", "deltanet"):
+            return GatedDeltaNet(**shared, use_decay=self.kind == "gdn")
+        shared["decay_lower_bound"] = self.decay_lower_bound
+        if self.kind == "kda":
+            return KimiDeltaAttention(**shared)
+        return GatedDeltaNet2(**shared, erase_gate=self.erase_gate, write_gate=self.write_gate)
+
+    def flops(self, d_model: int, sequence_length: int) -> float:
+        """FLOPs of the recurrence for one token: it reads twice and writes, 6 d_k d_v a head."""
+        return 6 * (self.num_value_heads or self.num_heads) * self.head_dim**2 * self.expand_v
+
+    @property
+    def tensor_axes(self) -> dict[str, int]:
+        """What a mesh axis "tensor" splits, by name."""
+        return {"num_heads": self.num_heads}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateSpace:
+    """Mamba-2 and Mamba-3.
+
+    Attributes:
+      kind: which of the two.
+      inner_dim: value channels, over all heads.
+      head_dim: value channels of each.
+      state_dim: key channels of the state.
+      conv_size: tokens seen by mamba2's convolution.
+      mimo_rank: inputs and outputs of each head of mamba3; None for one, without rank weights.
+
+    Raises:
+      ValueError: a field has a value that no model can have; the message names the field.
+    """
+
+    kind: Literal["mamba2", "mamba3"] = "mamba2"
+    inner_dim: int = 4096
+    head_dim: int = 64
+    state_dim: int = 64
+    conv_size: int = 4
+    mimo_rank: int | None = None
+
+    splits_sequences: ClassVar[bool] = False
+    cache_grows: ClassVar[bool] = False
+
+    def __post_init__(self):
+        check_fields(self)
+        whole = self.inner_dim % self.head_dim == 0
+        require(self, "inner_dim", whole, f"a multiple of head_dim {self.head_dim}")
+        require(self, "state_dim", self.state_dim % 4 == 0, "a multiple of 4")
+        ranked = self.mimo_rank is None or self.kind == "mamba3"
+        require(self, "mimo_rank", ranked, f"None with {self.kind}")
+
+    def layer(self, config: "ModelConfig", decode: bool, name: str | None) -> nn.Module:
+        """The layer of a model."""
+        shared = _shared(config, decode, name) | {
+            "num_heads": self.inner_dim // self.head_dim,
+            "head_dim": self.head_dim,
+            "state_dim": self.state_dim,
+            "norm_epsilon": config.norm_epsilon,
+            "implementation": config.implementation,
+            "out_kernel_init": depth_scaled(config),
+        }
+        if self.kind == "mamba2":
+            return Mamba2(**shared, conv_size=self.conv_size)
+        return Mamba3(**shared, mimo_rank=self.mimo_rank)
+
+    def flops(self, d_model: int, sequence_length: int) -> float:
+        """FLOPs of the recurrence for one token: 4 d_k d_v a head and rank, to write and to read."""
+        return 4 * (self.mimo_rank or 1) * self.inner_dim * self.state_dim
+
+    @property
+    def tensor_axes(self) -> dict[str, int]:
+        """What a mesh axis "tensor" splits, by name."""
+        return {"inner_dim / head_dim": self.inner_dim // self.head_dim}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxAttention:
+    """Softmax attention to all earlier tokens or to a window of them, with rotary.
+
+    Attributes:
+      kind: which of the two.
+      num_heads: heads, which divide the model's width.
+      window_size: keys that a query of sliding-window attention sees, its own included.
+      rope_theta: base of the rotary frequencies.
+
+    Raises:
+      ValueError: a field has a value that no model can have; the message names the field.
+    """
+
+    kind: Literal["attention", "sliding_window_attention"] = "sliding_window_attention"
+    num_heads: int = 18
+    window_size: int = 2048
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        check_fields(self)
+
+    def layer(self, config: "ModelConfig", decode: bool, name: str | None) -> nn.Module:
+        """The layer of a model."""
+        shared = _shared(config, decode, name) | {
+            "num_heads": self.num_heads,
+            "rope_theta": self.rope_theta,
+            "out_kernel_init": depth_scaled(config),
+        }
+        if self.cache_grows:
+            return Attention(**shared, window_size=config.context_length)
+        return SlidingWindowAttention(**shared, window_size=self.window_size)
+
+    def flops(self, d_model: int, sequence_length: int) -> float:
+        """FLOPs for one token: 4 d_model for each key that its query sees."""
+        window = sequence_length if self.cache_grows else min(self.window_size, sequence_length)
+        # The first `window` queries see 1, 2, ..., the others `window` keys.
+        keys = window - window * (window - 1) / (2 * sequence_length)
+        return 4 * d_model * keys
+
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether it runs on sequences of which every device holds a span."""
+        return not self.cache_grows
+
+    @property
+    def cache_grows(self) -> bool:
+        """Whether its cache in decoding grows with the text."""
+        return self.kind == "attention"
+
+    @property
+    def tensor_axes(self) -> dict[str, int]:
+        """What a mesh axis "tensor" splits, by name."""
+        return {"num_heads": self.num_heads}
+
+
+Mixer = DeltaRule | StateSpace | SoftmaxAttention
+
+MIXERS: dict[str, Mixer] = {
+    **{kind: DeltaRule(kind=kind) for kind in ("gdn2", "kda", "gdn", "deltanet")},
+    "mamba2": StateSpace(kind="mamba2"),
+    "mamba3": StateSpace(kind="mamba3"),
+    "mamba3_mimo": StateSpace(kind="mamba3", mimo_rank=4),
+    "attention": SoftmaxAttention(kind="attention"),
+    "sliding_window_attention": SoftmaxAttention(kind="sliding_window_attention"),
+}
+"""Every mixer by its name in presets and on command lines, with the sizes of the 1.3B models."""
+
+
+def named_mixer(name: str, sizes: dict[type, dict[str, Any]]) -> Mixer:
+    """The mixer of that name with other sizes, which `sizes` has by the mixer's class."""
+    mixer = MIXERS[name]
+    return dataclasses.replace(mixer, **sizes.get(type(mixer), {}))
+
+
+def depth_scaled(config: "ModelConfig") -> Initializer:
+    """Of the projections back to the stream: narrower, the more layers add to it."""
+    return fan_in_uniform(math.sqrt(2 * config.num_layers))
+
+
+def _shared(config: "ModelConfig", decode: bool, name: str | None) -> dict[str, Any]:
+    """The attributes of every mixer's layer."""
+    dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    return dtypes | {"decode": decode, "name": name}
