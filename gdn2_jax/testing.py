@@ -210,7 +210,7 @@ def compare_with_recurrence(
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
         wide = jax.tree.map(_float64, (arrays, cotangents))
         segment_ids = None if segment_ids is None else np.asarray(segment_ids)
-        reference = _outputs_and_gradients(_recurrence, wide[0], segment_ids, wide[1])
+        reference = _reference(_recurrence, wide[0], segment_ids, wide[1])
 
     names = ("o", "final_state", *(f"d{name}" for name in OperatorInputs._fields[:-1]))
     results, reference = (
@@ -329,14 +329,22 @@ def _outputs(fn, arrays, segment_ids):
     return fn(*six, initial_state=initial_state, segment_ids=segment_ids)[0]
 
 
-@functools.partial(jax.jit, static_argnames="fn")
-def _outputs_and_gradients(fn, arrays, segment_ids, cotangents):
+def _run_both_ways(fn, arrays, segment_ids, cotangents):
     def outputs(*arrays):
         *six, initial_state = arrays
         return tuple(fn(*six, initial_state=initial_state, segment_ids=segment_ids))
 
     results, pullback = jax.vjp(outputs, *arrays)
     return results, pullback(cotangents)
+
+
+_outputs_and_gradients = jax.jit(_run_both_ways, static_argnames="fn")
+# It runs on a CPU and a few times only, so that less optimisation takes less time.
+_reference = jax.jit(
+    _run_both_ways,
+    static_argnames="fn",
+    compiler_options={"xla_backend_optimization_level": 1},
+)
 
 
 def _float64(x) -> np.ndarray:

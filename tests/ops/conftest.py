@@ -126,12 +126,20 @@ def _operator(draw, batch, length, dtype="float32"):
     return draw(arrays, (batch, length))
 
 
-@functools.partial(jax.jit, static_argnames="fn")
-def _outputs_and_gradients(fn, arguments):
+def _run_both_ways(fn, arguments):
     outputs, pullback = jax.vjp(fn, *arguments)
     rng = np.random.default_rng(7)
     cotangents = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), outputs)
     return {"outputs": outputs, "gradients": pullback(cotangents)}
+
+
+_outputs_and_gradients = jax.jit(_run_both_ways, static_argnames="fn")
+# Without optimisation (tests/conftest.py) each step of a scan copies all that the scan stacks.
+_reference = jax.jit(
+    _run_both_ways,
+    static_argnames="fn",
+    compiler_options={"xla_backend_optimization_level": 1},
+)
 
 
 @pytest.fixture
@@ -150,7 +158,7 @@ def assert_same():
             assert result.dtype == x.dtype
         with jax.enable_x64(True):
             wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x).astype(np.float64)), arguments)
-            expected = _outputs_and_gradients(reference, wide)
+            expected = _reference(reference, wide)
         pairs = zip(
             jax.tree_util.tree_leaves_with_path(results), jax.tree.leaves(expected), strict=True
         )

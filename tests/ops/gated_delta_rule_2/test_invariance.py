@@ -10,8 +10,9 @@ import pytest
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.testing import OperatorInputs, operator_inputs
 
-LENGTH = 130
-BORDERS = [1, 40, 64, 100, 129]
+# The recurrence has no chunks, so that a few tokens show all of it.
+LENGTHS = {"xla": 130, "recurrent": 20}
+BORDERS = {"xla": [1, 40, 64, 100, 129], "recurrent": [1, 9, 19]}
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -33,16 +34,16 @@ def run(inputs, cotangents, implementation):
     return {"o": outputs, "final_state": state}, gradients
 
 
-def draw(regime, seed):
-    inputs = operator_inputs(2, LENGTH, 1, 16, 8, value_heads=2, regime=regime, seed=seed)
-    cotangents = operator_inputs(2, LENGTH, 1, 16, 8, value_heads=2, seed=seed + 100)
-    no_segments = jnp.zeros((2, LENGTH), jnp.int32)
+def draw(length, regime, seed):
+    inputs = operator_inputs(2, length, 1, 16, 8, value_heads=2, regime=regime, seed=seed)
+    cotangents = operator_inputs(2, length, 1, 16, 8, value_heads=2, seed=seed + 100)
+    no_segments = jnp.zeros((2, length), jnp.int32)
     return inputs._replace(segment_ids=no_segments), (cotangents.v, cotangents.initial_state)
 
 
 def with_start(inputs, other, start):
     """`inputs`, with the tokens before `start` (and the initial state) of `other`."""
-    before = jnp.arange(LENGTH)[:, None, None] < start
+    before = jnp.arange(inputs.v.shape[1])[:, None, None] < start
     merged = [jnp.where(before, y, x) for x, y in zip(inputs[:6], other[:6])]
     return OperatorInputs(*merged, other.initial_state, inputs.segment_ids)
 
@@ -54,11 +55,12 @@ def implementation(request):
 
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
 def test_nothing_crosses_a_segment_border(implementation, regime):
-    inputs, (d_outputs, d_state) = draw(regime, 0)
-    other, _ = draw("g=-5", 1)
-    for border in BORDERS:
-        late = jnp.arange(LENGTH) >= border
-        segment_ids = jnp.broadcast_to(late.astype(jnp.int32), (2, LENGTH))
+    length = LENGTHS[implementation]
+    inputs, (d_outputs, d_state) = draw(length, regime, 0)
+    other, _ = draw(length, "g=-5", 1)
+    for border in BORDERS[implementation]:
+        late = jnp.arange(length) >= border
+        segment_ids = jnp.broadcast_to(late.astype(jnp.int32), (2, length))
         cotangents = (jnp.where(late[:, None, None], d_outputs, 0), d_state)
         inputs = inputs._replace(segment_ids=segment_ids)
         results, gradients = run(inputs, cotangents, implementation)
@@ -70,7 +72,7 @@ def test_nothing_crosses_a_segment_border(implementation, regime):
         assert not np.any(gradients["initial_state"]), border
         for name in "qkvgbw":
             assert not np.any(gradients[name][:, :border]), (name, border)
-            assert np.any(gradients[name][:, border:]) or border == LENGTH - 1, (name, border)
+            assert np.any(gradients[name][:, border:]) or border == length - 1, (name, border)
             np.testing.assert_array_equal(
                 gradients[name][:, border:], changed_gradients[name][:, border:], err_msg=name
             )
@@ -83,11 +85,12 @@ def bits(x):
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
 @pytest.mark.parametrize("later", ["g=0", "resets"])
 def test_no_bit_of_a_past_output_or_gradient_depends_on_later_tokens(implementation, regime, later):
-    inputs, (d_outputs, d_state) = draw(regime, 0)
-    other, _ = draw(later, 1)
+    length = LENGTHS[implementation]
+    inputs, (d_outputs, d_state) = draw(length, regime, 0)
+    other, _ = draw(length, later, 1)
     other = other._replace(v=1e4 * other.v, k=-other.k, q=1e3 * other.q)
-    for border in BORDERS:
-        early = jnp.arange(LENGTH) < border
+    for border in BORDERS[implementation]:
+        early = jnp.arange(length) < border
         cotangents = (jnp.where(early[:, None, None], d_outputs, 0), jnp.zeros_like(d_state))
         results, gradients = run(inputs, cotangents, implementation)
         changed, changed_gradients = run(
@@ -105,7 +108,7 @@ def test_no_bit_of_a_past_output_or_gradient_depends_on_later_tokens(implementat
 
 
 def test_a_sequence_does_not_depend_on_its_batch_neighbours_even_if_they_are_nan(implementation):
-    inputs, cotangents = draw("mixture", 0)
+    inputs, cotangents = draw(LENGTHS[implementation], "mixture", 0)
     poisoned = OperatorInputs(*(x.at[1].set(jnp.nan) for x in inputs[:7]), inputs.segment_ids)
     results, gradients = run(inputs, cotangents, implementation)
     changed, changed_gradients = run(poisoned, cotangents, implementation)
@@ -117,7 +120,7 @@ def test_a_sequence_does_not_depend_on_its_batch_neighbours_even_if_they_are_nan
 
 
 def test_a_value_head_does_not_depend_on_the_other_heads(implementation):
-    inputs, cotangents = draw("mixture", 0)
+    inputs, cotangents = draw(LENGTHS[implementation], "mixture", 0)
     results, gradients = run(inputs, cotangents, implementation)
     changed, changed_gradients = run(
         inputs._replace(v=inputs.v.at[:, :, 1].multiply(3)), cotangents, implementation
@@ -130,7 +133,7 @@ def test_a_value_head_does_not_depend_on_the_other_heads(implementation):
 
 
 def test_results_are_deterministic(implementation):
-    inputs, cotangents = draw("mixture", 0)
+    inputs, cotangents = draw(LENGTHS[implementation], "mixture", 0)
     first = run(inputs, cotangents, implementation)
     second = run(inputs, cotangents, implementation)
     jax.tree.map(np.testing.assert_array_equal, first, second)

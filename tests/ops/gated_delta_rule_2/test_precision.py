@@ -48,8 +48,8 @@ CASES = [
     *(("xla", "float32", SHAPES[i]) for i in (7, 8)),
     *(("xla", "bfloat16", SHAPES[i]) for i in (4, 7)),
     ("xla", "float16", SHAPES[2]),
-    ("recurrent", "float32", SHAPES[7]),
-    ("recurrent", "bfloat16", SHAPES[7]),
+    ("recurrent", "float32", SHAPES[3]),
+    ("recurrent", "bfloat16", SHAPES[2]),
     (None, "float32", SHAPES[1]),
 ]
 
