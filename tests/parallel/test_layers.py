@@ -99,7 +99,7 @@ def on_explicit_axes(path, leaf, mesh):
     return NamedSharding(mesh, P(*divided))
 
 
-@pytest.mark.parametrize("mixer", ["gdn2", "kda", "mamba2", "sliding_window_attention"])
+@pytest.mark.parametrize("mixer", ["gdn2", "mamba2", "sliding_window_attention"])
 def test_layers_run_on_the_mesh_that_jax_makes_by_default(mixer):
     """Of Explicit axes with anyone's names: rows and heads stay split, nothing needs Auto."""
     layer = layer_of(mixer)
