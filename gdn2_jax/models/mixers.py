@@ -66,7 +66,7 @@ class DeltaRule:
     """The mixers that run on the Gated Delta Rule-2.
 
     Attributes:
-      kind: Gated DeltaNet-2, Kimi Delta Attention, Gated DeltaNet, or DeltaNet.
+      kind: Gated DeltaNet-2, Kimi Delta Attention, Gated DeltaNet, DeltaNet, or Gated DeltaProduct.
       num_heads: key heads.
       head_dim: key channels of each.
       num_value_heads: value heads, a multiple of `num_heads`; as many if None.
@@ -76,13 +76,14 @@ class DeltaRule:
       decay_lower_bound: None or a lower bound in [-5, 0) on the log-decay of gdn2 and kda.
       erase_gate: a gate per channel of gdn2, or its mean per head.
       write_gate: a gate per channel of gdn2, or its mean per head.
+      num_householder: steps of gated_deltaproduct for each token; the others take one.
       output_gate: None is the layer's own, sigmoid in kda, SiLU in the others.
 
     Raises:
       ValueError: a field has a value that no model can have; the message names the field.
     """
 
-    kind: Literal["gdn2", "kda", "gdn", "deltanet"] = "gdn2"
+    kind: Literal["gdn2", "kda", "gdn", "deltanet", "gated_deltaproduct"] = "gdn2"
     num_heads: int = 16
     head_dim: int = 128
     num_value_heads: int | None = None
@@ -92,6 +93,7 @@ class DeltaRule:
     decay_lower_bound: float | None = None
     erase_gate: Literal["channel", "scalar"] = "channel"
     write_gate: Literal["channel", "scalar"] = "channel"
+    num_householder: int = 2
     output_gate: Literal["silu", "sigmoid"] | None = None
 
     splits_sequences: ClassVar[bool] = True
@@ -129,16 +131,25 @@ class DeltaRule:
         }
         if self.output_gate is not None:
             shared["output_gate"] = self.output_gate
-        if self.kind in ("gdn", "deltanet"):
-            return GatedDeltaNet(**shared, use_decay=self.kind == "gdn")
+        if self.kind in ("gdn", "deltanet", "gated_deltaproduct"):
+            decays = self.kind != "deltanet"
+            return GatedDeltaNet(**shared, use_decay=decays, num_householder=self._steps)
         shared["decay_lower_bound"] = self.decay_lower_bound
         if self.kind == "kda":
             return KimiDeltaAttention(**shared)
         return GatedDeltaNet2(**shared, erase_gate=self.erase_gate, write_gate=self.write_gate)
 
     def flops(self, d_model: int, sequence_length: int) -> float:
-        """FLOPs of the recurrence for one token: it reads twice and writes, 6 d_k d_v a head."""
-        return 6 * (self.num_value_heads or self.num_heads) * self.head_dim**2 * self.expand_v
+        """FLOPs of the recurrence for one token, 2 d_k d_v a head for each of what follows.
+
+        Each step reads at its key and writes; the query reads once.
+        """
+        heads = self.num_value_heads or self.num_heads
+        return 2 * (2 * self._steps + 1) * heads * self.head_dim**2 * self.expand_v
+
+    @property
+    def _steps(self) -> int:
+        return self.num_householder if self.kind == "gated_deltaproduct" else 1
 
     @property
     def tensor_axes(self) -> dict[str, int]:
@@ -263,7 +274,11 @@ class SoftmaxAttention:
 Mixer = DeltaRule | StateSpace | SoftmaxAttention
 
 MIXERS: dict[str, Mixer] = {
-    **{kind: DeltaRule(kind=kind) for kind in ("gdn2", "kda", "gdn", "deltanet")},
+    "gdn2": DeltaRule(kind="gdn2"),
+    "kda": DeltaRule(kind="kda"),
+    "gdn": DeltaRule(kind="gdn"),
+    "deltanet": DeltaRule(kind="deltanet"),
+    "gated_deltaproduct": DeltaRule(kind="gated_deltaproduct"),
     "mamba2": StateSpace(kind="mamba2"),
     "mamba3": StateSpace(kind="mamba3"),
     "mamba3_mimo": StateSpace(kind="mamba3", mimo_rank=4),

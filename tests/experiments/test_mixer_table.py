@@ -28,7 +28,7 @@ def test_the_page_of_the_mixers_has_the_printed_rows(script, committed, capsys, 
     script.main(["--scale", scale])
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header in committed
-    assert len(rows) == 17
+    assert len(rows) == 19
     for row in rows:
         assert row in committed
 

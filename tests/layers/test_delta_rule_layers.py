@@ -1,4 +1,4 @@
-"""KDA, GDN and DeltaNet: the Gated Delta Rule-2 with tied gates."""
+"""KDA, GDN, DeltaNet and DeltaProduct: the Gated Delta Rule-2 with tied gates."""
 
 import functools
 import json
@@ -22,6 +22,7 @@ LAYERS = {
     "gdn": GatedDeltaNet,
     "deltanet": functools.partial(GatedDeltaNet, use_decay=False),
 }
+PRODUCT = functools.partial(GatedDeltaNet, num_householder=3)
 VARIANTS = {
     "kda": ("kda", {}),
     "kda-grouped-bounded": (
@@ -31,12 +32,14 @@ VARIANTS = {
     "gdn": ("gdn", {}),
     "gdn-grouped-negative": ("gdn", {"num_value_heads": 4, "allow_negative_eigenvalues": True}),
     "deltanet": ("deltanet", {}),
+    "product-grouped": ("product", {"num_value_heads": 4, "allow_negative_eigenvalues": True}),
     "deltanet-grouped-sigmoid": ("deltanet", {"num_value_heads": 6, "output_gate": "sigmoid"}),
 }
 
 
 def build(name, **options):
-    return LAYERS[name](**{"num_heads": 2, "head_dim": 4, "implementation": "recurrent"} | options)
+    layer = PRODUCT if name == "product" else LAYERS[name]
+    return layer(**{"num_heads": 2, "head_dim": 4, "implementation": "recurrent"} | options)
 
 
 @pytest.fixture
@@ -70,6 +73,7 @@ def reference(layer, params, x, segment_ids=None):
     length, heads, key_dim = x.shape[0], layer.num_heads, layer.head_dim
     value_heads = layer.num_value_heads or heads
     value_dim = round(key_dim * layer.expand_v)
+    steps = getattr(layer, "num_householder", 1)
     segment_ids = np.zeros(length, int) if segment_ids is None else segment_ids
 
     def project(*names):
@@ -94,10 +98,12 @@ def reference(layer, params, x, segment_ids=None):
         return u / jnp.sqrt(jnp.sum(u**2, -1, keepdims=True) + 1e-6)
 
     group = value_heads // heads
-    q, k = (unit(convolved(name, heads)) for name in "qk")
+    q, k = unit(convolved("q", heads)), unit(convolved("k", heads * steps))
+    k, v = k.reshape(length, heads, steps, -1), convolved("v", value_heads * steps)
     q, k = (jnp.stack([u[:, i // group] for i in range(value_heads)], 1) for u in (q, k))
-    v = convolved("v", value_heads)
+    v = v.reshape(length, value_heads, steps, -1)
     beta = jax.nn.sigmoid(project("b_proj")) * (2 if layer.allow_negative_eigenvalues else 1)
+    beta = beta.reshape(length, value_heads, steps)
 
     if isinstance(layer, KimiDeltaAttention):
         f = project("f_proj_0", "f_proj_1").reshape(length, value_heads, key_dim)
@@ -117,8 +123,10 @@ def reference(layer, params, x, segment_ids=None):
     def token(state, now):
         q, k, v, alpha, beta, starts = now
         state = alpha[:, :, None] * jnp.where(starts, 0, state)
-        read = jnp.einsum("hkv,hk->hv", state, k)
-        state += beta[:, None, None] * jnp.einsum("hk,hv->hkv", k, v - read)
+        for i in range(steps):
+            read = jnp.einsum("hkv,hk->hv", state, k[:, i])
+            written = jnp.einsum("hk,hv->hkv", k[:, i], v[:, i] - read)
+            state += beta[:, i, None, None] * written
         return state, jnp.einsum("hkv,hk->hv", state, q) / math.sqrt(key_dim)
 
     starts = np.concatenate([[True], segment_ids[1:] != segment_ids[:-1]])
@@ -332,8 +340,10 @@ def test_two_tokens_by_hand(decay, beta, expected):
     np.testing.assert_allclose(o[0, :, 0, 0], [0.6, expected], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("name", "documents"),
+    [*((name, documents) for name in LAYERS for documents in (False, True)), ("product", True)],
+)
 def test_prefill_steps_and_a_second_prefill_equal_the_full_forward(make, name, documents):
     x = inputs(2, 12, WIDTH)
     layer, params = make(name, x, num_value_heads=4)
@@ -400,6 +410,17 @@ def test_a_half_precision_layer_lowers_to_the_gpu_kernels():
     gradient = jax.jit(jax.grad(lambda p, x: layer.apply(p, x).astype(jnp.float32).sum()))
     text = gradient.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 4
+
+
+def test_one_step_a_token_is_gdn_and_no_step_is_an_error(make):
+    x = inputs(1, 5, WIDTH)
+    gdn, params = make("gdn", x)
+    np.testing.assert_array_equal(
+        apply(PRODUCT(2, 4, num_householder=1, implementation="recurrent"), params, x),
+        apply(gdn, params, x),
+    )
+    with pytest.raises(ValueError, match="^num_householder: expected at least 1, got 0"):
+        jax.eval_shape(PRODUCT(2, 4, num_householder=0).init, jax.random.key(0), x)
 
 
 @pytest.mark.parametrize(

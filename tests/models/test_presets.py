@@ -15,7 +15,10 @@ SCALES = [
     for size in ("tiny", "30M", "100M", "305M", "1.3B")
     for prefix in ("", "swa_")
 ]
-RECURRENT = ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3_mimo")
+RECURRENT = (
+    *("gdn2", "kda", "gdn", "deltanet", "gated_deltaproduct"),
+    *("mamba2", "mamba3", "mamba3_mimo"),
+)
 
 
 @functools.cache

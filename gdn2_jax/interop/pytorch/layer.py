@@ -108,6 +108,11 @@ def layer_to_pytorch(
 
 
 def _mixer(layer: nn.Module) -> str:
+    if getattr(layer, "num_householder", 1) > 1:
+        raise TypeError(
+            f"layer: expected num_householder 1, got {layer.num_householder}: "
+            "flash-linear-attention orders the channels of several steps in another way"
+        )
     for kind, mixer in _MIXERS.items():
         if isinstance(layer, kind):
             return mixer

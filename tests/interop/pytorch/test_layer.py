@@ -246,6 +246,8 @@ def test_other_things_are_named():
         layer_from_pytorch(layer, tensors | {"q_proj.weight": whole_numbers})
     with pytest.raises(TypeError, match="expected a linen module, one of GatedDeltaNet2, .*Mamba3"):
         layer_from_pytorch(Mamba3(num_heads=2), tensors)
+    with pytest.raises(TypeError, match="^layer: expected num_householder 1, got 2: "):
+        layer_from_pytorch(GatedDeltaNet(num_heads=2, num_householder=2), tensors)
     module = nnx_mixers.GatedDeltaNet2(in_features=WIDTH, rngs=nnx.Rngs(0), **OPTIONS)
     with pytest.raises(TypeError, match="a linen module, .*got gdn2_jax.interop.nnx.GatedDelta"):
         layer_from_pytorch(module, tensors)
