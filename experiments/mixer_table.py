@@ -43,7 +43,9 @@ def row(name: str, reference: str, sequence_length: int) -> str:
     """A preset's line; its parameters are compared with those of `reference`."""
     config = PRESETS[name]
     sizes = model_sizes(config, sequence_length)
-    ratio = sizes.block_parameters / model_sizes(PRESETS[reference], sequence_length).block_parameters
+    ratio = (
+        sizes.block_parameters / model_sizes(PRESETS[reference], sequence_length).block_parameters
+    )
     flops = training_flops_per_token(config, sequence_length)
     cells = (
         f"`{name}`",

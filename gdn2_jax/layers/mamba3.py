@@ -54,15 +54,8 @@ class Mamba3(nn.Module):
       rotary_fraction: share of the key channels that rotate, in pairs.
       decay_activation: of the decay rate; "heavy_tail" (1 + a for a >= 0, 1 / (1 - a) below) is
         what later releases of Mamba-3 use instead of "softplus".
-      norm_epsilon: epsilon of both norms.
-      dtype: dtype of the matrix products; promoted from input and parameters if None.
-      param_dtype: dtype of the projections and norms.
-      kernel_init: initialiser of `in_proj`.
-        Made by nn.with_logical_partitioning, its two names are those of the model's width and of
-        the channels, in all parameters.
-      out_kernel_init: initialiser of `out_proj` (depth-scaled in the language model).
-      decode: keep state between calls.
-      implementation: of the operator, see `gdn2_jax.ops.mamba3`.
+
+    The others, `norm_epsilon` to `implementation`, are those of `Mamba2`.
     """
 
     num_heads: int

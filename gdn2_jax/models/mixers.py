@@ -119,16 +119,9 @@ class DeltaRule:
 
     def layer(self, config: "ModelConfig", decode: bool, name: str | None) -> nn.Module:
         """The layer of a model."""
-        shared = _shared(config, decode, name) | {
-            "num_heads": self.num_heads,
-            "head_dim": self.head_dim,
-            "num_value_heads": self.num_value_heads,
-            "expand_v": self.expand_v,
-            "conv_size": self.conv_size,
-            "allow_negative_eigenvalues": self.allow_negative_eigenvalues,
-            "norm_epsilon": config.norm_epsilon,
-            "implementation": config.implementation,
-        }
+        names = ("num_heads", "head_dim", "num_value_heads", "expand_v", "conv_size")
+        shared = _recurrent(config, decode, name) | {n: getattr(self, n) for n in names}
+        shared["allow_negative_eigenvalues"] = self.allow_negative_eigenvalues
         if self.output_gate is not None:
             shared["output_gate"] = self.output_gate
         if self.kind in ("gdn", "deltanet", "gated_deltaproduct"):
@@ -193,12 +186,10 @@ class StateSpace:
 
     def layer(self, config: "ModelConfig", decode: bool, name: str | None) -> nn.Module:
         """The layer of a model."""
-        shared = _shared(config, decode, name) | {
+        shared = _recurrent(config, decode, name) | {
             "num_heads": self.inner_dim // self.head_dim,
             "head_dim": self.head_dim,
             "state_dim": self.state_dim,
-            "norm_epsilon": config.norm_epsilon,
-            "implementation": config.implementation,
             "out_kernel_init": depth_scaled(config),
         }
         if self.kind == "mamba2":
@@ -303,3 +294,9 @@ def _shared(config: "ModelConfig", decode: bool, name: str | None) -> dict[str, 
     """The attributes of every mixer's layer."""
     dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
     return dtypes | {"decode": decode, "name": name}
+
+
+def _recurrent(config: "ModelConfig", decode: bool, name: str | None) -> dict[str, Any]:
+    """The attributes of every recurrent mixer's layer."""
+    own = {"norm_epsilon": config.norm_epsilon, "implementation": config.implementation}
+    return _shared(config, decode, name) | own

@@ -7,7 +7,7 @@ widths make up for the mixers' parameters, to within 2 %. "mamba3" is SISO, "mam
 from typing import Any
 
 from gdn2_jax.models.config import ModelConfig
-from gdn2_jax.models.mixers import DeltaRule, SoftmaxAttention, StateSpace, named_mixer
+from gdn2_jax.models.mixers import MIXERS, DeltaRule, SoftmaxAttention, StateSpace, named_mixer
 
 # Trains on bytes in minutes on two CPU cores.
 _TINY = {"vocab_size": 257, "d_model": 128, "num_layers": 4, "dtype": "float32"}
@@ -46,162 +46,58 @@ _PAPER = {"d_model": 2304, "num_layers": 18, "remat": "elementwise", "unroll": T
 
 _Sizes = dict[type, dict[str, Any]]
 # Names are filled with the mixer. Each scale: the fields that all models share, sizes of the mixers,
-# and MLP widths.
-_SCALES: dict[str, tuple[dict[str, Any], _Sizes, dict[str, int]]] = {
+# and MLP widths in the order of MIXERS: gdn2, kda, gdn, deltanet, gated_deltaproduct, mamba2, mamba3,
+# mamba3_mimo, attention and sliding_window_attention, which no hybrid has.
+_SCALES: dict[str, tuple[dict[str, Any], _Sizes, tuple[int, ...]]] = {
     "{}_tiny": (
         _TINY,
         _TINY_MIXERS,
-        {
-            "gdn2": 168,
-            "kda": 256,
-            "gdn": 296,
-            "deltanet": 296,
-            "gated_deltaproduct": 208,
-            "mamba2": 232,
-            "mamba3": 232,
-            "mamba3_mimo": 152,
-            "attention": 344,
-            "sliding_window_attention": 344,
-        },
+        (168, 256, 296, 296, 208, 232, 232, 152, 344, 344),
     ),
     "swa_{}_tiny": (
         _TINY | {"hybrid": True},
         _TINY_MIXERS,
-        {
-            "gdn2": 256,
-            "kda": 296,
-            "gdn": 320,
-            "deltanet": 320,
-            "gated_deltaproduct": 272,
-            "mamba2": 288,
-            "mamba3": 288,
-            "mamba3_mimo": 248,
-            "attention": 344,
-        },
+        (256, 296, 320, 320, 272, 288, 288, 248, 344),
     ),
     "{}_30M": (
         _30M,
         _30M_MIXERS,
-        {
-            "gdn2": 1408,
-            "kda": 1760,
-            "gdn": 1760,
-            "deltanet": 1760,
-            "gated_deltaproduct": 1408,
-            "mamba2": 1536,
-            "mamba3": 1504,
-            "mamba3_mimo": 1376,
-            "attention": 1920,
-            "sliding_window_attention": 1920,
-        },
+        (1408, 1760, 1760, 1760, 1408, 1536, 1504, 1376, 1920, 1920),
     ),
     "swa_{}_30M": (
         _30M | {"hybrid": True},
         _30M_MIXERS,
-        {
-            "gdn2": 1664,
-            "kda": 1824,
-            "gdn": 1824,
-            "deltanet": 1824,
-            "gated_deltaproduct": 1664,
-            "mamba2": 1728,
-            "mamba3": 1728,
-            "mamba3_mimo": 1664,
-            "attention": 1920,
-        },
+        (1664, 1824, 1824, 1824, 1664, 1728, 1728, 1664, 1920),
     ),
     "{}_100M": (
         _100M,
         _100M_MIXERS,
-        {
-            "gdn2": 2048,
-            "kda": 2560,
-            "gdn": 2368,
-            "deltanet": 2368,
-            "gated_deltaproduct": 1856,
-            "mamba2": 2112,
-            "mamba3": 2112,
-            "mamba3_mimo": 1984,
-            "attention": 2624,
-            "sliding_window_attention": 2624,
-        },
+        (2048, 2560, 2368, 2368, 1856, 2112, 2112, 1984, 2624, 2624),
     ),
     "swa_{}_100M": (
         _100M | {"hybrid": True},
         _100M_HYBRID_MIXERS,
-        {
-            "gdn2": 2048,
-            "kda": 2112,
-            "gdn": 2112,
-            "deltanet": 2112,
-            "gated_deltaproduct": 2048,
-            "mamba2": 2048,
-            "mamba3": 2048,
-            "mamba3_mimo": 2048,
-            "attention": 1792,
-        },
+        (2048, 2112, 2112, 2112, 2048, 2048, 2048, 2048, 1792),
     ),
     "{}_305M": (
         _305M,
         _305M_MIXERS,
-        {
-            "gdn2": 4352,
-            "kda": 5056,
-            "gdn": 4800,
-            "deltanet": 4800,
-            "gated_deltaproduct": 4096,
-            "mamba2": 4416,
-            "mamba3": 4416,
-            "mamba3_mimo": 4288,
-            "attention": 5120,
-            "sliding_window_attention": 5120,
-        },
+        (4352, 5056, 4800, 4800, 4096, 4416, 4416, 4288, 5120, 5120),
     ),
     "swa_{}_305M": (
         _305M | {"hybrid": True},
         _305M_MIXERS,
-        {
-            "gdn2": 4736,
-            "kda": 5056,
-            "gdn": 4928,
-            "deltanet": 4928,
-            "gated_deltaproduct": 4608,
-            "mamba2": 4736,
-            "mamba3": 4736,
-            "mamba3_mimo": 4736,
-            "attention": 5120,
-        },
+        (4736, 5056, 4928, 4928, 4608, 4736, 4736, 4736, 5120),
     ),
     "{}_1.3B": (
         _PAPER,
         {},
-        {
-            "gdn2": 6208,
-            "kda": 7552,
-            "gdn": 7040,
-            "deltanet": 7040,
-            "gated_deltaproduct": 5696,
-            "mamba2": 6336,
-            "mamba3": 6272,
-            "mamba3_mimo": 6144,
-            "attention": 7424,
-            "sliding_window_attention": 7424,
-        },
+        (6208, 7552, 7040, 7040, 5696, 6336, 6272, 6144, 7424, 7424),
     ),
     "swa_{}_1.3B": (
         _PAPER | {"hybrid": True},
         {},
-        {
-            "gdn2": 6784,
-            "kda": 7488,
-            "gdn": 7232,
-            "deltanet": 7232,
-            "gated_deltaproduct": 6528,
-            "mamba2": 6848,
-            "mamba3": 6848,
-            "mamba3_mimo": 6784,
-            "attention": 7424,
-        },
+        (6784, 7488, 7232, 7232, 6528, 6848, 6848, 6784, 7424),
     ),
 }
 
@@ -214,7 +110,7 @@ PRESETS: dict[str, ModelConfig] = {
         mlp_dim=mlp_dim,
     )
     for name, (shared, sizes, mlp_dims) in _SCALES.items()
-    for mixer, mlp_dim in mlp_dims.items()
+    for mixer, mlp_dim in zip(MIXERS, mlp_dims)
 }
 PRESETS["tiny"] = PRESETS["swa_gdn2_tiny"]
 
@@ -226,8 +122,9 @@ def matched_preset(name: str, mixer: str) -> str:
       ValueError: there is no such preset, or none of its scale with that mixer.
     """
     for pattern, (*_, mlp_dims) in _SCALES.items():
-        if PRESETS.get(name) in [PRESETS[pattern.format(other)] for other in mlp_dims]:
-            if mixer not in mlp_dims:
-                raise ValueError(f"mixer: expected one of {', '.join(mlp_dims)}, got {mixer!r}")
+        mixers = [other for other, _ in zip(MIXERS, mlp_dims)]
+        if PRESETS.get(name) in [PRESETS[pattern.format(other)] for other in mixers]:
+            if mixer not in mixers:
+                raise ValueError(f"mixer: expected one of {', '.join(mixers)}, got {mixer!r}")
             return pattern.format(mixer)
     raise ValueError(f"name: expected a preset, one of {', '.join(PRESETS)}, got {name!r}")
