@@ -402,14 +402,13 @@ def test_bfloat16_layer_keeps_decay_and_parameters_in_float32(make, monkeypatch,
     )
 
 
-@pytest.mark.slow
-def test_a_half_precision_layer_lowers_to_the_gpu_kernels():
+def test_a_half_precision_layer_and_its_gradient_run_on_the_gpu_kernels():
+    """Lowering those takes long, and is tested with the kernels."""
     layer = GatedDeltaNet(1, num_value_heads=2, dtype=jnp.bfloat16, implementation="pallas")
     x = jax.ShapeDtypeStruct((1, 128, 64), jnp.bfloat16)
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
     gradient = jax.jit(jax.grad(lambda p, x: layer.apply(p, x).astype(jnp.float32).sum()))
-    text = gradient.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 4
+    assert str(gradient.trace(params, x).jaxpr).count("kernel_name") >= 4
 
 
 def test_one_step_a_token_is_gdn_and_no_step_is_an_error(make):
