@@ -50,6 +50,7 @@ setup(
         "train": TRAIN,
         "interop": INTEROP,
         "test": TEST,
+        "corpus": ["resiliparse"],
         "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],
         "cuda": ["jax[cuda13]>=0.11,<0.13"],
         "peers": [

@@ -1,6 +1,6 @@
 """Builds a corpus of English prose and technical text out of documentation packages.
 
-    pip install 'gdn2-jax[train]' resiliparse
+    pip install '.[train,corpus]'
     python experiments/build_corpus.py corpus                      # about 300 MB of text, an hour on two cores
     python experiments/build_corpus.py corpus --vocab-size 16384   # and token ids, compressed to carry
     python experiments/build_corpus.py corpus --unpack             # where they were carried to

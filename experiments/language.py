@@ -1,0 +1,667 @@
+"""Compares language models of several mixers: tuned learning rates, seeds, and what they have learnt.
+
+    python experiments/build_corpus.py runs/corpus --vocab-size 16384
+    python experiments/language.py mixers_30M --corpus runs/corpus --devices 2 --minutes 25
+    python experiments/language.py mixers_30M --table
+
+A study is a file in experiments/language. Each of its models is trained at each learning rate on a
+quarter of the tokens; then, at the rate of the lowest validation loss, with each seed on all of them.
+One process works on each GPU. What is stopped, also by --minutes, goes on when started again; finished
+runs are not repeated. --tokens makes all runs shorter or longer, under results of their own.
+
+A finished run is a line of STUDY.jsonl in --results: validation bits per byte, loss by position up to
+eight times the training length, recall of rare pairs of tokens, tokens/s, and a GDN-2's gates. --table
+prints the table and draws STUDY.png and STUDY_gates.png beside it; so does the end of a study.
+--directory keeps what unfinished runs need.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import queue
+import shutil
+import signal
+import statistics
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gdn2_jax.command import out_of_memory, run_command
+
+import jax
+import numpy as np
+import tyro
+from absl import flags
+from recall import commit, visible_gpus
+
+from gdn2_jax.data import DataConfig, Excerpt, load_tokenizer, prepare
+from gdn2_jax.evaluation.readouts import (
+    count_in_training,
+    gate_statistics,
+    loss_by_position,
+    rare_recall,
+)
+from gdn2_jax.models import PRESETS as MODELS
+from gdn2_jax.models import ModelConfig, model_sizes
+from gdn2_jax.parallel import make_mesh
+from gdn2_jax.training import (
+    CheckpointError,
+    DivergenceError,
+    OptimizerConfig,
+    StoppedError,
+    TrainingConfig,
+    compile_programs,
+    open_run,
+    run_files,
+    train,
+)
+from gdn2_jax.training.metrics import read_metrics
+
+HERE = Path(__file__).parent
+STUDIES = HERE / "language"
+RESULTS = HERE / "results" / "language"
+
+# Changes of a preset's model that a study may name after it.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "_scalar_bw": {"erase_gate": "scalar", "write_gate": "scalar"},
+    "_scalar_b": {"erase_gate": "scalar"},
+    "_scalar_w": {"write_gate": "scalar"},
+    "_negative": {"allow_negative_eigenvalues": True},
+}
+
+# A pair of tokens is rare if training has it less often than once in so many tokens.
+RARE = 50_000
+
+COLUMNS = (
+    *("model", "learning rate", "seeds", "bits per byte", "loss at 8x less at 1x"),
+    *("rare pairs seen before", "not seen", "tokens/s", "parameters", "state a layer"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """What to compare.
+
+    Attributes:
+      scale: of the presets.
+      models: presets without their scale, each with a key of `VARIANTS` or none.
+      learning_rates: of the sweep.
+      seeds: of the runs at the best rate; none: the sweep is the study, and takes all tokens.
+      more_seeds: more of them, for some models.
+      sweep_seeds: of the sweep.
+      tokens: of such a run.
+      sweep_share: of them that a run of the sweep takes.
+      sequence_length: in training.
+      batch_size: sequences a step.
+      windows: texts that are read for the loss by position.
+    """
+
+    scale: str
+    models: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    more_seeds: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    sweep_seeds: tuple[int, ...] = (0,)
+    tokens: int
+    sweep_share: float = 0.25
+    sequence_length: int = 1024
+    batch_size: int = 64
+    windows: int = 64
+
+
+class Spec(NamedTuple):
+    """A run.
+
+    Attributes:
+      key: names it among those of its study.
+      model: of the study.
+      phase: "sweep" or "final".
+      config: what to train.
+    """
+
+    key: str
+    model: str
+    phase: str
+    config: TrainingConfig
+
+
+class Job(NamedTuple):
+    """What all workers know.
+
+    Attributes:
+      directory: of the runs and logs.
+      study: what is compared.
+      commit: of the sources.
+    """
+
+    directory: Path
+    study: Study
+    commit: str
+
+
+# --- what there is to do ------------------------------------------------------------------------
+
+
+def read_study(name: str, tokens: int | None = None) -> Study:
+    """Reads experiments/language/NAME.toml.
+
+    Raises:
+      ValueError: if there is no such study.
+    """
+    path = STUDIES / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.toml")))
+        raise ValueError(f"study: expected one of {known}, got {name!r}")
+    values = tomllib.loads(path.read_text())
+    return Study(**values | ({"tokens": tokens} if tokens else {}))
+
+
+def model_config(name: str, scale: str, vocab_size: int) -> ModelConfig:
+    """The preset of a study's model, with its variant."""
+    preset, changes = name, {}
+    for suffix, fields in VARIANTS.items():
+        if name.endswith(suffix):
+            preset, changes = name.removesuffix(suffix), fields
+            break
+    if f"{preset}_{scale}" not in MODELS:
+        known = sorted(n.removesuffix(f"_{scale}") for n in MODELS if n.endswith(f"_{scale}"))
+        raise ValueError(f"models: expected some of {', '.join(known)}, got {name!r}")
+    return dataclasses.replace(MODELS[f"{preset}_{scale}"], vocab_size=vocab_size, **changes)
+
+
+def spec(study: Study, data: DataConfig, model: str, phase: str, rate: float, seed: int) -> Spec:
+    """Describes a run."""
+    share = study.sweep_share if phase == "sweep" and study.seeds else 1
+    steps = max(1, round(share * study.tokens / (study.batch_size * study.sequence_length)))
+    config = TrainingConfig(
+        model=model_config(model, study.scale, load_tokenizer(data.tokenizer).vocab_size),
+        data=dataclasses.replace(data, sequence_length=study.sequence_length, seed=0),
+        optimizer=OptimizerConfig(learning_rate=rate, warmup=0.05),
+        steps=steps,
+        global_batch_size=study.batch_size,
+        seed=seed,
+        log_every=min(20, steps),
+        validate_every=steps,
+        checkpoint_every=1000,
+        checkpoints_kept=1,
+        sample_tokens=0,
+    )
+    return Spec(f"{model}-{phase}-{rate:g}-{seed}-{steps}", model, phase, config)
+
+
+def specs(study: Study, data: DataConfig, rows: list[dict]) -> Iterator[Spec]:
+    """Yields the runs that can be started now, the finished ones too: first the sweep, then seeds."""
+    for model in study.models:
+        for rate in study.learning_rates:
+            for seed in study.sweep_seeds:
+                yield spec(study, data, model, "sweep", rate, seed)
+    finals = [
+        (seed, model)
+        for model in study.models
+        for seed in [*study.seeds, *study.more_seeds.get(model, [])]
+    ]
+    for seed, model in sorted(finals, key=lambda pair: pair[0]):
+        rate = best_rate(study, data, model, rows)
+        if rate is not None:
+            yield spec(study, data, model, "final", rate, seed)
+
+
+def best_rate(study: Study, data: DataConfig, model: str, rows: list[dict]) -> float | None:
+    """The rate of the lowest validation loss in a model's sweep; None before that is finished."""
+    finished = {row["run"]: row for row in rows}
+    losses = {}
+    for rate in study.learning_rates:
+        keys = [spec(study, data, model, "sweep", rate, s).key for s in study.sweep_seeds]
+        if not all(key in finished for key in keys):
+            return None
+        losses[rate] = statistics.mean(_loss(finished[key]) for key in keys)
+    rate = min(losses, key=losses.get)
+    return rate if math.isfinite(losses[rate]) else None
+
+
+def _loss(row: dict) -> float:
+    value = row["bits_per_byte"]
+    return math.inf if value is None else value
+
+
+# --- one run, in a worker -----------------------------------------------------------------------
+
+
+def run_one(run: Spec, programs, job: Job) -> dict:
+    """Trains a model, or goes on, and reads out what it has learnt; returns its line.
+
+    Raises:
+      StoppedError: if a signal has stopped it.
+    """
+    directory = job.directory / run.key
+    config, study = run.config, job.study
+    row = {
+        "run": run.key,
+        "model": run.model,
+        "phase": run.phase,
+        "learning_rate": config.optimizer.learning_rate,
+        "seed": config.seed,
+        "tokens": config.steps * config.tokens_per_step,
+        "bits_per_byte": None,
+        **model_sizes(config.model, config.data.sequence_length)._asdict(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "commit": job.commit,
+    }
+    try:
+        params = train(open_run(config, directory), programs).params
+    except DivergenceError as error:
+        shutil.rmtree(directory)
+        return row | {"diverged": str(error)}
+    metrics = read_metrics(run_files(directory).metrics)
+    logged = [point for point in metrics if "loss" in point]
+    speeds = [point["tokens_per_second"] for point in logged]
+    row |= {
+        "bits_per_byte": metrics[-1]["validation_bits_per_byte"],
+        "validation_loss": metrics[-1]["validation_loss"],
+        "training_loss": logged[-1]["mean_loss"],
+        "curve": [[point["tokens"], round(point["mean_loss"], 4)] for point in logged],
+        # Without the first steps, and the median, as others compile and are evaluated meanwhile.
+        "tokens_per_second": round(statistics.median(speeds[len(speeds) // 4 :])),
+    }
+    if run.phase == "final" or not study.seeds:
+        row |= read_out(run, params, job)
+    # The weights are not kept: the disk may be small, and the command makes them again.
+    shutil.rmtree(directory)
+    return row
+
+
+def read_out(run: Spec, params, job: Job) -> dict:
+    """Measures recall, use of long context, and gates."""
+    config, study = run.config, job.study
+    corpus = prepare(config.data)
+    held_out = corpus.validation
+    with np.load(job.directory / "pairs.npz") as file:
+        pairs, counts = file["pairs"], file["counts"]
+    some = Excerpt(held_out, 2**20 // study.sequence_length)
+    recall = rare_recall(
+        config.model,
+        params,
+        some,
+        pairs=pairs,
+        counts=counts,
+        rare=max(2, corpus.train.store.num_tokens // RARE),
+        batch_size=min(study.batch_size, len(some)),
+    )
+    position = loss_by_position(
+        config.model,
+        params,
+        held_out.store,
+        length=8 * study.sequence_length,
+        windows=study.windows,
+        batch_size=max(1, study.batch_size // 8),
+    )
+    results = {"recall": recall._asdict(), "position": position._asdict()}
+    if config.model.mixer == "gdn2":
+        batch = np.stack([some[i]["inputs"] for i in range(min(8, len(some)))])
+        results["gates"] = gate_statistics(config.model, params, batch)._asdict()
+    return results
+
+
+def worker(number: int, waiting, messages, job: Job) -> None:
+    """Trains what `waiting` yields, up to a None; compiles each run while the last one trains."""
+    log = (job.directory / f"worker-{number}.log").open("a", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers in order
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    flags.FLAGS.mark_as_parsed()
+    jax.config.update("jax_compilation_cache_dir", str(job.directory / "programs"))
+    pool = ThreadPoolExecutor(1)
+
+    def take(timeout: float | None) -> tuple[Spec | None, Future | None] | None:
+        """The next run, which begins to compile; None if there is none yet."""
+        try:
+            run = waiting.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if run is None:
+            return None, None
+        return run, pool.submit(compile_programs, run.config, make_mesh(run.config.mesh))
+
+    run, programs = take(None)
+    while run is not None:
+        following = None
+        try:
+            compiled = programs.result()
+            following = take(0.1)
+            messages.put({"type": "started", "run": run.key})
+            messages.put({"type": "row", "row": run_one(run, compiled, job)})
+        except StoppedError:
+            break
+        except (jax.errors.JaxRuntimeError, ValueError, OSError, CheckpointError) as error:
+            reason = out_of_memory(error) or f"{type(error).__name__}: {error}"
+            messages.put({"type": "failed", "run": run.key, "message": reason.splitlines()[0]})
+        run, programs = following or take(None)
+    messages.close()
+    messages.join_thread()
+    os._exit(0)  # does not wait for a compilation that nobody needs any more
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int | str:
+    """Returns the exit status, or a message for it to be 1."""
+
+    def command(
+        study: tyro.conf.Positional[str],
+        corpus: Path = Path("runs/corpus"),
+        tokens: int | None = None,
+        devices: int | None = None,
+        minutes: float = float("inf"),
+        directory: Path | None = None,
+        results: Path = RESULTS,
+        table: bool = False,
+    ):
+        """Takes the command line apart.
+
+        Args:
+          study: name of a file in experiments/language.
+          corpus: directory with train.npy, validation.npy and tokenizer.json.
+          tokens: of a run with all tokens; None: as the study says.
+          devices: number of processes, one a GPU; all GPUs if None.
+          minutes: after which to stop.
+          directory: of unfinished runs; runs/language/STUDY unless given.
+          results: of the rows, the table and the figures.
+          table: print the table and draw, and do no more.
+        """
+        directory = directory or Path("runs") / "language" / study
+        return study, corpus, tokens, devices, 60 * minutes, directory, results, table
+
+    name, corpus, tokens, devices, seconds, directory, results, table = tyro.cli(
+        command, args=arguments, prog="language.py", description=__doc__
+    )
+    deadline = time.time() + seconds
+    study = read_study(name, tokens)
+    suffix = f"_{tokens / 1e6:g}M_tokens" if tokens else ""
+    rows_file = results / f"{name}{suffix}.jsonl"
+    if table:
+        return show(rows_file)
+    data = DataConfig(
+        paths=(str(corpus / "train.npy"),),
+        validation_paths=(str(corpus / "validation.npy"),),
+        tokenizer=str(corpus / "tokenizer.json"),
+        cache_directory=str(directory / "cache"),
+        sequence_length=study.sequence_length,
+    )
+    for model in study.models:
+        model_config(model, study.scale, 257)
+    directory.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
+    flags.FLAGS.mark_as_parsed()
+    prepared = prepare(data)
+    print(prepared.description, flush=True)
+    if not (directory / "pairs.npz").exists():
+        stores = prepared.validation.store, prepared.train.store
+        pairs, counts = count_in_training(*stores, prepared.tokenizer.vocab_size)
+        np.savez(directory / "pairs.npz", pairs=pairs, counts=counts)
+    failed = work(Job(directory, study, commit()), data, rows_file, devices, deadline)
+    rows = read_rows(rows_file)
+    left = [run.key for run in specs(study, data, rows) if run.key not in {r["run"] for r in rows}]
+    if rows:
+        show(rows_file)
+    if failed:
+        return f"language.py: failed: {'; '.join(failed)}"
+    if left:
+        return f"language.py: stopped, {len(left)} runs or more are left; start again to continue"
+    return 0
+
+
+def work(
+    job: Job, data: DataConfig, rows_file: Path, devices: int | None, deadline: float
+) -> list[str]:
+    """Runs the study on all devices until it ends or time does; returns what failed."""
+    gpus = visible_gpus()
+    if gpus:
+        # Runs compile while others train, and the clock is short: cuBLAS' own choices.
+        flags_ = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ.setdefault("XLA_FLAGS", flags_)
+    count = devices or max(1, len(gpus))
+    context = multiprocessing.get_context("spawn")
+    waiting, messages = context.Queue(), context.Queue()
+    workers = []
+    for number in range(count):
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        process = context.Process(target=worker, args=(number, waiting, messages, job), daemon=True)
+        process.start()
+        workers.append(process)
+    rows, failed, began = read_rows(rows_file), [], time.time()
+    given = {row["run"] for row in rows}
+    running, stopped = 0, []
+
+    def stop(*_) -> None:
+        for process in workers if not stopped else ():
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGTERM)
+        stopped.append(time.time())
+
+    def give() -> int:
+        """Hands out runs: each process trains one and compiles another."""
+        handed = 0
+        for run in specs(job.study, data, rows):
+            if running + handed < 2 * count and run.key not in given:
+                given.add(run.key)
+                waiting.put(run)
+                handed += 1
+        return handed
+
+    handlers = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        running += give()
+        while running and any(process.is_alive() for process in workers):
+            if time.time() > deadline and not stopped:
+                stop()
+            if stopped and time.time() > stopped[0] + 60:
+                break
+            try:
+                message = messages.get(timeout=1)
+            except queue.Empty:
+                continue
+            if message["type"] == "started":
+                print(f"[{time.time() - began:.0f} s] started {message['run']}", flush=True)
+                continue
+            running -= 1
+            if message["type"] == "failed":
+                failed.append(f"{message['run']}: {message['message']}")
+                print(f"failed: {failed[-1]}", flush=True)
+            else:
+                row = message["row"]
+                rows.append(row)
+                with rows_file.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                value = (
+                    "diverged" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+                )
+                print(
+                    f"[{time.time() - began:.0f} s] finished {row['run']}: {value} bits per byte, "
+                    f"{row.get('tokens_per_second', 0):,} tokens/s",
+                    flush=True,
+                )
+            if not stopped:
+                running += give()
+    finally:
+        for _ in workers:
+            waiting.put(None)
+        waiting.cancel_join_thread()
+        for process in workers:
+            process.join(timeout=30)
+            if process.is_alive():
+                process.kill()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if running and not stopped:
+        failed.append(f"a worker died, see {job.directory}/worker-*.log")
+    return failed
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The finished runs; the last line of each counts."""
+    if not path.exists():
+        return []
+    rows = {}
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # the line of a killed process
+            row = json.loads(line)
+            rows[row["run"]] = row
+    return list(rows.values())
+
+
+# --- the table and the figures ------------------------------------------------------------------
+
+
+def show(rows_file: Path) -> int | str:
+    """Prints the table and writes it and the figures beside the rows."""
+    rows = read_rows(rows_file)
+    if not rows:
+        return f"language.py: {rows_file}: expected rows, found none"
+    text = table_of(rows)
+    print(text)
+    rows_file.with_suffix(".md").write_text(text + "\n")
+    draw(rows, rows_file.with_suffix(".png"))
+    if any("gates" in row for row in rows):
+        draw_gates(rows, rows_file.with_name(f"{rows_file.stem}_gates.png"))
+    return 0
+
+
+def table_of(rows: list[dict]) -> str:
+    """A line for each model in Markdown, the best first; spreads are standard deviations."""
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
+    ]
+    for model, finals in _by_model(rows):
+        rates = sorted({row["learning_rate"] for row in rows if row["model"] == model})
+        rate = finals[0]["learning_rate"]
+        edge = " (edge)" if len(rates) > 1 and rate in (rates[0], rates[-1]) else ""
+
+        speeds = [row["tokens_per_second"] for row in finals if "tokens_per_second" in row]
+        cells = [
+            model + ("" if finals[0]["phase"] == "final" else " (sweep only)"),
+            f"{rate:g}{edge}",
+            str(len(finals)),
+            _mean([row["bits_per_byte"] for row in finals], 4),
+            _mean([_late(row["position"]["losses"]) for row in finals if "position" in row]),
+            _mean([row["recall"]["second"] for row in finals if "recall" in row]),
+            _mean([row["recall"]["first"] for row in finals if "recall" in row]),
+            f"{statistics.median(speeds):,.0f}" if speeds else "-",
+            f"{finals[0]['parameters']:,}",
+            f"{finals[0]['state']:,}" if finals[0]["state"] else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float | None], digits: int = 3) -> str:
+    """Mean and standard deviation of what there is."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def _late(losses: list[float]) -> float:
+    """Loss at the end of the long texts less that at the training length."""
+    return losses[-1] - losses[len(losses) // 8 - 1]
+
+
+def _by_model(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    """Each model with its final runs, or the best rate's of the sweep before there are any."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["model"], []).append(row)
+    chosen = []
+    for model, group in groups.items():
+        finals = [row for row in group if row["phase"] == "final"]
+        if not finals:
+            rate = min(group, key=_loss)["learning_rate"]
+            finals = [row for row in group if row["learning_rate"] == rate]
+        chosen.append((model, finals))
+    return sorted(chosen, key=lambda pair: statistics.mean(map(_loss, pair[1])))
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draws the sweep, the results, the loss by position and the recall."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    (sweep, result), (position, recall) = figure.subplots(2, 2)
+    groups = _by_model(rows)
+    for colour, (model, finals) in zip(colormaps["tab20"].colors, groups, strict=False):
+        points = {}
+        for row in rows:
+            if row["model"] == model and row["phase"] == "sweep" and row["bits_per_byte"]:
+                points.setdefault(row["learning_rate"], []).append(row["bits_per_byte"])
+        rates = sorted(points)
+        means = [statistics.mean(points[rate]) for rate in rates]
+        spreads = [max(points[rate]) - min(points[rate]) for rate in rates]
+        sweep.errorbar(
+            rates, means, [s / 2 for s in spreads], marker="o", color=colour, label=model
+        )
+        finished = [row for row in finals if row["bits_per_byte"]]
+        result.plot(
+            [row["bits_per_byte"] for row in finished], [model] * len(finished), "o", color=colour
+        )
+        known = [row["position"] for row in finished if "position" in row]
+        if known:
+            curve = np.mean([p["losses"] for p in known], axis=0)
+            position.plot(known[0]["ends"], curve, color=colour, label=model)
+        for name, marker in (("second", "o"), ("first", "|")):
+            values = [row["recall"][name] for row in finished if "recall" in row]
+            recall.plot(values, [model] * len(values), marker, color=colour)
+    sweep.set(
+        xscale="log", xlabel="learning rate", ylabel="validation, bits per byte", title="sweep"
+    )
+    result.set(xlabel="validation, bits per byte; a point a seed", title="at the best rate")
+    position.set(xlabel="position", ylabel="loss, nats a token", xscale="log", title="long texts")
+    recall.set(
+        xlabel="right guesses at rare pairs: o seen before in the text, | not", title="recall"
+    )
+    for axes in (result, recall):
+        axes.invert_yaxis()
+    for axes in (sweep, result, position, recall):
+        axes.grid(alpha=0.3)
+    figure.legend(*sweep.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=150)
+
+
+def draw_gates(rows: list[dict], path: Path) -> None:
+    """Draws histograms of b, w and exp(g) by layer, of the first seed of each GDN-2."""
+    from matplotlib.figure import Figure
+
+    shown = {}
+    for row in rows:
+        if "gates" in row:
+            shown.setdefault(row["model"], row)
+    figure = Figure(figsize=(11, 2.6 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 3, squeeze=False)
+    for line, (model, row) in zip(grid, shown.items(), strict=True):
+        for axes, name, symbol in zip(line, ("erase", "write", "keep"), ("b", "w", "exp(g)")):
+            shares = np.array(row["gates"][name])
+            top = 2 if name == "erase" and model.endswith("_negative") else 1
+            extent = (0, top, len(shares) - 0.5, -0.5)
+            image = axes.imshow(
+                np.log10(shares + 1e-5), aspect="auto", extent=extent, vmin=-4, vmax=0
+            )
+            axes.set(title=f"{model}: {symbol}", ylabel="layer")
+        figure.colorbar(image, ax=line, label="log10 of the share")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("language.py", lambda: main(sys.argv[1:])))

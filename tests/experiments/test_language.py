@@ -1,0 +1,239 @@
+"""The comparison of language models: what is run when, what is read out, and what is drawn."""
+
+import dataclasses
+import importlib.util
+import json
+import queue
+import sys
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gdn2_jax.data import DataConfig
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "language.py"
+
+
+def load(name):
+    specification = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # language.py imports recall.py by its name
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    load("recall")
+    return load("language")
+
+
+@pytest.fixture
+def study(script):
+    return script.Study(
+        scale="tiny",
+        models=("gdn2", "kda"),
+        learning_rates=(1e-3, 2e-3),
+        seeds=(0, 1),
+        tokens=2**20,
+    )
+
+
+DATA = DataConfig()
+
+
+def rows_of(script, runs):
+    """Finished runs; GDN-2 is best at 2e-3, KDA at 1e-3, where one seed diverges."""
+    rows = []
+    for run in runs:
+        rate, seed = run.config.optimizer.learning_rate, run.config.seed
+        loss = 1.4 + (rate - 2e-3) ** 2 if run.model == "gdn2" else 1.5 + rate + 0.01 * seed
+        diverged = run.model == "kda" and rate == 2e-3
+        row = {
+            "run": run.key,
+            "model": run.model,
+            "phase": run.phase,
+            "learning_rate": rate,
+            "seed": seed,
+            "bits_per_byte": None if diverged else loss,
+            "parameters": 10,
+            "state": 0,
+        }
+        if run.phase == "final":
+            losses = [3.0] * 4 + [2.5] * 28
+            row["tokens_per_second"] = 100
+            row["recall"] = {"second": 0.5, "first": 0.1}
+            row["position"] = {"ends": list(range(1, 33)), "losses": losses}
+        if run.phase == "final" and run.model == "gdn2":
+            histogram = [[0.5, 0.5]] * 3
+            row["gates"] = {"erase": histogram, "write": histogram, "keep": histogram}
+        rows.append(row)
+    return rows
+
+
+def test_every_study_names_models_and_fields_that_exist(script):
+    for path in script.STUDIES.glob("*.toml"):
+        study = script.read_study(path.stem)
+        for model in study.models:
+            script.model_config(model, study.scale, 300)
+        assert set(study.more_seeds) <= set(study.models)
+    with pytest.raises(ValueError, match="study: expected one of .*mixers_30M.*, got 'mixer'"):
+        script.read_study("mixer")
+    with pytest.raises(ValueError, match="models: expected some of .*, got 'gdn3'"):
+        script.model_config("gdn3", "tiny", 300)
+
+
+def test_seeds_start_when_a_models_sweep_is_finished_at_its_best_rate(script, study):
+    sweep = list(script.specs(study, DATA, []))
+    assert [run.phase for run in sweep] == ["sweep"] * 4
+    # A quarter of the tokens, in the same order for all.
+    assert {run.config.steps for run in sweep} == {4}
+    assert {run.config.data.seed for run in sweep} == {0}
+    rows = rows_of(script, sweep[:2])
+    finals = [run for run in script.specs(study, DATA, rows) if run.phase == "final"]
+    assert [(run.model, run.config.seed) for run in finals] == [("gdn2", 0), ("gdn2", 1)]
+    assert {(run.config.optimizer.learning_rate, run.config.steps) for run in finals} == {
+        (2e-3, 16)
+    }
+    rows = rows_of(script, sweep)
+    finals = [run for run in script.specs(study, DATA, rows) if run.phase == "final"]
+    assert [(run.model, run.config.seed) for run in finals] == [
+        *(("gdn2", 0), ("kda", 0), ("gdn2", 1), ("kda", 1))
+    ]
+    # One that diverged is not the best.
+    assert finals[1].config.optimizer.learning_rate == 1e-3
+    assert len({run.key for run in [*sweep, *finals]}) == 8
+
+
+def test_a_sweep_without_seeds_takes_all_tokens(script, study):
+    study = dataclasses.replace(study, seeds=(), sweep_seeds=(0, 1))
+    runs = list(script.specs(study, DATA, []))
+    assert len(runs) == 8 and {run.config.steps for run in runs} == {16}
+    assert list(script.specs(study, DATA, rows_of(script, runs))) == runs
+
+
+def test_a_variant_changes_its_gates_only(script):
+    plain, scalar = (script.model_config(n, "tiny", 300) for n in ("gdn2", "gdn2_scalar_bw"))
+    assert scalar == dataclasses.replace(plain, erase_gate="scalar", write_gate="scalar")
+    assert script.model_config("gdn2_negative", "tiny", 300).allow_negative_eigenvalues
+
+
+def work(script, study, tmp_path, monkeypatch, run_one, devices=2):
+    """The study on threads in place of processes; returns what failed and the rows."""
+
+    class Thread(threading.Thread):
+        pid, exitcode = None, 0
+
+    class Queue(queue.Queue):
+        cancel_join_thread = close = join_thread = lambda self: None
+
+    def worker(number, waiting, messages, job):
+        while (run := waiting.get()) is not None:
+            messages.put({"type": "started", "run": run.key})
+            messages.put(run_one(run))
+
+    context = types.SimpleNamespace(Queue=Queue, Process=Thread)
+    monkeypatch.setattr(script.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(script, "worker", worker)
+    monkeypatch.setattr(script, "visible_gpus", list)
+    job = script.Job(tmp_path, study, "commit")
+    failed = script.work(job, DATA, tmp_path / "rows.jsonl", devices, float("inf"))
+    return failed, script.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_all_runs_are_done_once_and_those_that_failed_again(script, study, tmp_path, monkeypatch):
+    done = []
+
+    def run_one(run):
+        done.append(run.key)
+        if run.model == "kda" and run.phase == "final" and len(done) < 9:
+            return {"type": "failed", "run": run.key, "message": "out of memory"}
+        return {"type": "row", "row": rows_of(script, [run])[0]}
+
+    failed, rows = work(script, study, tmp_path, monkeypatch, run_one)
+    assert len(done) == len(set(done)) == 8 and len(rows) == 6
+    assert [text.partition(": ")[2] for text in failed] == ["out of memory"] * 2
+    # A killed process leaves a part of a line.
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"run": "gdn')
+    (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + "\n")
+    failed, rows = work(script, study, tmp_path, monkeypatch, run_one)
+    assert not failed and len(done) == 10 and len(rows) == 8
+
+
+def test_the_table_gives_means_and_spreads_in_order(script, study, tmp_path, capsys):
+    sweep = list(script.specs(study, DATA, []))
+    rows = rows_of(script, sweep)
+    rows += rows_of(script, list(script.specs(study, DATA, rows))[len(sweep) :])
+    path = tmp_path / "study.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert script.show(path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    expected = (
+        "| gdn2 | 0.002 (edge) | 2 | 1.4000 ± 0.0000 | -0.500 ± 0.000 | 0.500 ± 0.000 | 0.100"
+    )
+    assert lines[2].startswith(expected)
+    assert lines[3].startswith("| kda | 0.001 (edge) | 2 | 1.5060 ± 0.0071 |")
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("study.jsonl", "study.md", "study.png", "study_gates.png")
+    }
+    assert "expected rows, found none" in script.show(tmp_path / "none.jsonl")
+
+
+def test_a_run_gives_a_line_with_all_readouts(script, tmp_path, monkeypatch):
+    """With what training would return: GDN-2 at a tiny size, and the metrics of two steps."""
+    import jax
+    import jax.numpy as jnp
+
+    from gdn2_jax.data import prepare
+    from gdn2_jax.evaluation.readouts import count_in_training
+    from gdn2_jax.models import LanguageModel
+
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n\n".join(f"document {i}, {i * i} words" * 3 for i in range(99)))
+    data = DataConfig(
+        paths=(str(text),),
+        document_separator="\n\n",
+        validation_fraction=0.3,
+        cache_directory=str(tmp_path / "cache"),
+    )
+    study = script.Study(
+        scale="tiny",
+        models=("gdn2",),
+        learning_rates=(1e-3,),
+        tokens=64,
+        sequence_length=32,
+        batch_size=1,
+        windows=2,
+    )
+    small = {"d_model": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8, "mlp_dim": 16}
+    run = script.spec(study, data, "gdn2", "final", 1e-3, 0)
+    model = dataclasses.replace(run.config.model, **small)
+    run = run._replace(config=dataclasses.replace(run.config, model=model))
+    corpus = prepare(run.config.data)
+    pairs, counts = count_in_training(corpus.validation.store, corpus.train.store, 257)
+    np.savez(tmp_path / "pairs.npz", pairs=pairs, counts=counts)
+
+    def train(directory, programs):
+        directory.mkdir()
+        points = [{"tokens": 32 * (i + 1), "mean_loss": 5.0, "loss": 5.0} for i in range(2)]
+        last = {"validation_loss": 4.0, "validation_bits_per_byte": 2.0}
+        lines = [*({**p, "step": 1, "tokens_per_second": 9.0} for p in points), {"step": 2, **last}]
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in lines))
+        initial = LanguageModel(dataclasses.replace(model, implementation="recurrent")).init
+        params = initial(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        return types.SimpleNamespace(params=params)
+
+    monkeypatch.setattr(script, "open_run", lambda config, directory: directory)
+    monkeypatch.setattr(script, "train", train)
+    row = script.run_one(run, None, script.Job(tmp_path, study, "commit"))
+    row = json.loads(json.dumps(row))
+    assert (row["bits_per_byte"], row["tokens_per_second"], row["tokens"]) == (2.0, 9, 64)
+    assert row["position"]["ends"][-1] == 8 * 32 and len(row["position"]["losses"]) == 32
+    assert row["position"]["losses"][0] == pytest.approx(np.log(257), rel=0.1)
+    assert row["recall"]["second_count"] > 0
+    assert [len(row["gates"][name]) for name in ("erase", "write", "keep")] == [2, 2, 2]
+    assert not (tmp_path / run.key).exists()
