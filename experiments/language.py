@@ -68,7 +68,7 @@ HERE = Path(__file__).parent
 STUDIES = HERE / "language"
 RESULTS = HERE / "results" / "language"
 
-# Changes of a preset's model that a study may name after it.
+# Changes of a preset's mixer that a study may name after it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "_scalar_bw": {"erase_gate": "scalar", "write_gate": "scalar"},
     "_scalar_b": {"erase_gate": "scalar"},
@@ -173,7 +173,9 @@ def model_config(name: str, scale: str, vocab_size: int) -> ModelConfig:
     if f"{preset}_{scale}" not in MODELS:
         known = sorted(n.removesuffix(f"_{scale}") for n in MODELS if n.endswith(f"_{scale}"))
         raise ValueError(f"models: expected some of {', '.join(known)}, got {name!r}")
-    return dataclasses.replace(MODELS[f"{preset}_{scale}"], vocab_size=vocab_size, **changes)
+    model = MODELS[f"{preset}_{scale}"]
+    mixer = dataclasses.replace(model.mixer, **changes)
+    return dataclasses.replace(model, vocab_size=vocab_size, mixer=mixer)
 
 
 def spec(study: Study, data: DataConfig, model: str, phase: str, rate: float, seed: int) -> Spec:
@@ -304,7 +306,7 @@ def read_out(run: Spec, params, job: Job) -> dict:
         batch_size=max(1, study.batch_size // 8),
     )
     results = {"recall": recall._asdict(), "position": position._asdict()}
-    if config.model.mixer == "gdn2":
+    if config.model.mixer.kind == "gdn2":
         batch = np.stack([some[i]["inputs"] for i in range(min(8, len(some)))])
         results["gates"] = gate_statistics(config.model, params, batch)._asdict()
     return results

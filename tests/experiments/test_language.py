@@ -117,8 +117,9 @@ def test_a_sweep_without_seeds_takes_all_tokens(script, study):
 
 def test_a_variant_changes_its_gates_only(script):
     plain, scalar = (script.model_config(n, "tiny", 300) for n in ("gdn2", "gdn2_scalar_bw"))
-    assert scalar == dataclasses.replace(plain, erase_gate="scalar", write_gate="scalar")
-    assert script.model_config("gdn2_negative", "tiny", 300).allow_negative_eigenvalues
+    mixer = dataclasses.replace(plain.mixer, erase_gate="scalar", write_gate="scalar")
+    assert scalar == dataclasses.replace(plain, mixer=mixer)
+    assert script.model_config("gdn2_negative", "tiny", 300).mixer.allow_negative_eigenvalues
 
 
 def work(script, study, tmp_path, monkeypatch, run_one, devices=2):
@@ -190,7 +191,7 @@ def test_a_run_gives_a_line_with_all_readouts(script, tmp_path, monkeypatch):
 
     from gdn2_jax.data import prepare
     from gdn2_jax.evaluation.readouts import count_in_training
-    from gdn2_jax.models import LanguageModel
+    from gdn2_jax.models import MIXERS, LanguageModel
 
     text = tmp_path / "corpus.txt"
     text.write_text("\n\n".join(f"document {i}, {i * i} words" * 3 for i in range(99)))
@@ -209,7 +210,8 @@ def test_a_run_gives_a_line_with_all_readouts(script, tmp_path, monkeypatch):
         batch_size=1,
         windows=2,
     )
-    small = {"d_model": 16, "num_layers": 2, "num_heads": 2, "head_dim": 8, "mlp_dim": 16}
+    mixer = dataclasses.replace(MIXERS["gdn2"], num_heads=2, head_dim=8)
+    small = {"d_model": 16, "num_layers": 2, "mlp_dim": 16, "mixer": mixer}
     run = script.spec(study, data, "gdn2", "final", 1e-3, 0)
     model = dataclasses.replace(run.config.model, **small)
     run = run._replace(config=dataclasses.replace(run.config, model=model))
