@@ -45,11 +45,9 @@ class Mamba2(nn.Module):
         mamba_ssm and flash-linear-attention; 1 in transformers.
       conv_size: tokens seen by the convolution.
       norm_epsilon: epsilon of the RMSNorm.
-      dtype: dtype of the matrix products; promoted from input and parameters if None.
+      dtype: as in `GatedDeltaNet2`.
       param_dtype: dtype of all parameters but A_log, dt_bias and D.
-      kernel_init: initialiser of `in_proj`.
-        Made by nn.with_logical_partitioning, its two names are those of the model's width and of
-        the channels, in all parameters.
+      kernel_init: initialiser of `in_proj`; its names of axes count as in `GatedDeltaNet2`.
       out_kernel_init: initialiser of `out_proj` (depth-scaled in the language model).
       decode: keep state between calls.
       implementation: of the operator, see `gdn2_jax.ops.mamba2`.

@@ -35,11 +35,10 @@ class SlidingWindowAttention(nn.Module):
       num_heads: number of heads, each of width D / num_heads.
       window_size: number of keys a query sees, its own included.
       rope_theta: base of the rotary frequencies.
-      dtype: dtype of the matrix products; promoted from input and parameters if None.
+      dtype: as in `GatedDeltaNet2`.
       param_dtype: dtype of the kernels.
-      kernel_init: initialiser of the query, key and value kernels.
-        Made by nn.with_logical_partitioning, its two names are those of the model's width and of
-        the channels, in all parameters.
+      kernel_init: initialiser of the query, key and value kernels; its names of axes count as in
+        `GatedDeltaNet2`.
       out_kernel_init: initialiser of the output kernel (depth-scaled in the language model).
       decode: keep keys and values between calls.
     """

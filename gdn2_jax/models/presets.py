@@ -45,60 +45,25 @@ _305M_MIXERS = {
 _PAPER = {"d_model": 2304, "num_layers": 18, "remat": "elementwise", "unroll": True}
 
 _Sizes = dict[type, dict[str, Any]]
-# Names are filled with the mixer. Each scale: the fields that all models share, sizes of the mixers,
-# and MLP widths in the order of MIXERS: gdn2, kda, gdn, deltanet, gated_deltaproduct, mamba2, mamba3,
-# mamba3_mimo, attention and sliding_window_attention, which no hybrid has.
+# Names are filled with the mixer; "swa_" makes a hybrid. Each scale: the fields that all models share,
+# sizes of the mixers, and MLP widths in the order of MIXERS: gdn2, kda, gdn, deltanet,
+# gated_deltaproduct, mamba2, mamba3, mamba3_mimo, attention and sliding_window_attention, of which
+# there are no hybrids.
 _SCALES: dict[str, tuple[dict[str, Any], _Sizes, tuple[int, ...]]] = {
-    "{}_tiny": (
-        _TINY,
-        _TINY_MIXERS,
-        (168, 256, 296, 296, 208, 232, 232, 152, 344, 344),
-    ),
-    "swa_{}_tiny": (
-        _TINY | {"hybrid": True},
-        _TINY_MIXERS,
-        (256, 296, 320, 320, 272, 288, 288, 248, 344),
-    ),
-    "{}_30M": (
-        _30M,
-        _30M_MIXERS,
-        (1408, 1760, 1760, 1760, 1408, 1536, 1504, 1376, 1920, 1920),
-    ),
-    "swa_{}_30M": (
-        _30M | {"hybrid": True},
-        _30M_MIXERS,
-        (1664, 1824, 1824, 1824, 1664, 1728, 1728, 1664, 1920),
-    ),
-    "{}_100M": (
-        _100M,
-        _100M_MIXERS,
-        (2048, 2560, 2368, 2368, 1856, 2112, 2112, 1984, 2624, 2624),
-    ),
+    "{}_tiny": (_TINY, _TINY_MIXERS, (168, 256, 296, 296, 208, 232, 232, 152, 344, 344)),
+    "swa_{}_tiny": (_TINY, _TINY_MIXERS, (256, 296, 320, 320, 272, 288, 288, 248, 344)),
+    "{}_30M": (_30M, _30M_MIXERS, (1408, 1760, 1760, 1760, 1408, 1536, 1504, 1376, 1920, 1920)),
+    "swa_{}_30M": (_30M, _30M_MIXERS, (1664, 1824, 1824, 1824, 1664, 1728, 1728, 1664, 1920)),
+    "{}_100M": (_100M, _100M_MIXERS, (2048, 2560, 2368, 2368, 1856, 2112, 2112, 1984, 2624, 2624)),
     "swa_{}_100M": (
-        _100M | {"hybrid": True},
+        _100M,
         _100M_HYBRID_MIXERS,
         (2048, 2112, 2112, 2112, 2048, 2048, 2048, 2048, 1792),
     ),
-    "{}_305M": (
-        _305M,
-        _305M_MIXERS,
-        (4352, 5056, 4800, 4800, 4096, 4416, 4416, 4288, 5120, 5120),
-    ),
-    "swa_{}_305M": (
-        _305M | {"hybrid": True},
-        _305M_MIXERS,
-        (4736, 5056, 4928, 4928, 4608, 4736, 4736, 4736, 5120),
-    ),
-    "{}_1.3B": (
-        _PAPER,
-        {},
-        (6208, 7552, 7040, 7040, 5696, 6336, 6272, 6144, 7424, 7424),
-    ),
-    "swa_{}_1.3B": (
-        _PAPER | {"hybrid": True},
-        {},
-        (6784, 7488, 7232, 7232, 6528, 6848, 6848, 6784, 7424),
-    ),
+    "{}_305M": (_305M, _305M_MIXERS, (4352, 5056, 4800, 4800, 4096, 4416, 4416, 4288, 5120, 5120)),
+    "swa_{}_305M": (_305M, _305M_MIXERS, (4736, 5056, 4928, 4928, 4608, 4736, 4736, 4736, 5120)),
+    "{}_1.3B": (_PAPER, {}, (6208, 7552, 7040, 7040, 5696, 6336, 6272, 6144, 7424, 7424)),
+    "swa_{}_1.3B": (_PAPER, {}, (6784, 7488, 7232, 7232, 6528, 6848, 6848, 6784, 7424)),
 }
 
 
@@ -106,6 +71,7 @@ PRESETS: dict[str, ModelConfig] = {
     name.format(mixer): ModelConfig(
         **shared,
         mixer=named_mixer(mixer, sizes),
+        hybrid=name.startswith("swa_"),
         attention=named_mixer("sliding_window_attention", sizes),
         mlp_dim=mlp_dim,
     )
