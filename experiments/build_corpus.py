@@ -7,8 +7,8 @@
 
 The packages below come from Debian's and Python's registries, at the versions that stand there; apt-get,
 dpkg-deb, pod2text (of Perl) and pip must be there. The directory gets packages/, documents.jsonl (a document a
-line, with its package), licences.md and, with --vocab-size, tokenizer.json, train.npy and validation.npy (token
-ids, each document closed by its end token), facts.json, and the .npy files as .xz. What is there is not made
+line, with its package), licences.md and, with --vocab-size, tokenizer.json, facts.json, train-N.npy and
+validation-0.npy (token ids, each document closed by its end token), and these as .xz. What is there is not made
 again. Nothing runs this script by itself, and nothing of what it makes belongs in a repository.
 
 resiliparse strips the markup, keeps the main part of each page and tells the language. A document that is not
@@ -86,6 +86,9 @@ MOST, MOST_READ = 16_000_000, 100_000_000
 
 # Characters of the shortest document, and of sentences and lines that tell a document.
 SHORTEST, TELLING = 400, 40
+
+# Token ids of a file, about 40 MiB when compressed.
+PART = 2**25
 
 # Documents' sources, not documentation, indices, and pages for machines.
 _LEFT_OUT = re.compile(
@@ -299,7 +302,10 @@ def tokenize(directory: Path, vocab_size: int, fraction: float, digest: str) -> 
     facts = {"text_sha256": digest, "vocab_size": corpus.tokenizer.vocab_size}
     for name in ("train", "validation"):
         store = getattr(corpus, name).store
-        np.save(directory / f"{name}.npy", store.tokens)
+        # Parts that can be carried one by one, each of whole documents.
+        borders = store.offsets[np.searchsorted(store.offsets, range(0, store.num_tokens, PART))]
+        for number, tokens in enumerate(np.split(store.tokens, borders[1:])):
+            np.save(directory / f"{name}-{number}.npy", tokens)
         facts[name] = {
             "documents": store.num_documents,
             "tokens": store.num_tokens,
@@ -309,7 +315,7 @@ def tokenize(directory: Path, vocab_size: int, fraction: float, digest: str) -> 
     (directory / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts, indent=1))
     with ThreadPoolExecutor() as pool:
-        for path in pool.map(compress, [directory / f"{n}.npy" for n in ("train", "validation")]):
+        for path in pool.map(compress, sorted(directory.glob("*.npy"))):
             print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -372,7 +372,7 @@ def main(arguments: list[str]) -> int | str:
 
         Args:
           study: name of a file in experiments/language.
-          corpus: directory with train.npy, validation.npy and tokenizer.json.
+          corpus: directory that build_corpus.py filled.
           tokens: of a run with all tokens; None: as the study says.
           devices: number of processes, one a GPU; all GPUs if None.
           minutes: after which to stop.
@@ -392,9 +392,13 @@ def main(arguments: list[str]) -> int | str:
     rows_file = results / f"{name}{suffix}.jsonl"
     if table:
         return show(rows_file)
+    if not list(corpus.glob("train-*.npy")):
+        raise ValueError(
+            f"corpus: expected train-0.npy in {corpus}; build_corpus.py makes or unpacks it"
+        )
     data = DataConfig(
-        paths=(str(corpus / "train.npy"),),
-        validation_paths=(str(corpus / "validation.npy"),),
+        paths=tuple(map(str, sorted(corpus.glob("train-*.npy")))),
+        validation_paths=tuple(map(str, sorted(corpus.glob("validation-*.npy")))),
         tokenizer=str(corpus / "tokenizer.json"),
         cache_directory=str(directory / "cache"),
         sequence_length=study.sequence_length,

@@ -21,7 +21,10 @@ def script():
 
 
 def paragraph(start, width=60):
-    words = [f"word{(start + i) * 7919 % 1000} of a long enough sentence with number {i}." for i in range(60)]
+    words = [
+        f"word{(start + i) * 7919 % 1000} of a long enough sentence with number {i}."
+        for i in range(60)
+    ]
     return "\n".join(" ".join(words[i : i + width]) for i in range(0, 60, width))
 
 
@@ -60,7 +63,8 @@ def test_a_long_text_is_cut_where_it_can_be_and_nothing_is_lost(script, unit):
     assert len(parts) > 2 and max(map(len, parts)) <= 400_001
 
 
-def test_token_ids_come_back_from_what_is_carried(script, tmp_path, capsys):
+def test_token_ids_come_back_from_what_is_carried(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "PART", 5000)
     with (tmp_path / "documents.jsonl").open("w") as file:
         for i in range(20):
             file.write(json.dumps({"text": paragraph(i), "source": "package"}) + "\n")
@@ -68,15 +72,20 @@ def test_token_ids_come_back_from_what_is_carried(script, tmp_path, capsys):
     assert script.main(arguments) is None
     assert "SHA-256" in capsys.readouterr().out
     facts = json.loads((tmp_path / "facts.json").read_text())
-    ids = {name: np.load(tmp_path / f"{name}.npy") for name in ("train", "validation")}
-    for name, tokens in ids.items():
-        assert facts[name]["tokens"] == len(tokens) and tokens.dtype == np.uint16
-        (tmp_path / f"{name}.npy").unlink()
-    total = sum(facts[name]["bytes"] for name in ids)
+    parts = {path: np.load(path) for path in sorted(tmp_path.glob("*.npy"))}
+    assert [path.stem for path in parts] == ["train-0", "train-1", "train-2", "validation-0"]
+    for name in ("train", "validation"):
+        tokens = [tokens for path, tokens in parts.items() if path.stem.startswith(name)]
+        assert facts[name]["tokens"] == sum(map(len, tokens))
+        assert {part[-1] for part in tokens} == {tokens[0][-1]}  # the end of a document
+        assert {part.dtype for part in tokens} == {np.dtype(np.uint16)}
+    total = sum(facts[name]["bytes"] for name in ("train", "validation"))
     assert total == sum(len(paragraph(i).encode()) for i in range(20))
+    for path in parts:
+        path.unlink()
     script.main([str(tmp_path), "--unpack"])
-    for name, tokens in ids.items():
-        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), tokens)
+    for path, tokens in parts.items():
+        np.testing.assert_array_equal(np.load(path), tokens)
 
 
 def test_pages_lose_their_markup_and_other_languages_are_left_out(script, tmp_path):
