@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -29,7 +30,7 @@ OPTIONS = {
     "sample-tokens": 2,
     "global-batch-size": 8,
     "accumulation": 2,
-    "data.sequence-length": 64,
+    "data.sequence-length": 32,
     "model.d-model": 16,
     "model.num-layers": 1,
     "model.hybrid": False,
@@ -54,7 +55,9 @@ class Job:
             environment = {
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                "XLA_FLAGS": re.sub(
+                    r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]
+                ),
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(i),
                 "JAX_COORDINATOR_ADDRESS": address,
