@@ -14,6 +14,7 @@ cells. Runs whose finished row lies there or in experiments/results/recall are s
 or SIGTERM all cells stop, record what they have as unfinished rows and go on from there next time.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -77,6 +78,8 @@ _MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} | {
     "num_heads",
     "head_dim",
 }
+_AHEAD = 3
+"""Cells that compile while one runs: small ones run for a shorter time than they compile."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,7 @@ class Study:
       sizes: fields of the task or of `ModelConfig`, each with values: every combination makes cells.
       model: changes of `ModelConfig`'s fields for all mixers, and their `num_heads` and `head_dim`.
       shows: what the results page says of the study.
+      in_summary: whether it is a panel of the summary's figure.
     """
 
     task: dict[str, Any]
@@ -118,6 +122,7 @@ class Study:
     sizes: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     shows: str = ""
+    in_summary: bool = True
 
 
 class Cell(NamedTuple):
@@ -175,6 +180,7 @@ class Cell(NamedTuple):
             "sizes",
             "runs_at_once",
             "shows",
+            "in_summary",
         ):
             del config[key]
         settings = {"study": self.study, "mixer": self.mixer, "length": self.length}
@@ -629,8 +635,8 @@ def profile(events: list[Event], compiled: str, milliseconds: float) -> dict[str
 
     operations = breakdown(events, operation_names(compiled), "", 1)["operations_ms"]
     shares = {name: round(ms / milliseconds, 3) for name, ms in operations.items()}
-    # JAX calls a kernel of Pallas a mpmd_map.
-    kernels = sum(share for name, share in shares.items() if "mpmd_map" in name)
+    # Under vmap some kernels lose their name, and all lose their path: all are Mosaic's.
+    kernels = sum(share for name, share in shares.items() if "mosaic_gpu" in name)
     busy = round(sum(event.milliseconds for event in events) / milliseconds, 3)
     largest = dict(list(shares.items())[:12])
     return {"gpu_share": busy, "operator_share": round(kernels, 3), "largest_shares": largest}
@@ -664,35 +670,36 @@ def work(
     report: Callable[[dict], None],
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Runs the cells that `take` gives until there are none, compiling each while the last one runs."""
+    """Runs the cells that `take` gives until there are none, compiling the next while one runs."""
     if jax.config.jax_compilation_cache_dir is None:
         cache = Path(tempfile.gettempdir()) / "gdn2_jax_recall"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    ahead, pool = ThreadPoolExecutor(1), ThreadPoolExecutor()
+    ahead, pool = ThreadPoolExecutor(_AHEAD), ThreadPoolExecutor()
+    following: collections.deque[tuple[Cell, concurrent.futures.Future]] = collections.deque()
 
     def over() -> bool:
         return stopped() or time.time() > job.deadline
 
-    def next_cell():
-        cell = None if over() else take()
-        return cell, cell and ahead.submit(compile_cell, cell, pool)
+    def look_ahead() -> None:
+        while len(following) < _AHEAD and not over() and (cell := take()):
+            following.append((cell, ahead.submit(compile_cell, cell, pool)))
 
-    following = next_cell()
-    while following[0] is not None and not over():
-        (cell, programs), following, began = following, None, time.perf_counter()
+    look_ahead()
+    while following and not over():
+        (cell, programs), began = following.popleft(), time.perf_counter()
         try:
             while not (programs.done() or over()):
                 concurrent.futures.wait([programs], timeout=1.0)
             if over():
                 break
             compiled, waited = programs.result(), time.perf_counter() - began
-            following = next_cell()
+            look_ahead()
             run_cell(cell, compiled, job, report, stopped, waited)
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             # Such as too little memory: the other cells can still run.
             message = f"{type(error).__name__}: {error}".splitlines()[0][:500]
             report({"type": "failed", "cell": cell.name, "message": message})
-            following = following or next_cell()
+            look_ahead()
     ahead.shutdown(wait=False, cancel_futures=True)
     pool.shutdown(wait=False, cancel_futures=True)
 

@@ -262,4 +262,23 @@ def test_the_report_takes_the_best_rate_and_gives_the_range_over_seeds(script, t
     assert "| 256 tokens | kda | 0.600 (0.500 to 0.700) | 0.900 (0.850 to 0.950) |" in page
     assert "| 256 tokens | kda | 0.450 (0.425 to 0.475) |" in page
     assert "4 finished runs and 1 unfinished ones; 2.5 minutes of a GPU, 0.2 more" in page
-    assert (tmp_path / "mqar.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("mqar", "summary"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("relation", "second", "verdict"),
+    [
+        (">", [0.1, 0.2, 0.3], "held"),
+        (">", [0.1, 0.2, 0.6], "undecided"),
+        (">", [0.8, 0.8, 0.9], "not held"),
+        (">", [0.1, 0.2], "undecided"),
+        (">=", [0.4, 0.6, 0.83], "held"),
+    ],
+)
+def test_a_comparison_is_held_only_where_three_seeds_are_apart(script, relation, second, verdict):
+    report = load("report")
+    values = {"gdn2": [0.5, 0.6, 0.7], "kda": second}
+    mixers = {name: {1e-3: [{"accuracy": x} for x in xs]} for name, xs in values.items()}
+    judged = report.judge(mixers, report.Comparison("accuracy", "gdn2", relation, "kda"))
+    assert judged[0] == verdict
