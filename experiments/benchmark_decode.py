@@ -14,7 +14,6 @@ a large copy's, measured in the same process.
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -25,10 +24,10 @@ from gdn2_jax.command import require_positive, run_command
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from gdn2_jax import gated_delta_rule_2_step
 from gdn2_jax.ops import Implementation
+from gdn2_jax.rows import Column, append_row, format_header, format_row
 from gdn2_jax.testing import operator_inputs
 from gdn2_jax.timing import copy_bandwidth, device_events, measure, spread
 
@@ -38,7 +37,7 @@ MINIMUM_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """What to measure.
 
     Attributes:
@@ -65,40 +64,39 @@ class Config:
         require_positive(self)
 
 
-def main(config: Config) -> None:
+def main(options: Options) -> None:
     """Prints the table."""
     device = jax.devices()[0].device_kind
     on_gpu = jax.default_backend() == "gpu"
     bandwidth = copy_bandwidth() if on_gpu else None
-    print(f"{device}, jax {jax.__version__}, {config.heads} heads, d = {config.head_dim}")
+    print(f"{device}, jax {jax.__version__}, {options.heads} heads, d = {options.head_dim}")
     if bandwidth:
         print(f"copy bandwidth (read + write): {bandwidth / 1e12:.2f} TB/s")
-    print(HEADER, flush=True)
-    for batch in config.batches:
-        for implementation in config.implementations or (("xla", "pallas") if on_gpu else ("xla",)):
+    print(format_header(COLUMNS), flush=True)
+    for batch in options.batches:
+        for implementation in options.implementations or (
+            ("xla", "pallas") if on_gpu else ("xla",)
+        ):
             row = {"device": device, "implementation": implementation, "batch": batch}
-            row |= {"heads": config.heads, "head_dim": config.head_dim}
+            row |= {"heads": options.heads, "head_dim": options.head_dim}
             try:
-                row |= time_step(config, batch, implementation)
+                row |= time_step(options, batch, implementation)
             except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
                 row["error"] = str(error).splitlines()[0]
             else:
                 if bandwidth:
                     row["copy_share"] = row["bytes_per_s"] / bandwidth
-            print(format_row(row), flush=True)
-            if config.output:
-                config.output.parent.mkdir(parents=True, exist_ok=True)
-                with config.output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    if config.output:
-        print(f"rows appended to {config.output}")
+            print(format_row(COLUMNS, row), flush=True)
+            append_row(options.output, row)
+    if options.output:
+        print(f"rows appended to {options.output}")
 
 
-def time_step(config: Config, batch: int, implementation: str) -> dict[str, Any]:
+def time_step(options: Options, batch: int, implementation: str) -> dict[str, Any]:
     """Times of one layer's step, the bandwidth it reaches, and whether states stay in place."""
-    state_bytes = batch * config.heads * config.head_dim**2 * 4
-    layers = config.layers or max(MINIMUM_LAYERS, math.ceil(STATES_BYTES / state_bytes))
-    states, tokens = inputs(layers, batch, config.heads, config.head_dim)
+    state_bytes = batch * options.heads * options.head_dim**2 * 4
+    layers = options.layers or max(MINIMUM_LAYERS, math.ceil(STATES_BYTES / state_bytes))
+    states, tokens = inputs(layers, batch, options.heads, options.head_dim)
     function = stack(functools.partial(gated_delta_rule_2_step, implementation=implementation))
 
     def feed_back(operands, results):
@@ -106,7 +104,7 @@ def time_step(config: Config, batch: int, implementation: str) -> dict[str, Any]
         states = results[0]
         return states, tokens
 
-    times = measure(function, (states, tokens), config.repeats, next_operands=feed_back)
+    times = measure(function, (states, tokens), options.repeats, next_operands=feed_back)
     row = {
         "layers": layers,
         "clock_us": times["median_ms"] / layers * 1e3,
@@ -115,7 +113,7 @@ def time_step(config: Config, batch: int, implementation: str) -> dict[str, Any]
         "compile_s": times["compile_s"],
     }
     samples = []
-    for _ in range(config.repeats if jax.default_backend() == "gpu" else 0):
+    for _ in range(options.repeats if jax.default_backend() == "gpu" else 0):
         events = device_events(lambda: feed_back(None, function(states, tokens)))
         samples.append(sum(event.milliseconds for event in events) / layers)
     if samples:
@@ -149,33 +147,20 @@ def stack(step: Callable) -> Callable:
     return jax.jit(run, donate_argnums=0)
 
 
-COLUMNS = [
-    ("implementation", 14, ""),
-    ("batch", 5, ""),
-    ("layers", 6, ""),
-    ("step_us", 7, ".2f"),
-    ("iqr_us", 6, ".2f"),
-    ("bytes_per_s", 11, ".2e"),
-    ("copy_share", 10, ".0%"),
-    ("clock_us", 8, ".2f"),
-    ("clock_iqr_us", 12, ".2f"),
-    ("in_place", 8, ""),
-    ("compile_s", 9, ".1f"),
-]
-HEADER = "  ".join(f"{name:>{width}}" for name, width, _ in COLUMNS)
-
-
-def format_row(row: dict[str, Any]) -> str:
-    """A line of the table."""
-    cells = []
-    for name, width, style in COLUMNS:
-        value = row.get(name, "-")
-        value = str(value) if isinstance(value, (str, bool)) else format(value, style)
-        cells.append(f"{value:>{width}}")
-    return "  ".join([*cells, row.get("error", "")]).rstrip()
+COLUMNS = (
+    Column("implementation", "implementation"),
+    Column("batch", "batch"),
+    Column("layers", "layers"),
+    Column("step us", "step_us", ".2f"),
+    Column("IQR us", "iqr_us", ".2f"),
+    Column("bytes/s", "bytes_per_s", ".2e", 11),
+    Column("of copy", "copy_share", ".0%"),
+    Column("clock us", "clock_us", ".2f"),
+    Column("clock IQR us", "clock_iqr_us", ".2f"),
+    Column("in place", "in_place"),
+    Column("compile s", "compile_s", ".1f"),
+)
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("benchmark_decode.py", lambda: main(tyro.cli(Config, description=__doc__)))
-    )
+    sys.exit(run_command("benchmark_decode.py", main, Options, __doc__))

@@ -10,7 +10,6 @@ compares with the same part of gdn2, where that was timed before.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +20,27 @@ from gdn2_jax.command import require_positive, run_command
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from gdn2_jax import gated_delta_rule_2
-from gdn2_jax.models import PRESETS, ModelConfig
+from gdn2_jax.models import MIXERS, PRESETS, SCALES, ModelConfig
 from gdn2_jax.ops import Mamba3Inputs, Mamba3Weights, mamba2, mamba3
+from gdn2_jax.rows import Column, append_row, format_header, format_row
 from gdn2_jax.testing import operator_inputs
 from gdn2_jax.timing import measure
 
-NAMES = (
-    *("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3_mimo"),
-    *("attention", "sliding_window_attention"),
+COLUMNS = (
+    Column("mixer", "mixer", width=24),
+    Column("part", "part", width=8),
+    Column("median ms", "median_ms", ".3f"),
+    Column("IQR ms", "iqr_ms", ".3f", 7),
+    Column("x gdn2", "ratio", ".2f"),
+    Column("compile s", "compile_s", ".1f"),
+    Column("peak GiB", "peak_gib", ".2f"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """What to measure.
 
     Attributes:
@@ -49,8 +53,8 @@ class Config:
       output: file to append the rows to, as JSON lines.
     """
 
-    mixers: tuple[Literal[*NAMES], ...] = NAMES
-    scale: Literal["tiny", "30M", "100M", "305M", "1.3B"] | None = None
+    mixers: tuple[Literal[*MIXERS], ...] = tuple(MIXERS)
+    scale: Literal[*SCALES] | None = None
     batch: int = 8
     length: int | None = None
     implementation: Literal["xla", "pallas", "recurrent"] | None = "xla"
@@ -62,39 +66,34 @@ class Config:
         require_positive(self)
 
 
-def main(config: Config) -> None:
+def main(options: Options) -> None:
     """Prints the table."""
     on_gpu = jax.default_backend() == "gpu"
-    scale = config.scale or ("1.3B" if on_gpu else "tiny")
-    length = config.length or (4096 if on_gpu else 128)
+    scale = options.scale or ("1.3B" if on_gpu else "tiny")
+    length = options.length or (4096 if on_gpu else 128)
     device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}; {scale}, B={config.batch}, T={length}", flush=True)
-    print(
-        f"{'mixer':>24}  {'part':>8}  {'median ms':>9}  {'IQR ms':>7}  {'x gdn2':>6}  "
-        f"{'compile s':>9}  {'peak GiB':>8}"
-    )
+    print(f"{device}, jax {jax.__version__}; {scale}, B={options.batch}, T={length}", flush=True)
+    print(format_header(COLUMNS))
     first = {}
-    for mixer in config.mixers:
+    for mixer in options.mixers:
         model = dataclasses.replace(
-            PRESETS[f"{mixer}_{scale}"], implementation=config.implementation
+            PRESETS[f"{mixer}_{scale}"], implementation=options.implementation
         )
         for part, build in (("operator", operator), ("layer", layer)):
-            row = {"mixer": mixer, "part": part, "scale": scale, "batch": config.batch}
-            row |= {"length": length, "implementation": config.implementation, "device": device}
+            row = {"mixer": mixer, "part": part, "scale": scale, "batch": options.batch}
+            row |= {"length": length, "implementation": options.implementation, "device": device}
             try:
-                case = build(model, config.batch, length)
+                case = build(model, options.batch, length)
                 if case is None:
                     continue
-                row |= measure(with_gradients(case[0]), case[1:], config.repeats)
+                row |= measure(with_gradients(case[0]), case[1:], options.repeats)
             except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
                 row["error"] = str(error).splitlines()[0]
             if mixer == "gdn2" and "median_ms" in row:
                 first[part] = row["median_ms"]
-            print_row(row, first.get(part))
-            if config.output:
-                config.output.parent.mkdir(parents=True, exist_ok=True)
-                with config.output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            ratio = row["median_ms"] / first[part] if "median_ms" in row and part in first else None
+            print(format_row(COLUMNS, row | {"ratio": ratio}), flush=True)
+            append_row(options.output, row)
 
 
 def layer(model: ModelConfig, batch: int, length: int) -> tuple[Callable, tuple, jax.Array]:
@@ -180,21 +179,5 @@ def with_gradients(function: Callable) -> Callable:
     return jax.jit(run)
 
 
-def print_row(row: dict[str, Any], first: float | None) -> None:
-    """Prints a row of the table."""
-    print(f"{row['mixer']:>24}  {row['part']:>8}  ", end="")
-    if "error" in row:
-        print(row["error"], flush=True)
-        return
-    ratio = f"{row['median_ms'] / first:.2f}" if first else "-"
-    print(
-        f"{row['median_ms']:9.3f}  {row['iqr_ms']:7.3f}  {ratio:>6}  "
-        f"{row['compile_s']:9.1f}  {row['peak_gib']:8.2f}",
-        flush=True,
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(
-        run_command("benchmark_mixers.py", lambda: main(tyro.cli(Config, description=__doc__)))
-    )
+    sys.exit(run_command("benchmark_mixers.py", main, Options, __doc__))

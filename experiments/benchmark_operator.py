@@ -13,7 +13,6 @@ a large copy, measured in the same process.
 
 import dataclasses
 import importlib
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,10 +23,10 @@ from gdn2_jax.command import require_positive, run_command
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops import Implementation
+from gdn2_jax.rows import Column, append_row, format_header, format_row
 from gdn2_jax.testing import ERROR_BOUNDS, operator_inputs
 from gdn2_jax.timing import copy_bandwidth, measure, spread
 
@@ -44,7 +43,7 @@ MEMORY_SHAPE = (1, 4096, 4, 128)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """What to measure.
 
     Attributes:
@@ -70,28 +69,25 @@ class Config:
             parse_shape(shape)
 
 
-def main(config: Config) -> None:
+def main(options: Options) -> None:
     """Prints the table."""
     on_gpu = jax.default_backend() == "gpu"
     bandwidth = copy_bandwidth() if on_gpu else None
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     if bandwidth:
         print(f"copy bandwidth (read + write): {bandwidth / 1e12:.2f} TB/s", flush=True)
-    print_header()
+    print(format_header(COLUMNS))
     rows = []
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
         print_row(row)
-        if config.output:
-            config.output.parent.mkdir(parents=True, exist_ok=True)
-            with config.output.open("a") as file:
-                file.write(json.dumps({"device": jax.devices()[0].device_kind, **row}) + "\n")
+        append_row(options.output, {"device": jax.devices()[0].device_kind, **row})
 
     cases = GPU_CASES if on_gpu else CPU_CASES
-    if config.shapes:
-        shapes = [parse_shape(shape) for shape in config.shapes]
-        cases = [(s, dtype, config.implementations) for s in shapes for dtype in config.dtypes]
+    if options.shapes:
+        shapes = [parse_shape(shape) for shape in options.shapes]
+        cases = [(s, dtype, options.implementations) for s in shapes for dtype in options.dtypes]
     for shape, dtype, implementations in cases:
         arguments, cotangents = inputs(shape, dtype)
         for implementation in implementations:
@@ -101,7 +97,7 @@ def main(config: Config) -> None:
             ):
                 row = label(implementation, shape, dtype, name)
                 try:
-                    row |= measure(function, operands, config.repeats)
+                    row |= measure(function, operands, options.repeats)
                 except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
                     add(row | {"error": str(error).splitlines()[0]})
                     continue
@@ -110,16 +106,16 @@ def main(config: Config) -> None:
                 if bandwidth:
                     row["floor_ms"] = traffic(arguments, name) / bandwidth * 1e3
                 add(row)
-        for peer in config.peers:
-            for row in time_peer(peer, arguments, config.repeats):
+        for peer in options.peers:
+            for row in time_peer(peer, arguments, options.repeats):
                 add(dict(label(peer, shape, dtype, row.pop("pass")), **row))
-    if not config.shapes:
+    if not options.shapes:
         for row in memory_rows():
             add(row)
     for line in summary(rows):
         print(line)
-    if config.output:
-        print(f"rows appended to {config.output}")
+    if options.output:
+        print(f"rows appended to {options.output}")
 
 
 def parse_shape(text: str) -> Shape:
@@ -274,41 +270,28 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-COLUMNS = [
-    ("implementation", 14, ""),
-    ("shape", 20, ""),
-    ("dtype", 9, ""),
-    ("pass", 19, ""),
-    ("median_ms", 9, ".3f"),
-    ("iqr_ms", 7, ".3f"),
-    ("floor_ms", 8, ".3f"),
-    ("compile_s", 9, ".1f"),
-    ("temp_ratio", 13, ".2f"),
-    ("peak_gib", 8, ".2f"),
-]
-
-
-def print_header() -> None:
-    """Prints the names of the columns, and of the ratio to the floor."""
-    names = {"temp_ratio": "temp / inputs", "median_ms": "median ms", "iqr_ms": "IQR ms"}
-    names |= {"floor_ms": "floor ms", "compile_s": "compile s", "peak_gib": "peak GiB"}
-    print("  ".join(f"{names.get(key, key):>{width}}" for key, width, _ in COLUMNS), "   x floor")
+COLUMNS = (
+    Column("implementation", "implementation"),
+    Column("shape", "shape_text", width=20),
+    Column("dtype", "dtype", width=9),
+    Column("pass", "pass", width=19),
+    Column("median ms", "median_ms", ".3f"),
+    Column("IQR ms", "iqr_ms", ".3f", 7),
+    Column("floor ms", "floor_ms", ".3f"),
+    Column("compile s", "compile_s", ".1f"),
+    Column("temp / inputs", "temp_ratio", ".2f"),
+    Column("peak GiB", "peak_gib", ".2f"),
+    Column("x floor", "floors", ".1f"),
+)
 
 
 def print_row(row: dict[str, Any]) -> None:
     """Prints a row of the table."""
-    cells = []
-    for key, width, style in COLUMNS:
-        value = row.get(key)
-        value = ",".join(map(str, value)) if key == "shape" else value
-        cells.append(f"{'-' if value is None else format(value, style):>{width}}")
-    floor = row.get("floor_ms")
-    cells.append(f"{row['median_ms'] / floor:9.1f}" if floor else f"{'-':>9}")
-    cells.append(row.get("error", ""))
-    print("  ".join(cells).rstrip(), flush=True)
+    shown = row | {"shape_text": ",".join(map(str, row["shape"]))}
+    if "floor_ms" in row:
+        shown["floors"] = row["median_ms"] / row["floor_ms"]
+    print(format_row(COLUMNS, shown), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("benchmark_operator.py", lambda: main(tyro.cli(Config, description=__doc__)))
-    )
+    sys.exit(run_command("benchmark_operator.py", main, Options, __doc__))

@@ -34,9 +34,7 @@ that efficiency is that of one machine.
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import os
 import re
 import sys
 import time
@@ -49,12 +47,12 @@ from gdn2_jax.command import require_positive, run_command
 
 import jax
 import numpy as np
-import tyro
-from benchmark_training import compile_step, random_batch, read_rows, say
+from benchmark_training import compile_step, random_batch, say
 
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS, ModelConfig
 from gdn2_jax.parallel import MeshConfig, batch_sharding, make_mesh
+from gdn2_jax.rows import Column, append_row, format_header, format_row, markdown_table, read_rows
 from gdn2_jax.timing import Event, device_events, peak_gib
 from gdn2_jax.training import OptimizerConfig, TrainingConfig, check_mesh
 from gdn2_jax.training.step import initial_state, state_shardings
@@ -75,7 +73,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """What to measure.
 
     Attributes:
@@ -134,26 +132,27 @@ class Run(NamedTuple):
     timed: bool = True
 
 
-def main(config: Config) -> None:
+def main(options: Options) -> None:
     """Prints a line for each mesh, writes rows and figure."""
     start = time.monotonic()
-    # Before the first use of the device; JAX would leave a quarter of it unused.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
-    device, runs = jax.devices()[0].device_kind, plan(config)
+    device, runs = jax.devices()[0].device_kind, plan(options)
     slug = re.sub(r"\W+", "-", device.lower())
-    output = config.output or Path(__file__).parent / "results" / "scaling" / f"{slug}.jsonl"
+    output = options.output or Path(__file__).parent / "results" / "scaling" / f"{slug}.jsonl"
     output.parent.mkdir(parents=True, exist_ok=True)
     rows, late, failed = read_rows(output), [], []
-    print(f"{device}, jax {jax.__version__}; rows go to {output}\n{HEADER}", flush=True)
+    print(
+        f"{device}, jax {jax.__version__}; rows go to {output}\n{format_header(COLUMNS)}",
+        flush=True,
+    )
 
     def done(run: Run) -> dict[str, Any] | None:
         return latest(rows, key_of(run, device))
 
     def in_time() -> bool:
-        return time.monotonic() - start < config.minutes * 60
+        return time.monotonic() - start < options.minutes * 60
 
     differing = False
-    for group in itertools.batched(runs, config.together):
+    for group in itertools.batched(runs, options.together):
         todo = [run for run in group if not done(run)]
         with ThreadPoolExecutor(len(group)) as pool:
             # Nothing runs while others compile, which would disturb it.
@@ -163,10 +162,9 @@ def main(config: Config) -> None:
         for run in group:
             if id(run) in compiled and in_time():
                 say(f"{label(key_of(run, device))}: running")
-                row = key_of(run, device) | measure(run, compiled.pop(id(run)), config.steps)
+                row = key_of(run, device) | measure(run, compiled.pop(id(run)), options.steps)
                 rows.append(row)
-                with output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(output, row)
                 if "error" in row:
                     failed.append(label(row))
                     print(f"{label(row):<36}  {row['error']}", flush=True)
@@ -180,7 +178,7 @@ def main(config: Config) -> None:
     for readme in (output.with_name("README.md"), README):
         renew_table(readme, output.name, table(rows))
     if late:
-        print(f"not measured within {config.minutes:g} minutes, run again: {'; '.join(late)}")
+        print(f"not measured within {options.minutes:g} minutes, run again: {'; '.join(late)}")
     if failed:
         print(f"failed, see above: {'; '.join(failed)}")
     if differing:
@@ -189,17 +187,17 @@ def main(config: Config) -> None:
         raise SystemExit("some meshes could not be measured, see above")
 
 
-def plan(config: Config) -> list[Run]:
+def plan(options: Options) -> list[Run]:
     """What to measure: what is worth most first, but references before what they are set against."""
-    on_gpu, devices = jax.default_backend() == "gpu", config.devices
+    on_gpu, devices = jax.default_backend() == "gpu", options.devices
     if devices is None:
         devices = jax.device_count()
     if not 1 <= devices <= jax.device_count():
         raise SystemExit(f"devices: expected 1 to {jax.device_count()}, got {devices}")
-    tokens = config.tokens or (16384 if on_gpu else 256)
-    length = config.length or (4096 if on_gpu else 128)
-    sequences = config.sequences or ((131072, 524288) if on_gpu else (512,))
-    if not config.sequences:
+    tokens = options.tokens or (16384 if on_gpu else 256)
+    length = options.length or (4096 if on_gpu else 128)
+    sequences = options.sequences or ((131072, 524288) if on_gpu else (512,))
+    if not options.sequences:
         sequences = tuple(x for x in sequences if x <= devices * LONGEST_SPAN)
     if tokens % length:
         raise SystemExit(f"length: expected a divisor of {tokens} tokens, got {length}")
@@ -208,9 +206,9 @@ def plan(config: Config) -> list[Run]:
             f"sequences: expected multiples of {devices**2}, so that {devices} devices divide a "
             f"device's span too, got {wrong[0]}"
         )
-    name = config.model or ("swa_gdn2_1.3B" if on_gpu else "tiny")
-    options = ("remat", "unroll", "implementation")
-    changes = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
+    name = options.model or ("swa_gdn2_1.3B" if on_gpu else "tiny")
+    of_model = ("remat", "unroll", "implementation")
+    changes = {x: getattr(options, x) for x in of_model if getattr(options, x) is not None}
     model = dataclasses.replace(PRESETS[name], **changes)
     rows = tokens // length
 
@@ -220,17 +218,17 @@ def plan(config: Config) -> list[Run]:
         return runs
     meshes = [
         Run(name, training_config(model, sizes, batch, length))
-        for sizes in batch_meshes(config.axes, devices, math.gcd(*model.tensor_axes.values()))
+        for sizes in batch_meshes(options.axes, devices, math.gcd(*model.tensor_axes.values()))
     ]
     if meshes:
         same = training_config(model, alone, batch, length, accumulation=devices)
         runs.append(Run(name, same, timed=False))
 
     sizes, long_runs = MeshConfig(data=1, sequence=devices), []
-    for sequence in sorted(sequences) if "sequence" in config.axes else ():
+    for sequence in sorted(sequences) if "sequence" in options.axes else ():
         span, of = sequence // devices, model
         if span > tokens:
-            of = dataclasses.replace(model, remat=config.long_remat)
+            of = dataclasses.replace(model, remat=options.long_remat)
         long_runs += [
             Run(name, training_config(of, alone, 1, span)),
             Run(name, training_config(of, sizes, 1, sequence)),
@@ -370,9 +368,16 @@ def covered(events: list[Event]) -> float:
     return total
 
 
-HEADER = (
-    f"{'mesh, tokens x sequences':<36}{'tokens/s a device':>18}{'efficiency':>11}{'collectives':>12}"
-    f"{'exposed':>9}{'GiB':>8}{'last loss':>10}  differs from one device's by"
+COLUMNS = (
+    Column("mesh, tokens x sequences", "label", width=-36),
+    Column("tokens/s a device", "tokens_per_second", ",.0f"),
+    Column("efficiency", "efficiency", ".1%"),
+    Column("collectives", "collectives", ".1%"),
+    Column("exposed", "exposed", ".1%"),
+    Column("GiB", "peak_gib", ".1f", 6),
+    Column("last loss", "loss", ".5f"),
+    Column("loss differs by", "loss_error", ".1e"),
+    Column("gradient norm by", "norm_error", ".1e"),
 )
 
 
@@ -420,51 +425,45 @@ def differences(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[float,
     )
 
 
+def shown(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row with what the tables show of it and of the rows of one device."""
+    several = set(row["mesh"].values()) != {1}
+    shown = row | {"label": label(row), "loss": row["losses"][-1]}
+    if not several:
+        shown |= {"collectives": None, "exposed": None}
+    elif "tokens_per_second" in row:
+        shown["efficiency"] = efficiency(rows, row)
+    if errors := differences(rows, row):
+        shown |= {"loss_error": errors[0], "norm_error": errors[1]}
+    return shown
+
+
 def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     """Prints a line of the table; whether losses or gradients are not those of one device."""
-    line, several = f"{label(row):<36}", set(row["mesh"].values()) != {1}
-    if "tokens_per_second" in row:
-        share = efficiency(rows, row)
-        shown = f"{share:.1%}" if share and several else ""
-        line += f"{row['tokens_per_second']:18,.0f}{shown:>11}"
-        # Rows of earlier versions do not know what is exposed.
-        exposed = f"{row['exposed']:.1%}" if "exposed" in row else ""
-        line += f"{row['collectives']:12.1%}{exposed:>9}"
-    else:
-        line += " " * 50
-    line += f"{row['peak_gib']:8.2f}{row['losses'][-1]:10.5f}"
+    row = shown(row, rows)
     agree = True
-    if errors := differences(rows, row):
+    if "loss_error" in row:
         bounds = TOLERANCES[PRESETS[row["model"]].dtype]
+        errors = row["loss_error"], row["norm_error"]
         agree = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
-        line += "  {:.1e} (loss), {:.1e} (gradient norm)".format(*errors)
-        line += "" if agree else ", TOO MUCH"
-    print(line, flush=True)
+    print(format_row(COLUMNS, row) + ("" if agree else ", TOO MUCH"), flush=True)
     return not agree
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The latest row of each mesh and size as Markdown, without those that are only references."""
-    head = ("mesh, tokens x sequences", "tokens/s a device", "efficiency", "collectives", "exposed")
-    head += ("GiB", "loss differs by", "gradient norm by")
-    lines = [head, ("---",) * len(head)]
+    columns = [column for column in COLUMNS if column.key != "loss"]
+    lines = []
     for row in {label(row): row for row in rows if "error" not in row}.values():
-        several, cells = set(row["mesh"].values()) != {1}, [label(row), "", "", "", ""]
-        if not several and "tokens_per_second" not in row:
-            continue
-        if "tokens_per_second" in row:
-            cells[1] = f"{row['tokens_per_second']:,.0f}"
-            if several:
-                share = efficiency(rows, row)
-                cells[2] = f"{share:.1%}" if share else ""
-                cells[3:] = [
-                    f"{row[x]:.1%}" if x in row else "" for x in ("collectives", "exposed")
+        if "tokens_per_second" in row or set(row["mesh"].values()) != {1}:
+            cells = shown(row, rows)
+            lines.append(
+                [
+                    "" if cells.get(column.key) is None else format(cells[column.key], column.style)
+                    for column in columns
                 ]
-        errors = differences(rows, row)
-        cells.append(f"{row['peak_gib']:.1f}")
-        cells += [f"{error:.1e}" for error in errors] if errors else ["", ""]
-        lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+            )
+    return markdown_table([column.name for column in columns], lines)
 
 
 def renew_table(readme: Path, name: str, table: str) -> None:
@@ -506,6 +505,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("benchmark_scaling.py", lambda: main(tyro.cli(Config, description=__doc__)))
-    )
+    sys.exit(run_command("benchmark_scaling.py", main, Options, __doc__, gpu_memory=0.93))

@@ -11,15 +11,13 @@ each kernel goes to the module whose operation the compiler names it after, so a
 for one of the operations in it. A norm's time is added
 to the layer that it feeds, and the time of recomputation to the module that is recomputed.
 
-Rows are appended to --output; what it already holds is not measured again unless --again is given.
+Rows are appended to --output; what it already holds is not measured again unless --again True is given.
 The figure beside it draws all its rows.
 """
 
 import collections
 import dataclasses
 import functools
-import json
-import os
 import re
 import sys
 import threading
@@ -33,16 +31,22 @@ from gdn2_jax.command import require_positive, run_command
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.sharding import Mesh
 
 from gdn2_jax.data import DataConfig
-from gdn2_jax.models import PRESETS, ModelConfig
+from gdn2_jax.models import PRESETS, Batch, ModelConfig
 from gdn2_jax.parallel import batch_sharding, make_mesh
+from gdn2_jax.rows import Column, append_row, format_header, format_row, read_rows
 from gdn2_jax.timing import Event, device_events, matmul_rate, peak_gib, spread
 from gdn2_jax.training import TrainingConfig
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
-from gdn2_jax.training.step import abstract_state, initial_state, jit_train_step, state_shardings
+from gdn2_jax.training.step import (
+    abstract_batch,
+    abstract_state,
+    initial_state,
+    jit_train_step,
+    state_shardings,
+)
 
 PARTS = ("mixer", "attention", "MLP", "embedding + loss", "optimizer", "other")
 
@@ -59,7 +63,7 @@ PAPER = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """What to measure.
 
     Attributes:
@@ -97,55 +101,51 @@ class Config:
         require_positive(self, operations=0)
 
 
-def main(config: Config) -> None:
+def main(options: Options) -> None:
     """Prints the table and the parts, writes rows and figure."""
-    # Before the first use of the device; JAX would leave a quarter of it unused.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     on_gpu = jax.default_backend() == "gpu"
     device = jax.devices()[0].device_kind
     if jax.device_count() > 1:
         device = f"{jax.device_count()} x {device}"
-    names = config.models or (("swa_gdn2_1.3B",) if on_gpu else ("tiny",))
-    lengths = config.lengths or (PAPER_LENGTHS if on_gpu else (64, 128))
-    tokens = config.tokens or (16384 if on_gpu else 512)
+    names = options.models or (("swa_gdn2_1.3B",) if on_gpu else ("tiny",))
+    lengths = options.lengths or (PAPER_LENGTHS if on_gpu else (64, 128))
+    tokens = options.tokens or (16384 if on_gpu else 512)
     for length in lengths:
         if length < 1 or tokens % length:
             raise SystemExit(f"lengths: expected divisors of {tokens} tokens, got {length}")
     slug = re.sub(r"\W+", "-", device.lower())
-    output = config.output or Path(__file__).parent / "results" / "training" / f"{slug}.jsonl"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = options.output or Path(__file__).parent / "results" / "training" / f"{slug}.jsonl"
 
     rate = matmul_rate(8192 if on_gpu else 512)
     print(f"{device}, jax {jax.__version__}, bf16 product {rate / 1e12:.4g} TFLOP/s")
-    print(f"{tokens} tokens a step; rows go to {output}\n{HEADER}", flush=True)
+    print(f"{tokens} tokens a step; rows go to {output}\n{format_header(COLUMNS)}", flush=True)
     rows = read_rows(output)
-    options = ("remat", "unroll", "implementation")
-    changes = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
+    of_model = ("remat", "unroll", "implementation")
+    changes = {x: getattr(options, x) for x in of_model if getattr(options, x) is not None}
     with ThreadPoolExecutor(len(lengths)) as pool:
         for name in names:
             model = dataclasses.replace(PRESETS[name], **changes)
             todo = []
             for length in lengths:
                 key = {"device": device, "jax": jax.__version__, "model": name}
-                key |= {"length": length, "batch": tokens // length, "graphs": not config.profile}
-                key |= {option: getattr(model, option) for option in options}
+                key |= {"length": length, "batch": tokens // length, "graphs": not options.profile}
+                key |= {x: getattr(model, x) for x in of_model}
                 done = [row for row in rows if key.items() <= row.items() and "error" not in row]
-                if done and not config.again:
-                    print_row(done[-1], config.operations)
+                if done and not options.again:
+                    print_row(done[-1], options.operations)
                 else:
                     todo.append((key, training_config(model, length, tokens)))
             # The lengths of a model compile at once, before any of them runs.
             steps = [
-                pool.submit(compile_step, training, make_mesh(), config.profile)
+                pool.submit(compile_step, training, make_mesh(), options.profile)
                 for _, training in todo
             ]
             wait(steps)
             for (key, training), step in zip(todo, steps, strict=True):
-                row = key | {"bf16_product_flops": rate} | measure(config, training, step)
+                row = key | {"bf16_product_flops": rate} | measure(options, training, step)
                 rows.append(row)
-                with output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print_row(row, config.operations)
+                append_row(output, row)
+                print_row(row, options.operations)
     figure = output.with_suffix(".png")
     draw(rows, figure)
     print(f"rows appended to {output}, figure in {figure}")
@@ -177,7 +177,7 @@ def compile_step(
     size += f" on {axes}" if axes else ""
     say(f"{size}: compiling")
     start = time.perf_counter()
-    batch = jax.eval_shape(functools.partial(random_batch, training))
+    batch = abstract_batch(training, mesh, training.accumulation)
     with TRACING:
         lowered = jit_train_step(training, mesh).lower(abstract_state(training, mesh), batch)
     graphs = {"xla_gpu_enable_command_buffer": ""} if profile else None
@@ -187,7 +187,7 @@ def compile_step(
     return step, seconds
 
 
-def measure(config: Config, training: TrainingConfig, compiled: Future) -> dict[str, Any]:
+def measure(options: Options, training: TrainingConfig, compiled: Future) -> dict[str, Any]:
     """Time, rates and memory of the step, and what its parts take."""
     mesh, model, length = make_mesh(), training.model, training.data.sequence_length
     try:
@@ -203,12 +203,12 @@ def measure(config: Config, training: TrainingConfig, compiled: Future) -> dict[
 
         losses = [float(run(1).loss), float(run(1).loss)]
         samples = []
-        for _ in range(config.repeats):
+        for _ in range(options.repeats):
             start = time.perf_counter()
-            jax.block_until_ready(run(config.steps))
-            samples.append((time.perf_counter() - start) / config.steps * 1e3)
+            jax.block_until_ready(run(options.steps))
+            samples.append((time.perf_counter() - start) / options.steps * 1e3)
         losses.append(float(run(1).loss))
-        events = device_events(lambda: run(3)) if config.profile else []
+        events = device_events(lambda: run(3)) if options.profile else []
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     row = {**spread(samples), "compile_s": compile_s, "peak_gib": peak_gib(step), "losses": losses}
@@ -228,17 +228,12 @@ def state_maker(model: ModelConfig) -> Callable:
     return jax.jit(make, out_shardings=state_shardings(training, mesh))
 
 
-def random_batch(training: TrainingConfig) -> dict[str, jax.Array]:
+def random_batch(training: TrainingConfig) -> Batch:
     """A batch such as the data pipeline gives."""
     shape = (training.accumulation, training.microbatch_size, training.data.sequence_length)
     keys = jax.random.split(jax.random.key(1))
     inputs, targets = (jax.random.randint(key, shape, 0, training.model.vocab_size) for key in keys)
-    return {
-        "inputs": inputs,
-        "targets": targets,
-        "segment_ids": jnp.ones(shape, jnp.int32),
-        "weights": jnp.ones(shape, jnp.float32),
-    }
+    return Batch(inputs, targets, jnp.ones(shape))
 
 
 def operation_names(compiled: str) -> dict[str, str]:
@@ -310,32 +305,27 @@ def short_name(scopes: list[str]) -> str:
     return "/".join(scope for scope in scopes if scope not in hidden)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of the output, none if it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
-
-
-HEADER = (
-    f"{'model':<18}{'T x B':>11}{'tokens/s':>11}{'ms':>9}{'IQR':>7}"
-    f"{'MFU':>8}{'of product':>11}{'GiB':>7}{'compile s':>10}"
+COLUMNS = (
+    Column("model", "model", width=-18),
+    Column("T x B", "size", width=9),
+    Column("tokens/s", "tokens_per_second", ",.0f", 9),
+    Column("ms", "median_ms", ".1f", 7),
+    Column("IQR", "iqr_ms", ".1f", 5),
+    Column("MFU", "mfu", ".1%", 6),
+    Column("of product", "share", ".1%"),
+    Column("GiB", "peak_gib", ".1f", 5),
+    Column("compile s", "compile_s", ".0f"),
 )
 
 
 def print_row(row: dict[str, Any], operations: int) -> None:
     """Prints a line of the table and what the step's time went into."""
-    line = f"{row['model']:<18}{row['length']:>7} x{row['batch']:>2}"
-    if "error" in row:
-        print(f"{line}  {row['error']}", flush=True)
-        return
-    peak = peak_flops(row["device"].split(" x ")[-1])
-    utilisation = f"{row['model_flops'] / peak:8.1%}" if peak else f"{'-':>8}"
-    print(
-        f"{line}{row['tokens_per_second']:11,.0f}{row['median_ms']:9.1f}{row['iqr_ms']:7.1f}"
-        f"{utilisation}{row['model_flops'] / row['bf16_product_flops']:11.1%}"
-        f"{row['peak_gib']:7.1f}{row['compile_s']:10.0f}"
-    )
+    shown = row | {"size": f"{row['length']} x {row['batch']}"}
+    if "model_flops" in row:
+        shown["share"] = row["model_flops"] / row["bf16_product_flops"]
+        if peak := peak_flops(row["device"].split(" x ")[-1]):
+            shown["mfu"] = row["model_flops"] / peak
+    print(format_row(COLUMNS, shown))
     for name in ("parts_ms", "passes_ms"):
         if name in row:
             shown = (f"{part} {ms:.1f}" for part, ms in row[name].items() if ms)
@@ -377,6 +367,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("benchmark_training.py", lambda: main(tyro.cli(Config, description=__doc__)))
-    )
+    sys.exit(run_command("benchmark_training.py", main, Options, __doc__, gpu_memory=0.95))

@@ -2,7 +2,7 @@
 
     python experiments/check_fla_parity.py                   # on the CPU, by fla's naive recurrence
     python experiments/check_fla_parity.py --device cuda     # by fla's Triton kernels
-    python experiments/check_fla_parity.py --device cuda --no-backward    # compiles fewer of them
+    python experiments/check_fla_parity.py --device cuda --backward False   # compiles fewer of them
 
 Needs torch, triton (to import fla, on the CPU as well), einops, packaging, fla-core and
 flash-linear-attention (not its other dependencies). One line a tensor: the relative difference of the
@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 
 # Both frameworks share the GPU; JAX would take most of it.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -361,6 +360,4 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("check_fla_parity.py", lambda: main(tyro.cli(Options, description=__doc__)))
-    )
+    sys.exit(run_command("check_fla_parity.py", main, Options, __doc__))

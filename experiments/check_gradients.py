@@ -16,8 +16,6 @@ from typing import Literal
 
 from gdn2_jax.command import require_positive, run_command
 
-import tyro
-
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops import Implementation
 from gdn2_jax.testing import (
@@ -141,6 +139,4 @@ def check_numerically(fn, options: Options) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("check_gradients.py", lambda: main(tyro.cli(Options, description=__doc__)))
-    )
+    sys.exit(run_command("check_gradients.py", main, Options, __doc__))

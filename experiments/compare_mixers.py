@@ -26,17 +26,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
 
-from gdn2_jax.command import out_of_memory, run_command
+from gdn2_jax.command import out_of_memory, read_options, run_command
 
 import jax
 import tyro
-from absl import flags
 from tqdm import tqdm
 
 from gdn2_jax.data import load_tokenizer, path_options, prepare
-from gdn2_jax.models import PRESETS as MODELS
-from gdn2_jax.models import model_sizes
+from gdn2_jax.models import SCALES, model_sizes
 from gdn2_jax.parallel import make_mesh
+from gdn2_jax.rows import markdown_table
 from gdn2_jax.training import (
     PRESETS,
     CheckpointError,
@@ -55,7 +54,6 @@ from gdn2_jax.training import (
 from gdn2_jax.training.flops import training_flops_per_token
 from gdn2_jax.training.metrics import read_metrics
 
-SCALES = {"tiny": "tiny", "30M": "gdn2_30M", "1.3B": "gdn2_1.3B"}
 ALL = ("gdn2", "kda", "gdn", "deltanet", "mamba2", "mamba3", "mamba3_mimo", "attention")
 COLUMNS = (
     *("run", "parameters", "state a layer", "cache a layer", "tokens", "training loss"),
@@ -65,8 +63,6 @@ COLUMNS = (
 
 def main(arguments: list[str]) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
-    # grain hands absl's flags to its workers, which absl allows only after parsing.
-    flags.FLAGS.mark_as_parsed()
     try:
         runs, directory, results = parse(arguments)
         # Mesh and data are the same for every run, so they are checked once, before compiling.
@@ -114,7 +110,7 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
         scale, *options = arguments
     if scale not in SCALES:
         raise ValueError(f"expected a scale, one of {', '.join(SCALES)}, got {scale!r}")
-    preset = PRESETS[SCALES[scale]]
+    preset = PRESETS[f"gdn2_{scale}"]
     if any(re.match(r"--model\.(mixer|mixer\.kind|hybrid)(=|$)", option) for option in options):
         raise ValueError("model.mixer, model.hybrid: expected no value, --models chooses them")
 
@@ -136,12 +132,11 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
         """
         return config, models, seeds, directory, results or directory
 
-    config, models, seeds, directory, results = tyro.cli(
+    config, models, seeds, directory, results = read_options(
         command,
-        args=path_options(options),
+        path_options(options),
         prog=f"compare_mixers.py {scale}",
         description=__doc__.format(scales=", ".join(SCALES)),
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )
     # What was changed in the preset's model is changed in every model, and what was changed in its
     # mixer in every mixer of that class.
@@ -160,10 +155,10 @@ def parse(arguments: list[str]) -> tuple[dict[str, TrainingConfig], Path, Path]:
         raise ValueError("models, seeds: expected at least one of each")
     runs = {}
     for model in models:
-        if f"{model}_{scale}" not in MODELS:
-            known = [name.removesuffix(f"_{scale}") for name in MODELS if name.endswith(scale)]
+        if f"{model}_{scale}" not in PRESETS:
+            known = [name.removesuffix(f"_{scale}") for name in PRESETS if name.endswith(scale)]
             raise ValueError(f"models: expected some of {', '.join(known)}, got {model!r}")
-        own = MODELS[f"{model}_{scale}"]
+        own = PRESETS[f"{model}_{scale}"].model
         same = {n: p for n, p in parts.items() if type(getattr(own, n)) is type(getattr(old, n))}
         replaced = {n: dataclasses.replace(getattr(own, n), **p) for n, p in same.items()}
         for seed in seeds:
@@ -238,22 +233,23 @@ def write(directory: Path, rows: list[dict], curves: list[dict], arguments: list
 
 def table(rows: list[dict]) -> str:
     """The results in Markdown; a line for each run."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines = []
     for row in rows:
         name = row["run"] if row["finished"] else f"{row['run']} (unfinished)"
         losses = [row[key] for key in ("loss", "validation_loss", "bits_per_byte")]
-        cells = [
-            name,
-            f"{row['parameters']:,}",
-            f"{row['state']:,}" if row["state"] else "-",
-            f"{row['cache']:,}",
-            f"{row['tokens']:,}",
-            *("-" if loss is None else f"{loss:.4f}" for loss in losses),
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['flops_per_token'] / 1e9:.3g}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                name,
+                f"{row['parameters']:,}",
+                f"{row['state']:,}" if row["state"] else "-",
+                f"{row['cache']:,}",
+                f"{row['tokens']:,}",
+                *("-" if loss is None else f"{loss:.4f}" for loss in losses),
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['flops_per_token'] / 1e9:.3g}",
+            ]
+        )
+    return markdown_table(COLUMNS, lines)
 
 
 def plot(rows: list[dict], curves: list[dict], path: Path) -> None:

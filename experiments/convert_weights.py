@@ -110,6 +110,4 @@ def main(options: Options) -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command("convert_weights.py", lambda: main(tyro.cli(Options, description=__doc__)))
-    )
+    sys.exit(run_command("convert_weights.py", main, Options, __doc__))

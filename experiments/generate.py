@@ -117,10 +117,4 @@ def main(options: Options) -> int | str:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command(
-            "generate.py",
-            lambda: main(tyro.cli(Options, description=__doc__)),
-            keep_programs=True,
-        )
-    )
+    sys.exit(run_command("generate.py", main, Options, __doc__, keep_programs=True))

@@ -307,7 +307,7 @@ def read_out(run: Spec, params, job: Job) -> dict:
     )
     results = {"recall": recall._asdict(), "position": position._asdict()}
     if config.model.mixer.kind == "gdn2":
-        batch = np.stack([some[i]["inputs"] for i in range(min(8, len(some)))])
+        batch = np.stack([some[i].inputs for i in range(min(8, len(some)))])
         results["gates"] = gate_statistics(config.model, params, batch)._asdict()
     return results
 

@@ -4,7 +4,8 @@
     python experiments/plan_memory.py --models swa_gdn2_1.3B --devices 16 --length 4096 --rows 4
     python experiments/plan_memory.py --models tiny --devices 8 --check True
 
---check compiles each step for simulated CPU devices, too, and shows the compiler's own count.
+--check True compiles each step for simulated CPU devices, too, and shows the compiler's own count and
+the share of it that was predicted.
 """
 
 import dataclasses
@@ -15,11 +16,11 @@ from typing import Literal
 from gdn2_jax.command import require_positive, run_command
 
 import jax
-import tyro
 
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS
 from gdn2_jax.parallel import MeshConfig, batch_shards, make_mesh
+from gdn2_jax.rows import Column, format_header, format_row
 from gdn2_jax.timing import peak_gib
 from gdn2_jax.training import TrainingConfig, check_mesh
 from gdn2_jax.training.memory import Memory, predict_memory
@@ -29,7 +30,7 @@ DEFAULT = ("swa_gdn2_tiny", "swa_gdn2_30M", "swa_gdn2_100M", "swa_gdn2_305M", "s
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """What to plan.
 
     Attributes:
@@ -51,35 +52,41 @@ class Config:
         require_positive(self)
 
 
-def main(config: Config) -> None:
+def main(options: Options) -> None:
     """Prints a line for each model and mesh."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", config.devices)
-    print(f"GiB on each of {config.devices} devices, {config.length} tokens x {config.rows} rows")
-    names = "".join(f"{name:>13}" for name in Memory._fields)
-    print(f"{'model':<16}{'mesh':<20}{names}{'total':>9}", flush=True)
-    for name in config.models:
-        for label, sizes in meshes(config.devices).items():
+    jax.config.update("jax_num_cpu_devices", options.devices)
+    print(
+        f"GiB on each of {options.devices} devices, {options.length} tokens x {options.rows} rows"
+    )
+    columns = [Column("model", "model", width=-16), Column("mesh", "mesh", width=-18)]
+    columns += [Column(name, name, ".3f", 9) for name in (*Memory._fields, "total")]
+    if options.check:
+        columns += [Column("compiled", "compiled", ".3f"), Column("predicted", "share", ".0%")]
+    print(format_header(columns), flush=True)
+    for name in options.models:
+        for label, sizes in meshes(options.devices).items():
             mesh = make_mesh(sizes)
             training = TrainingConfig(
                 model=PRESETS[name],
-                data=DataConfig(sequence_length=config.length),
+                data=DataConfig(sequence_length=options.length),
                 steps=1000,
-                global_batch_size=config.rows * batch_shards(mesh),
+                global_batch_size=options.rows * batch_shards(mesh),
             )
+            row = {"model": name, "mesh": label}
             try:
                 check_mesh(training, mesh)
             except ValueError as error:
-                print(f"{name:<16}{label:<20}  {error}")
+                print(format_row(columns, row | {"error": str(error)}))
                 continue
-            memory = [size / 2**30 for size in predict_memory(training, mesh)]
-            line = f"{name:<16}{label:<20}" + "".join(f"{size:13.3f}" for size in memory)
-            line += f"{sum(memory):9.3f}"
-            if config.check:
-                compiled = peak_gib(compile_train_step(training, mesh))
-                line += f"  compiled {compiled:.3f}, predicted {sum(memory) / compiled:.2f} of it"
-            print(line, flush=True)
+            memory = predict_memory(training, mesh)
+            row |= {part: size / 2**30 for part, size in memory._asdict().items()}
+            row["total"] = sum(memory) / 2**30
+            if options.check:
+                row["compiled"] = peak_gib(compile_train_step(training, mesh))
+                row["share"] = row["total"] / row["compiled"]
+            print(format_row(columns, row), flush=True)
 
 
 def meshes(devices: int) -> dict[str, MeshConfig]:
@@ -93,11 +100,4 @@ def meshes(devices: int) -> dict[str, MeshConfig]:
 
 
 if __name__ == "__main__":
-    sys.exit(
-        run_command(
-            "plan_memory.py",
-            lambda: main(
-                tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-            ),
-        )
-    )
+    sys.exit(run_command("plan_memory.py", main, Options, __doc__))

@@ -11,7 +11,6 @@ XLA are added up under "other".
 
 import collections
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from pathlib import Path
 from gdn2_jax.command import require_positive, run_command
 
 import jax
-import tyro
 from benchmark_operator import Shape, both, forward, inputs, parse_shape
 
 from gdn2_jax.ops import Implementation
+from gdn2_jax.rows import Column, append_row, format_header, format_row
 from gdn2_jax.timing import copy_bandwidth, device_events, matmul_rate
 
 CHUNK = 64
@@ -33,10 +32,17 @@ KERNELS = (
     "state_pass_backward",
     "chunk_backward",
 )
+COLUMNS = (
+    Column("stage", "stage", width=-22),
+    Column("ms", "ms", ".3f", 8),
+    Column("TB/s", "tb", ".2f"),
+    Column("of copy", "share", ".2f"),
+    Column("TFLOP/s", "tflop", ".0f"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Options:
     """What to profile.
 
     Attributes:
@@ -58,33 +64,32 @@ class Config:
             parse_shape(shape)
 
 
-def main(config: Config) -> None:
+def main(options: Options) -> None:
     """Prints a table for each shape and pass."""
     if jax.default_backend() != "gpu":
         raise SystemExit("profile_operator: expected a GPU, got " + jax.default_backend())
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     device = jax.devices()[0].device_kind
     print(f"{device}: copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
-    for text in config.shapes:
+    for text in options.shapes:
         shape = parse_shape(text)
         arguments, cotangents = inputs(shape, "bfloat16")
         for name, function, operands in (
-            ("forward", forward(config.implementation), arguments),
-            ("forward + backward", both(config.implementation), (arguments, cotangents)),
+            ("forward", forward(options.implementation), arguments),
+            ("forward + backward", both(options.implementation), (arguments, cotangents)),
         ):
-            print(f"\n{text} {name}\n{'stage':<22}{'ms':>8}{'TB/s':>8}{'of copy':>9}{'TFLOP/s':>9}")
-            rows = profile(function, operands, shape, config.repeats)
+            print(f"\n{text} {name}\n{format_header(COLUMNS)}")
+            rows = profile(function, operands, shape, options.repeats)
             rows.append({"stage": "all", "ms": sum(row["ms"] for row in rows)})
             for row in rows:
-                print_row(row, bandwidth)
-                if config.output:
-                    config.output.parent.mkdir(parents=True, exist_ok=True)
-                    with config.output.open("a") as file:
-                        file.write(
-                            json.dumps({"device": device, "shape": text, "pass": name} | row) + "\n"
-                        )
-    if config.output:
-        print(f"rows appended to {config.output}")
+                shown = dict(row)
+                if "bytes" in row:
+                    speed, flops = row["bytes"] / row["ms"] * 1e3, row["flop"] / row["ms"] * 1e3
+                    shown |= {"tb": speed / 1e12, "share": speed / bandwidth, "tflop": flops / 1e12}
+                print(format_row(COLUMNS, shown), flush=True)
+                append_row(options.output, {"device": device, "shape": text, "pass": name} | row)
+    if options.output:
+        print(f"rows appended to {options.output}")
 
 
 def profile(function: Callable, operands: tuple, shape: Shape, repeats: int) -> list[dict]:
@@ -139,17 +144,5 @@ def operations(stage: str, shape: Shape) -> int:
     return 2 * per_chunk[stage] * batch * heads * -(-length // CHUNK)
 
 
-def print_row(row: dict, bandwidth: float) -> None:
-    """Prints a stage."""
-    line = f"{row['stage']:<22}{row['ms']:8.3f}"
-    if "bytes" in row:
-        achieved = row["bytes"] / row["ms"] * 1e3
-        rate = row["flop"] / row["ms"] / 1e9
-        line += f"{achieved / 1e12:8.2f}{achieved / bandwidth:9.2f}{rate:9.0f}"
-    print(line, flush=True)
-
-
 if __name__ == "__main__":
-    sys.exit(
-        run_command("profile_operator.py", lambda: main(tyro.cli(Config, description=__doc__)))
-    )
+    sys.exit(run_command("profile_operator.py", main, Options, __doc__))

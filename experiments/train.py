@@ -9,9 +9,9 @@ r"""Trains a language model: a preset, and whatever of it you want otherwise.
     python experiments/train.py swa_gdn2_1.3B --accumulation 32 --data fineweb/ \
         --data.tokenizer tokenizer.json                          # on one GPU of 80 GB
 
-The first argument, if it is no option, is the preset: {presets}. --mixer takes the model of the same
-scale with another mixer: gdn2, kda, gdn, deltanet, mamba2, mamba3, mamba3_mimo, attention and, where
-no layer has it already, sliding_window_attention. --data is short for --data.paths. The model's vocabulary
+The first argument, if it is no option, is the preset: {presets}.
+"swa_" makes a hybrid with sliding-window attention; "tiny" alone is swa_gdn2_tiny. --mixer takes the
+preset of the same scale with another mixer. --data is short for --data.paths. The model's vocabulary
 is the tokenizer's unless --model.vocab-size is given.
 A run that was stopped or killed continues when started again; so does --run-dir alone, without the
 preset. Everything lands in --run-dir. --init-from starts from the weights and the tokenizer of a run or a
@@ -28,15 +28,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from gdn2_jax.command import out_of_memory, run_command
+from gdn2_jax.command import out_of_memory, read_options, run_command
 
 import jax
 import tyro
-from absl import flags
 
 from gdn2_jax.data import load_tokenizer, path_options
-from gdn2_jax.models import PRESETS as MODELS
-from gdn2_jax.models import matched_preset
+from gdn2_jax.models import MIXERS, SCALES, matched_preset
 from gdn2_jax.parallel import MeshConfig, join_processes
 from gdn2_jax.training import (
     PRESETS,
@@ -51,13 +49,11 @@ from gdn2_jax.training import (
 )
 from gdn2_jax.training.run import load_config
 
+NAMES = f"tiny, or [swa_]MIXER_SCALE of {', '.join(MIXERS)} and of {', '.join(SCALES)}"
+
 
 def main(arguments: list[str]) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
-    # Before the first use of a GPU, of whose memory JAX would leave a quarter unused.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    # grain hands absl's flags to its workers, which absl allows only after parsing.
-    flags.FLAGS.mark_as_parsed()
     try:
         config, directory, fit_vocabulary = parse(arguments)
         join_processes()
@@ -130,7 +126,7 @@ def parse(arguments: list[str]) -> Command:
     if arguments and not arguments[0].startswith("-"):
         preset, *options = arguments
     if preset is not None and preset not in PRESETS:
-        raise ValueError(f"expected a preset, one of {', '.join(PRESETS)}, got {preset!r}")
+        raise ValueError(f"expected a preset, {NAMES}, got {preset!r}")
     if any(re.match(r"--model\.mixer(\.kind)?(=|$)", option) for option in options):
         raise ValueError("model.mixer: expected no value; --mixer NAME keeps the model's size")
     # These decide what the other options override, so they come before them.
@@ -138,16 +134,13 @@ def parse(arguments: list[str]) -> Command:
     for option in ("mixer", "run-dir", "init-from", "model.vocab-size"):
         parser.add_argument(f"--{option}", f"--{option.replace('-', '_')}", dest=option)
     first = vars(parser.parse_known_args(options)[0])
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--mixer")
-    _, options = parser.parse_known_args(options)
 
     name = preset or "tiny"
     config, fit_vocabulary = PRESETS[name], first["model.vocab-size"] is None
     old = run_files(Path(first["run-dir"])).config if first["run-dir"] else None
     if first["mixer"]:
-        model = MODELS[matched_preset(name, first["mixer"])]
-        config, name = dataclasses.replace(config, model=model), f"{name}-{first['mixer']}"
+        config = PRESETS[matched_preset(name, first["mixer"])]
+        name = f"{name}-{first['mixer']}"
     elif preset is None and old and old.is_file():
         config, fit_vocabulary = load_config(old), False
     elif first["init-from"]:
@@ -166,23 +159,26 @@ def parse(arguments: list[str]) -> Command:
     def command(
         config: Annotated[TrainingConfig, tyro.conf.arg(name="")] = config,
         run_dir: Path = Path("runs") / name,
+        mixer: str = "",
     ):
         """Pairs what the command line gives.
 
         Args:
           config: of the run.
           run_dir: where checkpoints, metrics, plot and sample go.
+          mixer: of the model, instead of the preset's: the preset of the same scale with it.
         """
         return Command(config, run_dir, fit_vocabulary)
 
-    return tyro.cli(
+    return read_options(
         command,
-        args=path_options(options),
+        path_options(options),
         prog=f"train.py {preset or 'tiny'}",
-        description=__doc__.format(presets=", ".join(PRESETS)),
-        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+        description=__doc__.format(presets=NAMES),
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("train.py", lambda: main(sys.argv[1:]), keep_programs=True))
+    sys.exit(
+        run_command("train.py", lambda: main(sys.argv[1:]), keep_programs=True, gpu_memory=0.95)
+    )

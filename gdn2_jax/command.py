@@ -47,16 +47,44 @@ class _Terminated(BaseException):
     """SIGTERM has arrived."""
 
 
+def read_options(options: Callable, arguments: list[str] | None = None, **settings: Any) -> Any:
+    """Reads a command line. Every option takes a value, as in "--check True".
+
+    Args:
+      options: a dataclass, or a function, whose fields or arguments are the options.
+      arguments: the command line; that of the process if None.
+      **settings: for `tyro.cli`.
+
+    Returns:
+      What `options` gives.
+    """
+    import tyro
+
+    # Flags would need a second way for options that may also be None.
+    style = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    return tyro.cli(options, args=arguments, config=style, **settings)
+
+
 def run_command(
-    name: str, main: Callable[[], int | str | None], *, keep_programs: bool = False
+    name: str,
+    main: Callable[..., int | str | None],
+    options: Callable | None = None,
+    description: str | None = None,
+    *,
+    keep_programs: bool = False,
+    gpu_memory: float | None = None,
 ) -> int | str | None:
     """Runs a script. Text that the terminal cannot show is escaped.
 
     Args:
       name: of the script.
-      main: reads the command line and does the work.
+      main: does the work.
+      options: what `main` takes, for `read_options`; None if it takes nothing.
+      description: for --help.
       keep_programs: keep what is compiled in ~/.cache/gdn2_jax, unless JAX_COMPILATION_CACHE_DIR
         names another directory; not for scripts that time compilation.
+      gpu_memory: share of a GPU's memory for JAX, unless XLA_PYTHON_CLIENT_MEM_FRACTION names
+        another; by itself JAX leaves a quarter unused.
 
     Returns:
       The exit status or a message, for `sys.exit`: what `main` returned, or one line if it raised
@@ -69,10 +97,12 @@ def run_command(
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     if keep_programs and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(_compilation_cache()))
+    if gpu_memory is not None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory))
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _show_unraisable
     try:
-        return main()
+        return main() if options is None else main(read_options(options, description=description))
     except (KeyboardInterrupt, _Terminated) as stop:
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
         sys.stdout.flush()

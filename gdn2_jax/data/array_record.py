@@ -57,7 +57,7 @@ def read_array_record(path: Path, feature: str) -> Iterator[str | Integer[np.nda
                 yield _content(f"{path}: record {number}", record, feature)
         reader.close()
     except (RuntimeError, OSError, IndexError) as error:
-        raise ValueError(f"{path}: a damaged .array_record file ({error})") from error
+        raise ValueError(f"{path}: expected a whole .array_record file, got {error}") from error
 
 
 def _content(name: str, record: bytes, feature: str) -> str | Integer[np.ndarray, " N"] | None:
@@ -65,7 +65,7 @@ def _content(name: str, record: bytes, feature: str) -> str | Integer[np.ndarray
         try:
             return np.load(io.BytesIO(record), allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{name}: not a whole array of numbers ({error})") from error
+            raise ValueError(f"{name}: expected a whole array of numbers, got {error}") from error
     from google.protobuf.message import DecodeError
 
     try:
@@ -86,7 +86,9 @@ def _content(name: str, record: bytes, feature: str) -> str | Integer[np.ndarray
         try:
             return texts[0].decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: {feature!r} is not UTF-8 text ({error.reason})") from error
+            raise ValueError(
+                f"{name}: expected UTF-8 text as {feature!r}, got {error.reason}"
+            ) from error
     if texts or value.float_list.value:
         raise ValueError(f"{name}: expected one text or token ids as {feature!r}")
     return np.array(ids, np.int64)

@@ -10,6 +10,8 @@ import numpy as np
 from absl import flags
 
 from gdn2_jax.data.packing import Excerpt, PackedSequences
+from gdn2_jax.fields import require
+from gdn2_jax.models import Batch
 
 # Sequences in "endless": more than any run consumes, and grain's index arithmetic stays exact.
 _ENDLESS = 2**48
@@ -45,14 +47,12 @@ def train_iterator(
       num_workers: processes that prepare batches ahead; 0: a thread.
 
     Returns:
-      An iterator of dicts with `inputs`, `targets`, `segment_ids` (int32) and `weights`
-      (float32), each [B / P, T].
+      An iterator of `gdn2_jax.models.Batch`, each array [B / P, T].
 
     Raises:
       ValueError: if an argument is out of its range, or P does not divide B.
     """
-    if start_sequence < 0:
-        raise ValueError(f"start_sequence must be at least 0, got {start_sequence}")
+    require("start_sequence", start_sequence >= 0, "at least 0", start_sequence)
     rows = _ProcessRows(
         sequences, global_batch_size, process_index, process_count, start_sequence, None
     )
@@ -65,7 +65,6 @@ def validation_batches(
     global_batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-    num_workers: int = 0,
 ) -> grain.DatasetIterator:
     """Returns an iterator over one epoch: every sequence once.
 
@@ -77,10 +76,9 @@ def validation_batches(
       global_batch_size: as in `train_iterator`.
       process_index: as in `train_iterator`.
       process_count: as in `train_iterator`.
-      num_workers: as in `train_iterator`.
 
     Returns:
-      An iterator of dicts as `train_iterator`'s.
+      An iterator as `train_iterator`'s.
 
     Raises:
       ValueError: if an argument is out of its range, or the processes do not divide the batch.
@@ -88,12 +86,16 @@ def validation_batches(
     rows = _ProcessRows(
         sequences, global_batch_size, process_index, process_count, 0, len(sequences)
     )
-    return _iterate(rows, num_workers)
+    return _iterate(rows, num_workers=0)
 
 
 @dataclass(frozen=True)
 class _ProcessRows(grain.sources.RandomAccessDataSource):
-    """The rows that one process reads, in order; rows past `stop_sequence` have weight 0."""
+    """The rows that one process reads, in order; rows past `stop_sequence` have weight 0.
+
+    Not a slice of grain's, which takes every P-th row: a process reads a part of each batch, where
+    the mesh has it. Nor `repeat`: an epoch has its own order.
+    """
 
     sequences: PackedSequences | Excerpt
     global_batch_size: int
@@ -103,17 +105,11 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
     stop_sequence: int | None
 
     def __post_init__(self):
-        if self.global_batch_size < 1:
-            raise ValueError(f"global_batch_size must be at least 1, got {self.global_batch_size}")
-        if self.process_count < 1 or self.global_batch_size % self.process_count:
-            raise ValueError(
-                f"process_count must divide global_batch_size={self.global_batch_size}, "
-                f"got {self.process_count}"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"process_index must be in [0, {self.process_count}), got {self.process_index}"
-            )
+        size, count, index = self.global_batch_size, self.process_count, self.process_index
+        require("global_batch_size", size >= 1, "at least 1", size)
+        divides = count >= 1 and size % count == 0
+        require("process_count", divides, f"a divisor of global_batch_size {size}", count)
+        require("process_index", 0 <= index < count, f"one in [0, {count})", index)
 
     @property
     def local_batch_size(self) -> int:
@@ -125,19 +121,18 @@ class _ProcessRows(grain.sources.RandomAccessDataSource):
         batches = -(-(self.stop_sequence - self.start_sequence) // self.global_batch_size)
         return batches * self.local_batch_size
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, row: int) -> Batch:
         batch, row = divmod(row, self.local_batch_size)
         row += batch * self.global_batch_size + self.process_index * self.local_batch_size
         index = self.start_sequence + row
         if self.stop_sequence is not None and index >= self.stop_sequence:
             padding = self.sequences[self.start_sequence]
-            return {**padding, "weights": np.zeros_like(padding["weights"])}
+            return padding._replace(weights=np.zeros_like(padding.weights))
         return self.sequences[index]
 
 
 def _iterate(rows: _ProcessRows, num_workers: int) -> grain.DatasetIterator:
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+    require("num_workers", num_workers >= 0, "at least 0", num_workers)
     if not flags.FLAGS.is_parsed():
         # grain hands absl's flags to its workers, which absl allows only after parsing.
         flags.FLAGS.mark_as_parsed()

@@ -1,9 +1,10 @@
 """What a data set is made of: one dataclass, filled from the command line or by hand."""
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from gdn2_jax.fields import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,37 +63,23 @@ class DataConfig:
     def __post_init__(self):
         for name in ("paths", "validation_paths"):
             value = getattr(self, name)
-            if type(value) is str:
-                raise ValueError(f"{name} must be a tuple of strings, got the string {value!r}")
-            if "" in value:
-                raise ValueError(f"{name}: expected files or directories, got an empty name")
-        if not self.text_field:
-            raise ValueError("text_field must not be empty")
-        if not self.tokenizer:
-            raise ValueError('tokenizer must be "bytes", "train:N" or a path, got ""')
-        if self.trained_vocab_size is not None and self.trained_vocab_size < 257:
-            raise ValueError(
-                "tokenizer must be train:N with N >= 257 (256 bytes and the end of document), "
-                f"got {self.tokenizer!r}"
-            )
-        if self.end_of_document and (
-            self.tokenizer == "bytes" or self.trained_vocab_size is not None
-        ):
-            raise ValueError(
-                f"end_of_document is for a tokenizer.json; {self.tokenizer!r} has its own"
-            )
-        if self.sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, got {self.sequence_length}")
-        if not (math.isfinite(self.validation_fraction) and 0 <= self.validation_fraction < 1):
-            raise ValueError(
-                f"validation_fraction must be in [0, 1), got {self.validation_fraction}"
-            )
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
-        if not self.cache_directory:
-            raise ValueError("cache_directory must not be empty")
+            given = type(value) is not str and "" not in value
+            self._require(name, given, "a tuple of files and directories, none of them empty")
+        for name in ("text_field", "tokenizer", "cache_directory"):
+            self._require(name, getattr(self, name) != "", "a name that is not empty")
+        size = self.trained_vocab_size
+        expected = "train:N with N >= 257 (256 bytes and the end of document)"
+        self._require("tokenizer", size is None or size >= 257, expected)
+        if self.tokenizer == "bytes" or size is not None:
+            expected = f"none, as the tokenizer {self.tokenizer!r} has its own"
+            self._require("end_of_document", self.end_of_document == "", expected)
+        self._require("sequence_length", self.sequence_length >= 1, "at least 1")
+        self._require("validation_fraction", 0 <= self.validation_fraction < 1, "one in [0, 1)")
+        self._require("seed", 0 <= self.seed < 2**63, "one in [0, 2**63)")
+        self._require("num_workers", self.num_workers >= 0, "at least 0")
+
+    def _require(self, name: str, fulfilled: bool, expected: str) -> None:
+        require(f"data.{name}", fulfilled, expected, getattr(self, name))
 
     @property
     def validates(self) -> bool:
@@ -116,6 +103,8 @@ class DataConfig:
 
 def path_options(options: Sequence[str]) -> list[str]:
     """Rewrites a command line's paths so that each option for them stands once, with all paths.
+
+    tyro's aliases would let the last of repeated options win without a word.
 
     Args:
       options: of a configuration whose `data` is a `DataConfig`; "--data" is short for

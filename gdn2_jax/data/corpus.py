@@ -117,7 +117,7 @@ def prepare(config: DataConfig) -> Corpus:
     held_out = []
     if config.validation_paths:
         held_out = find_files(
-            config.validation_paths, _LOG.warning, name="validation_paths", leave_out=cache
+            config.validation_paths, _LOG.warning, name="data.validation_paths", leave_out=cache
         )
     tokenizer = None
     if config.trained_vocab_size is None:
@@ -149,8 +149,8 @@ def _pack(config: DataConfig, entry: Path, split: str, seed: int | None) -> Pack
         return PackedSequences(store, config.sequence_length, seed, config.reset_at_documents)
     except ValueError as error:
         raise ValueError(
-            f"the corpus is too small: in the {split} part (validation_fraction="
-            f"{config.validation_fraction}, {store.num_documents} documents) {error}"
+            f"data.{error} in the {split} part (validation_fraction="
+            f"{config.validation_fraction}, {store.num_documents} documents)"
         ) from error
 
 
@@ -241,12 +241,14 @@ def _build(
     count = _byte_counter(tokenizer)
     survey = _survey(files, options, count, notes.append)
     if not len(survey.sizes):
-        raise ValueError("paths: the corpus is empty, no document has any text")
+        raise ValueError("data.paths: expected text, got none in any document: the corpus is empty")
     held_out = _survey(held_out_files, options, count, notes.append)
     if held_out_files and not len(held_out.sizes):
-        raise ValueError("validation_paths: no document has any text")
+        raise ValueError("data.validation_paths: expected text, got none in any document")
     if common := np.isin(held_out.digests, survey.digests).sum():
-        notes.append(f"validation_paths: {common} of the documents are in the training text too")
+        notes.append(
+            f"data.validation_paths: {common} of the documents are in the training text too"
+        )
 
     fraction = 0 if held_out_files else config.validation_fraction
     starts = _split(survey, fraction)

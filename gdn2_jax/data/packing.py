@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from gdn2_jax.data.store import TokenStore
+from gdn2_jax.fields import require
+from gdn2_jax.models import Batch
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class PackedSequences:
       sequence_length: T.
       seed: shuffles documents and blocks; None leaves them in the order of the store.
       reset_at_documents: whether `segment_ids` number the documents along the row (from 1), so
-        that state and attention restart at each; otherwise they are all ones.
+        that state and attention restart at each; otherwise there are none.
 
     Raises:
       ValueError: if the store holds less than one block.
@@ -37,35 +39,30 @@ class PackedSequences:
     reset_at_documents: bool = False
 
     def __post_init__(self):
-        if self.sequence_length < 1:
-            raise ValueError(f"sequence_length must be at least 1, got {self.sequence_length}")
-        if len(self) == 0:
-            raise ValueError(
-                f"sequence_length={self.sequence_length} needs {self.sequence_length + 1} tokens, "
-                f"but the documents have {self.store.num_tokens}"
-            )
+        require(
+            "sequence_length",
+            1 <= self.sequence_length < max(2, self.store.num_tokens),
+            f"at least 1 and less than the documents' {self.store.num_tokens} tokens",
+            self.sequence_length,
+        )
 
     def __len__(self) -> int:
         """Sequences of one epoch."""
         return self.store.num_tokens // (self.sequence_length + 1)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns sequence `index` >= 0: the rows of a batch, each of shape [T].
+    def __getitem__(self, index: int) -> Batch:
+        """Returns sequence `index` >= 0: a row of a batch, each array of shape [T].
 
         `inputs`, `targets` and `segment_ids` are int32, `weights` float32 (all ones).
         """
         positions, counts = self._positions(index)
         tokens = self.store.tokens[positions].astype(np.int32)
-        segment_ids = np.ones(self.sequence_length, np.int32)
+        segment_ids = None
         if self.reset_at_documents:
             documents = np.arange(1, len(counts) + 1, dtype=np.int32)
             segment_ids = np.repeat(documents, counts)[:-1]
-        return {
-            "inputs": tokens[:-1],
-            "targets": tokens[1:],
-            "segment_ids": segment_ids,
-            "weights": np.ones(self.sequence_length, np.float32),
-        }
+        weights = np.ones(self.sequence_length, np.float32)
+        return Batch(tokens[:-1], tokens[1:], weights, segment_ids)
 
     def target_bytes(self, index: int) -> float:
         """Returns the bytes of text that the targets of sequence `index` stand for.
@@ -114,7 +111,7 @@ class Excerpt:
         """Sequences taken."""
         return min(self.count, len(self.sequences))
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         """Returns sequence `index` of those taken, as `PackedSequences` does."""
         return self.sequences[self._place(index)]
 

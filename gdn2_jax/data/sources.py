@@ -49,7 +49,7 @@ def find_files(
     paths: Sequence[str],
     note: Callable[[str], None],
     *,
-    name: str = "paths",
+    name: str = "data.paths",
     leave_out: Path | None = None,
 ) -> list[Path]:
     """Lists the files that `paths` stand for, each once.
@@ -79,16 +79,18 @@ def find_files(
             found, skipped = _search(path, leave_out)
             if not found:
                 raise ValueError(
-                    f"{name}: the directory {given} has no {_suffixes()} file"
+                    f"{name}: expected {_suffixes()} files, got none in the directory {given}"
                     + (f" (skipped: {skipped})" if skipped else "")
                 )
             if skipped:
                 note(f"{name}: skipped in {given}: {skipped}")
             files += found
         elif not path.exists():
-            raise FileNotFoundError(f"{name}: {given} does not exist")
+            raise FileNotFoundError(
+                f"{name}: expected a file or directory that exists, got {given}"
+            )
         elif file_kind(path) not in SUFFIXES:
-            raise ValueError(f"{name}: {given} is not a {_suffixes()} file")
+            raise ValueError(f"{name}: expected {_suffixes()} files, got {given}")
         else:
             files.append(path)
     unique = {}
@@ -195,7 +197,9 @@ def _default_corpus() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts)]
     if not files:
-        raise ValueError(f"paths: this Python has no sources under {root}; name files of your own")
+        raise ValueError(
+            f"data.paths: expected files of your own, as this Python has no sources under {root}, got none"
+        )
     return sorted(files)
 
 
@@ -269,9 +273,11 @@ def _decoded(path: Path) -> Iterator[str]:
             yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         position = read - len(error.object) + error.start
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}, position {position})") from error
+        raise ValueError(
+            f"{path}: expected UTF-8 text, got {error.reason} at position {position}"
+        ) from error
     except _BAD_GZIP as error:
-        raise ValueError(f"{path}: not a whole .gz file ({error})") from error
+        raise ValueError(f"{path}: expected a whole .gz file, got {error}") from error
 
 
 def _read_python(path: Path) -> list[str]:
@@ -293,14 +299,16 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str | None]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a line of JSON ({error})") from error
+            raise ValueError(f"{path}:{number}: expected a line of JSON, got {error}") from error
         if type(record) is not dict or type(record.get(field, 0)) not in (str, type(None)):
             raise ValueError(f"{path}:{number}: expected an object with a string {field!r}")
         text = record[field]
         try:
             (text or "").encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{path}:{number}: {field!r} is not Unicode ({error})") from error
+            raise ValueError(
+                f"{path}:{number}: expected Unicode in {field!r}, got {error}"
+            ) from error
         yield text
 
 
@@ -309,14 +317,14 @@ def _lines(path: Path) -> Iterator[bytes]:
         with _open(path) as file:
             yield from file
     except _BAD_GZIP as error:
-        raise ValueError(f"{path}: not a whole .gz file ({error})") from error
+        raise ValueError(f"{path}: expected a whole .gz file, got {error}") from error
 
 
 def _open_npy(path: Path) -> Integer[np.ndarray, "..."]:
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a .npy file of numbers ({error})") from error
+        raise ValueError(f"{path}: expected a .npy file of numbers, got {error}") from error
 
 
 def _cut_ids(
@@ -325,7 +333,7 @@ def _cut_ids(
     """Yields token ids in pieces, cut into documents where they end."""
     if tokenizer is None:
         raise ValueError(
-            f"{path} holds token ids: expected the tokenizer that made them, got train:N"
+            f"tokenizer: expected the one that made the token ids of {path}, got train:N"
         )
     if ids.dtype.kind not in "iu":
         raise ValueError(f"{path}: expected token ids, got {ids.dtype}")
@@ -357,7 +365,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str | Integer[np.ndarray,
         table = parquet.ParquetFile(path)
         names = table.schema_arrow.names
         if column not in names:
-            raise ValueError(f"{path}: expected a column {column!r}, found {', '.join(names)}")
+            raise ValueError(f"{path}: expected a column {column!r}, got {', '.join(names)}")
         kind = table.schema_arrow.field(column).type
         is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
         is_list |= pyarrow.types.is_fixed_size_list(kind)
@@ -376,7 +384,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[str | Integer[np.ndarray,
                 row += 1
                 yield text
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a parquet file, or a damaged one ({error})") from error
+        raise ValueError(f"{path}: expected a whole parquet file, got {error}") from error
 
 
 def _without_nulls(

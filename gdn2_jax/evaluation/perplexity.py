@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from gdn2_jax.data import Excerpt, PackedSequences, validation_batches
-from gdn2_jax.models import ModelConfig, next_token_loss
+from gdn2_jax.models import Batch, ModelConfig, next_token_loss
 from gdn2_jax.parallel import batch_reader, on_mesh, put_batch
 
 
@@ -70,10 +70,7 @@ def evaluate_perplexity(
         summed_losses = functools.partial(_summed_losses, config, mesh)
     sums = []
     for batch in batches:
-        batch = put_batch(mesh, batch)
-        if not sequences.reset_at_documents:
-            batch["segment_ids"] = None
-        sums.append(summed_losses(params, batch))
+        sums.append(summed_losses(params, put_batch(mesh, batch)))
     total, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     loss = total / tokens
     bits_per_byte = total / math.log(2) / excerpt.target_bytes()
@@ -84,7 +81,7 @@ def lower_evaluation(
     config: ModelConfig,
     mesh: Mesh,
     params: Any,
-    batch: dict[str, jax.ShapeDtypeStruct | None],
+    batch: Batch,
 ) -> jax.stages.Lowered:
     """Traces what `evaluate_perplexity` runs, to be compiled ahead.
 
@@ -92,7 +89,7 @@ def lower_evaluation(
       config: the model's configuration.
       mesh: the devices.
       params: shapes, dtypes and shardings of the parameters.
-      batch: the same of a batch; "segment_ids" None where documents are not kept apart.
+      batch: the same of a batch.
 
     Returns:
       To be compiled and given to `evaluate_perplexity`.
@@ -104,4 +101,4 @@ def lower_evaluation(
 def _summed_losses(config, mesh, params, batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of the tokens' losses and their number."""
     with on_mesh(mesh):
-        return next_token_loss(config, params, batch), jnp.sum(batch["weights"])
+        return next_token_loss(config, params, batch), jnp.sum(batch.weights)

@@ -183,7 +183,7 @@ def rare_recall(
         if start + batch_size > len(sequences) and start:
             break  # so that all batches have one shape
         rows = [sequences[i] for i in range(start, min(start + batch_size, len(sequences)))]
-        inputs, targets = (np.stack([row[name] for row in rows]) for name in ("inputs", "targets"))
+        inputs, targets = (np.stack(arrays) for arrays in zip(*(row[:2] for row in rows)))
         numbers = _pairs(np.concatenate([inputs, targets[:, -1:]], axis=1), vocab_size)
         places = np.minimum(np.searchsorted(pairs, numbers), len(pairs) - 1)
         is_rare = np.where(pairs[places] == numbers, counts[places], 0) < rare

@@ -1,7 +1,7 @@
 """The language-model loss without the logits of all tokens at once."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +13,42 @@ from gdn2_jax.ops.isolation import not_finite, replace
 from gdn2_jax.parallel import constrain
 
 
-def next_token_loss(
-    config: ModelConfig,
-    params: Any,
-    batch: dict[str, Array | None],
-) -> Float[Array, ""]:
+class Batch(NamedTuple):
+    """Sequences to train on or to evaluate: arrays, or their shapes.
+
+    Attributes:
+      inputs: token ids.
+      targets: the token after each.
+      weights: of the targets in the loss; 0 for padding.
+      segment_ids: document of each token, non-decreasing along T; None where documents are not kept
+        apart.
+    """
+
+    inputs: Int[Array, "*G B T"]
+    targets: Int[Array, "*G B T"]
+    weights: Float[Array, "*G B T"]
+    segment_ids: Int[Array, "*G B T"] | None = None
+
+
+def next_token_loss(config: ModelConfig, params: Any, batch: Batch) -> Float[Array, ""]:
     """Weighted sum of the cross-entropies of a batch's tokens, in nats; for training and evaluation.
 
     Args:
       config: of the model; `loss_blocks` bounds the memory of the logits.
       params: its parameters.
-      batch: "inputs" [B, T], "targets" [B, T], "weights" [B, T], and "segment_ids" [B, T] or None.
+      batch: arrays [B, T].
 
     Returns:
       sum_i weight_i (logsumexp(logits_i) - logits_i[target_i]), float32 (float64 in such models).
     """
     hidden = LanguageModel(config).apply(
-        {"params": params}, batch["inputs"], batch["segment_ids"], head=False
+        {"params": params}, batch.inputs, batch.segment_ids, head=False
     )
     hidden = constrain(hidden, "batch", "sequence", None)
     with jax.named_scope("loss"):
         # Gathered over "fsdp" once, not for every block.
         kernel = constrain(params["lm_head"]["kernel"], None, "vocab")
-        return cross_entropy(config.loss_blocks, hidden, kernel, batch["targets"], batch["weights"])
+        return cross_entropy(config.loss_blocks, hidden, kernel, batch.targets, batch.weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -48,7 +61,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Weighted sum of the tokens' cross-entropies, in nats, from the inputs of the output layer.
 
-    Tokens of weight 0 may be NaN or infinite.
+    Tokens of weight 0 may be NaN or infinite, and the vocabulary may be split over devices: tokamax's
+    `linear_softmax_cross_entropy_loss` has no weights and cuts the vocabulary into blocks.
 
     The tokens go through the output layer in blocks, each of every `blocks`-th token of all
     sequences: batches and sequences that are split over devices stay split. Matrix products take

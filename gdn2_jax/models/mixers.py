@@ -5,21 +5,12 @@ All that the rest of a model or a script needs to know about a mixer is asked of
 
 import dataclasses
 import math
-from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import flax.linen as nn
 from jax.nn.initializers import Initializer
 
+from gdn2_jax import fields
 from gdn2_jax.layers import (
     Attention,
     GatedDeltaNet,
@@ -37,8 +28,7 @@ if TYPE_CHECKING:
 
 def require(config: Any, name: str, fulfilled: bool, expected: str) -> None:
     """Raises a ValueError that names the field unless its value is as it must be."""
-    if not fulfilled:
-        raise ValueError(f"{name}: expected {expected}, got {getattr(config, name)!r}")
+    fields.require(name, fulfilled, expected, getattr(config, name))
 
 
 def check_fields(config: Any, signed: tuple[str, ...] = ()) -> None:
@@ -50,14 +40,9 @@ def check_fields(config: Any, signed: tuple[str, ...] = ()) -> None:
       config: a dataclass.
       signed: numbers that may be negative.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        literals = [get_args(part) for part in parts if get_origin(part) is Literal]
-        if literals:
-            choices = sum(literals, ()) + ((None,) if len(parts) > 1 else ())
-            require(config, name, value in choices, f"one of {choices}")
-        elif type(value) in (int, float) and name not in signed:
+    fields.check_choices(config)
+    for name, value in vars(config).items():
+        if type(value) in (int, float) and name not in signed:
             require(config, name, value > 0, "a positive number")
 
 

@@ -78,6 +78,9 @@ PRESETS: dict[str, ModelConfig] = {
     for name, (shared, sizes, mlp_dims) in _SCALES.items()
     for mixer, mlp_dim in zip(MIXERS, mlp_dims)
 }
+SCALES = tuple(dict.fromkeys(name.rpartition("_")[2] for name in PRESETS))
+"""What presets' names end with, smallest first."""
+
 PRESETS["tiny"] = PRESETS["swa_gdn2_tiny"]
 
 

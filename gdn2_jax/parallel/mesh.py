@@ -102,33 +102,24 @@ def batch_reader(mesh: Mesh) -> Reader:
     return Reader(own[0] // len(own), len(groups) // len(own))
 
 
-def put_batch(
-    mesh: Mesh, rows: dict[str, Shaped[np.ndarray, "*G n T"]]
-) -> dict[str, Shaped[jax.Array, "*G B T"]]:
+def put_batch[Rows](mesh: Mesh, rows: Rows) -> Rows:
     """Puts each process's rows of a batch on the mesh: rows over `BATCH_AXES`, T over "sequence".
 
     Args:
       mesh: of all processes.
-      rows: what the process has read, as its part in `batch_reader`.
+      rows: what the process has read, as its part in `batch_reader`: a tree of arrays [*G, n, T].
 
     Returns:
-      The arrays of the whole batch.
+      The arrays of the whole batch, [*G, B, T].
     """
-    reader = batch_reader(mesh)
+    count = batch_reader(mesh).count
 
-    def put(x: np.ndarray) -> jax.Array:
-        *leading, count, length = x.shape
-        first = reader.index * count
+    def put(x: Shaped[np.ndarray, "*G n T"]) -> Shaped[jax.Array, "*G B T"]:
+        *leading, n, length = x.shape
+        sharding = batch_sharding(mesh, len(leading))
+        return jax.make_array_from_process_local_data(sharding, x, (*leading, n * count, length))
 
-        def part(index):
-            *before, own, tokens = index
-            start, stop, _ = own.indices(count * reader.count)
-            return x[(*before, slice(start - first, stop - first), tokens)]
-
-        shape = (*leading, count * reader.count, length)
-        return jax.make_array_from_callback(shape, batch_sharding(mesh, len(leading)), part)
-
-    return {name: put(x) for name, x in rows.items()}
+    return jax.tree.map(put, rows)
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

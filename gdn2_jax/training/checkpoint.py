@@ -182,6 +182,7 @@ def _sha256(content: dict[str, Any]) -> str:
 def _checksums(tree: Any) -> dict[str, int]:
     """A 32-bit checksum of each array, by its path.
 
+    Orbax's files have none of their data: a flipped byte there gives another number, not an error.
     Computed on the devices, wherever the shards lie: arrays need not come to the host for it, and
     the sum of integers is the same in any order. An array that differs in one element always has
     another checksum, one that differs in more with probability 1 - 2**-32.

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from gdn2_jax.data import DataConfig
+from gdn2_jax.fields import check_choices, require
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.parallel import MeshConfig
@@ -62,18 +63,12 @@ class OptimizerConfig:
             self._require(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         for name in ("warmup", "decay", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        masks = ("all", "exclude_A_log_dt_bias", "matrices_only")
-        self._require("decay_mask", self.decay_mask in masks, f"one of {masks}")
-        schedules = ("cosine", "constant", "wsd")
-        self._require("schedule", self.schedule in schedules, f"one of {schedules}")
+        check_choices(self, "optimizer.")
         if self.schedule == "wsd":
             self._require("decay", self.decay <= 1 - self.warmup, f"at most 1 - {self.warmup}")
-        dtypes = (None, "bfloat16", "float32")
-        self._require("mean_dtype", self.mean_dtype in dtypes, f"one of {dtypes}")
 
     def _require(self, name: str, fulfilled: bool, expected: str) -> None:
-        if not fulfilled:
-            raise ValueError(f"optimizer.{name}: expected {expected}, got {getattr(self, name)!r}")
+        require(f"optimizer.{name}", fulfilled, expected, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,18 +150,23 @@ class TrainingConfig:
         return self.global_batch_size * self.data.sequence_length
 
 
-def _paper_recipe(model: ModelConfig) -> TrainingConfig:
-    """100B tokens in batches of 0.5M, sequences of 4096, AdamW as above."""
+def _tiny_recipe(model: ModelConfig) -> TrainingConfig:
+    """0.5M bytes in batches of 2K, sequences of 256: minutes on two CPU cores."""
     return TrainingConfig(
         model=model,
-        data=DataConfig(sequence_length=4096),
-        steps=190_734,
-        global_batch_size=128,
+        data=DataConfig(sequence_length=256),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup=0.05),
+        steps=240,
+        global_batch_size=8,
+        validate_every=100,
+        validation_batches=16,
+        checkpoint_every=100,
+        sample_prompt="def ",
     )
 
 
 def _byte_recipe(model: ModelConfig) -> TrainingConfig:
-    """100M bytes in batches of 64K, sequences of 1024."""
+    """100M bytes in batches of 64K, sequences of 1024: minutes on one data-centre GPU."""
     return TrainingConfig(
         model=model,
         data=DataConfig(sequence_length=1024),
@@ -180,22 +180,20 @@ def _byte_recipe(model: ModelConfig) -> TrainingConfig:
     )
 
 
+def _paper_recipe(model: ModelConfig) -> TrainingConfig:
+    """100B tokens in batches of 0.5M, sequences of 4096, AdamW as above."""
+    return TrainingConfig(
+        model=model,
+        data=DataConfig(sequence_length=4096),
+        steps=190_734,
+        global_batch_size=128,
+    )
+
+
+_RECIPES = {"tiny": _tiny_recipe, "30M": _byte_recipe}
+
 PRESETS: dict[str, TrainingConfig] = {
-    # Minutes on two CPU cores.
-    "tiny": TrainingConfig(
-        model=MODELS["tiny"],
-        data=DataConfig(sequence_length=256),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup=0.05),
-        steps=240,
-        global_batch_size=8,
-        validate_every=100,
-        validation_batches=16,
-        checkpoint_every=100,
-        sample_prompt="def ",
-    ),
-    # Minutes on one data-centre GPU.
-    "gdn2_30M": _byte_recipe(MODELS["gdn2_30M"]),
-    "swa_gdn2_30M": _byte_recipe(MODELS["swa_gdn2_30M"]),
-    "gdn2_1.3B": _paper_recipe(MODELS["gdn2_1.3B"]),
-    "swa_gdn2_1.3B": _paper_recipe(MODELS["swa_gdn2_1.3B"]),
+    name: _RECIPES.get(name.rpartition("_")[2], _paper_recipe)(model)
+    for name, model in MODELS.items()
 }
+"""A run of every model preset, by its name; the scale, which ends the name, has the recipe."""

@@ -7,13 +7,12 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gdn2_jax.models import ModelConfig, next_token_loss
 from gdn2_jax.parallel import batch_shards
 from gdn2_jax.training.config import TrainingConfig
-from gdn2_jax.training.step import abstract_state
+from gdn2_jax.training.step import abstract_batch, abstract_state
 
 
 class Memory(NamedTuple):
@@ -85,14 +84,8 @@ class _Kept(NamedTuple):
 
 def _kept(config: TrainingConfig, mesh: Mesh, model: ModelConfig) -> _Kept:
     """What the backward of a microbatch reads, but for parameters, on each device."""
-    shape = (config.microbatch_size, config.data.sequence_length)
-    batch: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32)
-        for name in ("inputs", "targets", "segment_ids")
-    }
-    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if not config.data.reset_at_documents:
-        batch["segment_ids"] = None
+    batch = abstract_batch(config, mesh)
+    shape = batch.inputs.shape
 
     def transposed(params, batch):
         return jax.vjp(functools.partial(next_token_loss, model, batch=batch), params)[1]

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import logging
 import os
-import textwrap
 import time
 from pathlib import Path
 
@@ -13,6 +11,8 @@ import numpy as np
 import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from gdn2_jax.rows import read_rows
 
 # Of a curve of losses; more rows are averaged.
 _POINTS = 300
@@ -73,27 +73,8 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the rows of a metrics file, none if it does not exist.
-
-    A last line that is incomplete is left out: it may be on its way. Damaged lines are left out
-    with a warning.
-    """
-    if not path.exists():
-        return []
-    rows, damaged = [], []
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            row["step"] + 0
-            rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            damaged.append(number)
-    if damaged:
-        message = "%s: left out damaged lines, %d in number: %s"
-        numbers = textwrap.shorten(", ".join(map(str, damaged)), 60)
-        logging.getLogger(__name__).warning(message, path, len(damaged), numbers)
-    return rows
+    """Returns the rows of a metrics file, see `read_rows`."""
+    return read_rows(path, number="step")
 
 
 def plot_losses(

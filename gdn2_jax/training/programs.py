@@ -17,7 +17,7 @@ from gdn2_jax.training.step import (
 )
 
 
-class Programs(NamedTuple):
+class Programs[F: (Callable, Future)](NamedTuple):
     """Compiled functions, or their futures.
 
     Attributes:
@@ -26,12 +26,12 @@ class Programs(NamedTuple):
       summed_losses: for `evaluate_perplexity`; None without a validation split.
     """
 
-    initial_state: Callable | Future
-    train_step: Callable | Future
-    summed_losses: Callable | Future | None
+    initial_state: F
+    train_step: F
+    summed_losses: F | None
 
 
-def submit_programs(config: TrainingConfig, mesh: Mesh, pool: Executor) -> Programs:
+def submit_programs(config: TrainingConfig, mesh: Mesh, pool: Executor) -> Programs[Future]:
     """Traces a run's functions and lets the pool's threads compile them.
 
     Tracing holds Python's lock, so that threads would only get in each other's way; compilation
@@ -55,18 +55,16 @@ def submit_programs(config: TrainingConfig, mesh: Mesh, pool: Executor) -> Progr
     summed_losses = None
     if config.data.validates:
         batch = abstract_batch(config, mesh)
-        if not config.data.reset_at_documents:
-            batch["segment_ids"] = None
         summed_losses = submit(lower_evaluation(config.model, mesh, state.params, batch))
     return Programs(submit(jit_initial_state(config, mesh).lower()), train_step, summed_losses)
 
 
-def wait_for(programs: Programs) -> Programs:
+def wait_for(programs: Programs[Future]) -> Programs[Callable]:
     """Returns the compiled functions of futures."""
     return jax.tree.map(lambda future: future.result(), programs)
 
 
-def compile_programs(config: TrainingConfig, mesh: Mesh) -> Programs:
+def compile_programs(config: TrainingConfig, mesh: Mesh) -> Programs[Callable]:
     """Compiles a run's functions."""
     pool = ThreadPoolExecutor()
     try:

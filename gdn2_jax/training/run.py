@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gdn2_jax.data import Corpus, DataConfig, Tokenizer, load_tokenizer, prepare
@@ -35,7 +36,7 @@ from gdn2_jax.training.step import TrainState, abstract_state
 
 # What may differ when a run goes on: it changes no number, or (steps) is meant to be raised. The
 # text itself may move: the corpus' digest is compared.
-_FREE = {
+_MAY_DIFFER = {
     *("steps", "log_every", "validate_every", "validation_batches", "checkpoint_every"),
     *("checkpoints_kept", "sample_prompt", "sample_tokens"),
     *("data.paths", "data.validation_paths", "data.num_workers", "data.cache_directory"),
@@ -202,13 +203,20 @@ def _warn_of_loss(config: TrainingConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+def summarized_step(files: RunFiles) -> int | None:
+    """The step of the summary, which is written last; None without one."""
+    try:
+        return json.loads(files.summary.read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def is_finished(config: TrainingConfig, directory: Path) -> bool:
     """Whether `directory` holds the finished run of exactly this configuration."""
     files = run_files(directory)
     try:
-        summary = json.loads(files.summary.read_text())  # written last
-        return summary["step"] == config.steps and load_config(files.config) == config
-    except (OSError, ValueError, KeyError, CheckpointError):
+        return summarized_step(files) == config.steps and load_config(files.config) == config
+    except CheckpointError:
         return False
 
 
@@ -311,19 +319,9 @@ def load_config(path: Path) -> TrainingConfig:
 
 def compare_configs(old: TrainingConfig, new: TrainingConfig) -> list[str]:
     """Describes the fields whose difference keeps a run from going on exactly."""
-    old, new = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    there, here = (flatten_dict(dataclasses.asdict(config), sep=".") for config in (old, new))
     return [
-        f"{name} is {old.get(name)!r} there, {new.get(name)!r} here"
-        for name in old | new
-        if old.get(name) != new.get(name) and name not in _FREE
+        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in there | here
+        if there.get(name) != here.get(name) and name not in _MAY_DIFFER
     ]
-
-
-def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,23 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int, Key
 
-from gdn2_jax.models import LanguageModel, next_token_loss
+from gdn2_jax.models import Batch, LanguageModel, next_token_loss
 from gdn2_jax.parallel import batch_sharding, on_mesh, param_shardings
-from gdn2_jax.training.compiler import compiler_options
 from gdn2_jax.training.config import TrainingConfig
 from gdn2_jax.training.optimizer import make_optimizer, schedule_borders, scheduled_rate
+
+# Collectives start early and finish late, with computation between, also that of the next turn of a
+# loop. Pieces of 32 MB: a piece can leave once its last gradient is there, beside the backward of
+# earlier layers, and no more gradients than that are copied together for it. With pieces of 256 MB
+# most layers' gradients were on their way at the end of the step, and 1.4 GiB more was alive.
+_PIECE = 2**25
+_OVERLAP = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_while_loop_double_buffering": True,
+    "xla_gpu_all_gather_combine_threshold_bytes": _PIECE,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": _PIECE,
+    "xla_gpu_all_reduce_combine_threshold_bytes": _PIECE,
+}
 
 
 class TrainState(NamedTuple):
@@ -52,7 +64,7 @@ class StepMetrics(NamedTuple):
 
 def initial_state(config: TrainingConfig) -> TrainState:
     """Returns the state before the first step; traceable."""
-    # One kind of key and one split: a seed gives the same numbers in every version and setting of JAX.
+    # One kind of key, and its first half, as ever: a seed means the same in every setting of JAX.
     key, _ = jax.random.split(jax.random.key(config.seed, impl="threefry2x32"))
     params = _initial_params(config, key)
     opt_state = make_optimizer(config.optimizer, 0.0).init(params)
@@ -68,53 +80,41 @@ def run_borders(config: TrainingConfig) -> Int[np.ndarray, "3"]:
 def abstract_state(config: TrainingConfig, where: Mesh | Sharding) -> TrainState:
     """Returns the shapes and dtypes of a state, on a mesh or with one sharding for all arrays."""
     state = jax.eval_shape(functools.partial(initial_state, config))
-    shardings = where
-    if isinstance(where, Sharding):
-        shardings = jax.tree.map(lambda _: where, state)
-    else:
-        shardings = state_shardings(config, where)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        shardings,
-    )
+    one = isinstance(where, Sharding)
+    shardings = jax.tree.map(lambda _: where, state) if one else state_shardings(config, where)
+    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
 
 
 def state_shardings(config: TrainingConfig, mesh: Mesh) -> TrainState:
     """How a state lies on the mesh: the optimizer's moments as their parameters, the rest whole."""
     params = param_shardings(lambda: _initial_params(config, jax.random.key(0)), mesh)
-    structure = jax.tree.structure(params)
-
-    def is_like_params(tree):
-        return jax.tree.structure(tree) == structure
-
-    state = jax.eval_shape(functools.partial(initial_state, config))
-    return jax.tree.map(
-        lambda tree: params if is_like_params(tree) else replicated(mesh),
-        state,
-        is_leaf=is_like_params,
+    state, whole = jax.eval_shape(functools.partial(initial_state, config)), replicated(mesh)
+    opt_state = optax.tree.map_params(
+        make_optimizer(config.optimizer, 0.0),
+        lambda _, sharding: sharding,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
     )
+    return TrainState(whole, params, opt_state, whole)
 
 
 def train_step(
-    config: TrainingConfig, state: TrainState, batch: dict[str, Array]
+    config: TrainingConfig, state: TrainState, batch: Batch
 ) -> tuple[TrainState, StepMetrics]:
     """Takes one optimizer step: gradients of G microbatches, averaged in the parameters' dtype.
 
     Args:
       config: of the run; static.
       state: before the step.
-      batch: as from `gdn2_jax.data.train_iterator`, each array with its rows split into
-        microbatches, [G, B / G, T].
+      batch: its rows split into microbatches, [G, B / G, T].
 
     Returns:
       The state after the step and the metrics.
     """
-    if not config.data.reset_at_documents:
-        batch = {**batch, "segment_ids": None}
 
     def loss_fn(params, batch):
-        return next_token_loss(config.model, params, batch) / jnp.sum(batch["weights"])
+        return next_token_loss(config.model, params, batch) / jnp.sum(batch.weights)
 
     def accumulate(total, microbatch):
         value_and_grad = jax.value_and_grad(loss_fn)(state.params, microbatch)
@@ -162,6 +162,18 @@ def jit_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
     )
 
 
+def compiler_options(devices: Iterable[jax.Device], overlap: bool) -> dict[str, bool | int] | None:
+    """Returns what to give `jax.jit`; None for a single device and for other platforms than GPUs.
+
+    Args:
+      devices: that the step runs on.
+      overlap: hide the time of collectives behind computation.
+    """
+    platforms = [device.platform for device in devices]
+    several_gpus = len(platforms) > 1 and platforms[0] == "gpu"
+    return dict(_OVERLAP) if overlap and several_gpus else None
+
+
 def compile_train_step(config: TrainingConfig, mesh: Mesh) -> Callable:
     """Returns `jit_train_step`, compiled."""
     batch = abstract_batch(config, mesh, config.accumulation)
@@ -183,18 +195,13 @@ def with_borders(config: TrainingConfig, mesh: Mesh, state: TrainState) -> Train
     return state._replace(borders=jax.device_put(run_borders(config), replicated(mesh)))
 
 
-def abstract_batch(
-    config: TrainingConfig, mesh: Mesh, *leading: int
-) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: TrainingConfig, mesh: Mesh, *leading: int) -> Batch:
     """Returns shapes, dtypes and shardings of microbatches [*leading, B, T] on the mesh."""
     shape = (*leading, config.microbatch_size, config.data.sequence_length)
-    dtypes = {name: jnp.int32 for name in ("inputs", "targets", "segment_ids")}
-    dtypes["weights"] = jnp.float32
     sharding = batch_sharding(mesh, len(leading))
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in dtypes.items()
-    }
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    return Batch(ids, ids, weights, ids if config.data.reset_at_documents else None)
 
 
 def _initial_params(config: TrainingConfig, key: Key[Array, ""]) -> Any:

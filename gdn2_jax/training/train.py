@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import grain
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from gdn2_jax.data import train_iterator
 from gdn2_jax.evaluation import evaluate_perplexity, sample_text
+from gdn2_jax.models import Batch
 from gdn2_jax.parallel import batch_reader, greatest_of_processes, put_batch
 from gdn2_jax.training.checkpoint import check_saved, save_checkpoint
 from gdn2_jax.training.config import TrainingConfig
@@ -23,7 +23,7 @@ from gdn2_jax.training.flops import peak_flops, training_flops_per_token
 from gdn2_jax.training.metrics import MetricsLog, plot_losses, read_metrics
 from gdn2_jax.training.optimizer import scheduled_rate
 from gdn2_jax.training.programs import Programs, compile_programs
-from gdn2_jax.training.run import Run, load_config, save_config
+from gdn2_jax.training.run import Run, load_config, save_config, summarized_step
 from gdn2_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -78,7 +78,7 @@ def train(run: Run, programs: Programs | None = None) -> TrainState:
     config, files = run.config, run.files
     start = 0 if run.state is None else int(run.state.step)
     with contextlib.closing(run):
-        if start >= config.steps and _is_summarized(run, start):
+        if start >= config.steps and summarized_step(files) == start:
             _say(f"{files.config.parent} is finished at step {start}; more --steps continue it")
             _list_files(run)
             return run.state
@@ -153,7 +153,8 @@ def _take_steps(
             last = step == config.steps
             validates = last or step % config.validate_every == 0
             logs = last or step == 1 or step % config.log_every == 0
-            # Of several processes, all must stop after the same step.
+            # Of several processes, all must stop after the same step. JAX's preemption sync point
+            # knows SIGTERM alone, and nothing in a single process.
             asks = logs or jax.process_count() == 1
             stops = greatest_of_processes(stop.received) if asks else 0
             saves = last or stops or step % config.checkpoint_every == 0
@@ -218,13 +219,10 @@ def _open_batches(run: Run) -> tuple[grain.DatasetIterator, dict[str, Any]]:
     }
 
 
-def _device_batch(run: Run, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def _device_batch(run: Run, batch: Batch) -> Batch:
     """Splits this process's rows into microbatches and puts them on the mesh."""
-    split = {
-        name: rows.reshape(run.config.accumulation, -1, rows.shape[-1])
-        for name, rows in batch.items()
-    }
-    return put_batch(run.mesh, split)
+    split = (run.config.accumulation, -1, run.config.data.sequence_length)
+    return put_batch(run.mesh, jax.tree.map(lambda rows: rows.reshape(split), batch))
 
 
 def _checked(run: Run, step: int, metrics: StepMetrics, losses: list[float]) -> dict[str, float]:
@@ -333,14 +331,6 @@ def _sample(run: Run, state: TrainState) -> str:
     )
     _say("\n")
     return text
-
-
-def _is_summarized(run: Run, step: int) -> bool:
-    """Whether the summary, which is written last, is that of `step`."""
-    try:
-        return json.loads(run.files.summary.read_text())["step"] == step
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _describe(run: Run) -> str:

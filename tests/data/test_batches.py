@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -10,10 +12,12 @@ import time
 from pathlib import Path
 
 import grain
+import jax
 import numpy as np
 import pytest
 
 from gdn2_jax.data import PackedSequences, train_iterator, validation_batches
+from gdn2_jax.models import Batch
 
 T = 7
 BATCH = 4
@@ -34,14 +38,17 @@ def take(count, iterator):
 
 def assert_same(actual, expected):
     assert len(actual) == len(expected)
+    equal = functools.partial(np.testing.assert_array_equal, strict=True)
     for batch, reference in zip(actual, expected):
-        assert batch.keys() == reference.keys()
-        for name in reference:
-            np.testing.assert_array_equal(batch[name], reference[name], strict=True)
+        jax.tree.map(equal, batch, reference)
 
 
 def stacked(rows):
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)
+
+
+def joined(parts):
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def test_batches_hold_the_sequences_in_order_epoch_after_epoch(sequences):
@@ -53,12 +60,15 @@ def test_batches_hold_the_sequences_in_order_epoch_after_epoch(sequences):
 
 def test_batches_have_the_shapes_and_dtypes_of_the_contract(sequences):
     (batch,) = take(1, train_iterator(sequences, global_batch_size=BATCH))
-    assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
-        "inputs": ((BATCH, T), "int32"),
-        "targets": ((BATCH, T), "int32"),
-        "segment_ids": ((BATCH, T), "int32"),
-        "weights": ((BATCH, T), "float32"),
-    }
+    ids = ((BATCH, T), "int32")
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)
+    assert shapes == Batch(ids, ids, ((BATCH, T), "float32"), ids)
+
+
+def test_sequences_without_segments_make_batches_without(sequences):
+    whole = dataclasses.replace(sequences, reset_at_documents=False)
+    (batch,) = take(1, train_iterator(whole, global_batch_size=BATCH))
+    assert batch.segment_ids is None and batch.inputs.shape == (BATCH, T)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -84,11 +94,7 @@ def test_the_slices_of_all_processes_make_up_the_global_batches(sequences, proce
         )
         for index in range(process_count)
     ]
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*slices)
-    ]
-    assert_same(joined, expected)
+    assert_same([joined(parts) for parts in zip(*slices)], expected)
 
 
 def test_the_position_resumes_the_stream_after_any_batch(sequences):
@@ -101,7 +107,7 @@ def test_the_position_resumes_the_stream_after_any_batch(sequences):
 def test_the_position_holds_for_another_batch_size(sequences):
     (first,) = take(1, train_iterator(sequences, global_batch_size=6, start_sequence=10))
     (second,) = take(1, train_iterator(sequences, global_batch_size=3, start_sequence=13))
-    np.testing.assert_array_equal(first["inputs"][3:], second["inputs"])
+    np.testing.assert_array_equal(first.inputs[3:], second.inputs)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -142,39 +148,35 @@ def test_validation_gives_every_sequence_once_and_fills_up_with_weight_zero(
             process_index=index,
             process_count=process_count,
         ):
-            assert batch["inputs"].shape == (batch_size // process_count, T)
+            assert batch.inputs.shape == (batch_size // process_count, T)
             rows[index].append(batch)
     assert len({len(batches) for batches in rows}) == 1
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*rows)
-    ]
-    all_rows = {name: np.concatenate([batch[name] for batch in joined]) for name in joined[0]}
+    all_rows = joined([joined(parts) for parts in zip(*rows)])
     n = len(sequences)
-    assert len(all_rows["inputs"]) == -(-n // batch_size) * batch_size
-    real = {name: x[:n] for name, x in all_rows.items()}
+    assert len(all_rows.inputs) == -(-n // batch_size) * batch_size
+    real = jax.tree.map(lambda x: x[:n], all_rows)
     assert_same([real], [stacked([sequences[i] for i in range(n)])])
-    assert (all_rows["weights"][n:] == 0).all()
-    assert (all_rows["segment_ids"] >= 1).all()
+    assert (all_rows.weights[n:] == 0).all()
+    assert (all_rows.segment_ids >= 1).all()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"global_batch_size": 0}, "global_batch_size must be at least 1, got 0"),
-        ({"process_count": 3}, "process_count must divide global_batch_size=4, got 3"),
-        ({"process_count": 0}, "process_count must divide"),
-        ({"process_index": 1}, r"process_index must be in \[0, 1\), got 1"),
-        ({"process_index": -1}, r"process_index must be in \[0, 1\), got -1"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"start_sequence": -1}, "start_sequence must be at least 0, got -1"),
+        ({"global_batch_size": 0}, "global_batch_size: expected at least 1, got 0"),
+        ({"process_count": 3}, "process_count: expected a divisor of global_batch_size 4, got 3"),
+        ({"process_count": 0}, "process_count: expected a divisor"),
+        ({"process_index": 1}, r"process_index: expected one in \[0, 1\), got 1"),
+        ({"process_index": -1}, r"process_index: expected one in \[0, 1\), got -1"),
+        ({"num_workers": -1}, "num_workers: expected at least 0, got -1"),
+        ({"start_sequence": -1}, "start_sequence: expected at least 0, got -1"),
     ],
 )
 def test_an_argument_out_of_range_is_named(sequences, arguments, message):
     arguments = {"global_batch_size": BATCH, **arguments}
     with pytest.raises(ValueError, match=message):
         train_iterator(sequences, **arguments)
-    if "start_sequence" not in arguments:
+    if not arguments.keys() & {"start_sequence", "num_workers"}:
         with pytest.raises(ValueError, match=message):
             validation_batches(sequences, **arguments)
 

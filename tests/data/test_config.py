@@ -30,7 +30,9 @@ from gdn2_jax.data import DataConfig, path_options
     ],
 )
 def test_a_value_out_of_range_is_an_error_that_names_the_field(field, value):
-    with pytest.raises(ValueError, match=f"^{field}"):
+    with pytest.raises(
+        ValueError, match=f"^data.{field}: expected .*, got {re.escape(repr(value))}$"
+    ):
         DataConfig(**{field: value})
 
 

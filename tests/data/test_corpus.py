@@ -104,7 +104,7 @@ def test_validation_paths_take_the_place_of_the_fraction(corpus, tmp_path):
     assert sorted(texts_of(held.validation, held.tokenizer)) == sorted([*TEXTS[:2], "another" * 9])
     assert held.digest == corpus(validation_paths=paths, validation_fraction=0).digest
     assert held.digest != corpus(validation_fraction=0).digest
-    with pytest.raises(FileNotFoundError, match="validation_paths: nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match="data.validation_paths: expected .*, got nowhere"):
         corpus(validation_paths=("nowhere",))
 
 
@@ -170,14 +170,14 @@ def test_validation_keeps_its_order_and_training_is_shuffled_by_the_seed(corpus)
     c, other = corpus(seed=0), corpus(seed=1)
     assert c.validation.seed is other.validation.seed is None
     assert (c.train.seed, other.train.seed) == (0, 1)
-    assert (c.train[0]["inputs"] != other.train[0]["inputs"]).any()
+    assert (c.train[0].inputs != other.train[0].inputs).any()
 
 
 def test_resets_at_documents_reach_both_parts(corpus):
     for reset in (False, True):
         c = corpus(reset_at_documents=reset, sequence_length=60)
         for part in (c.train, c.validation):
-            assert (part[0]["segment_ids"].max() > 1) == reset
+            assert (part[0].segment_ids is not None) == reset
 
 
 def test_a_tokenizer_is_trained_on_training_documents_only(corpus, monkeypatch):
@@ -302,7 +302,7 @@ def test_a_failed_preparation_leaves_nothing_in_the_cache(corpus, tmp_path, monk
 
 def test_an_empty_corpus_is_an_error(corpus, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="the corpus is empty"):
+    with pytest.raises(ValueError, match="data.paths: expected text, got none"):
         corpus(paths=(str(tmp_path / "empty.txt"),))
 
 
@@ -342,7 +342,7 @@ def test_pieces_of_a_long_document_have_the_tokens_of_the_whole(corpus, tmp_path
 
 @pytest.mark.parametrize(("sequence_length", "part"), [(1000, "validation"), (100_000, "train")])
 def test_a_part_smaller_than_one_sequence_is_named(corpus, sequence_length, part):
-    message = f"too small: in the {part} part .* needs {sequence_length + 1} tokens"
+    message = f"data.sequence_length: expected .*, got {sequence_length} in the {part} part"
     with pytest.raises(ValueError, match=message):
         corpus(sequence_length=sequence_length)
 
@@ -449,15 +449,17 @@ def test_token_ids_that_are_none_are_named(corpus, tmp_path):
         (np.array([1, 257]), r"a.npy: expected token ids in \[0, 257\), .* got 257"),
         (np.array([-1]), "got -1"),
         (np.array([0.5]), "a.npy: expected token ids, got float64"),
-        (np.array(["text"], object), "a.npy: not a .npy file of numbers"),
-        (np.array([256, 256]), "the corpus is empty"),
+        (np.array(["text"], object), "a.npy: expected a .npy file of numbers"),
+        (np.array([256, 256]), "data.paths: expected text, got none"),
     ):
         np.save(path, ids)
         with pytest.raises(ValueError, match=message):
             corpus(**paths)
     path.write_bytes(b"text")
-    with pytest.raises(ValueError, match="a.npy: not a .npy file of numbers"):
+    with pytest.raises(ValueError, match="a.npy: expected a .npy file of numbers"):
         corpus(**paths)
     np.save(path, np.arange(99))
-    with pytest.raises(ValueError, match="expected the tokenizer that made them, got train:N"):
+    with pytest.raises(
+        ValueError, match="tokenizer: expected the one that made the token ids .*, got train:N"
+    ):
         corpus(**paths, tokenizer="train:300")

@@ -1,6 +1,7 @@
 import dataclasses
 import pickle
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from gdn2_jax.data import PackedSequences
 from gdn2_jax.data.packing import block_order
+from gdn2_jax.models import Batch
 
 END = 999
 T = 7
@@ -19,8 +21,8 @@ documents_of_any_size = st.lists(
 
 def block(sequence):
     """The T + 1 tokens that a sequence was made of."""
-    assert sequence["inputs"][1:].tolist() == sequence["targets"][:-1].tolist()
-    return [*sequence["inputs"].tolist(), int(sequence["targets"][-1])]
+    assert sequence.inputs[1:].tolist() == sequence.targets[:-1].tolist()
+    return [*sequence.inputs.tolist(), int(sequence.targets[-1])]
 
 
 def epoch_tokens(sequences, epoch):
@@ -84,8 +86,8 @@ def test_a_sequence_does_not_depend_on_those_read_before(make_store, documents, 
     indices = data.draw(st.lists(st.integers(0, 5 * len(sequences)), min_size=1, max_size=5))
     in_order = [sequences[i] for i in range(max(indices) + 1)]
     for i in indices:
-        for name, row in fresh[i].items():
-            np.testing.assert_array_equal(row, in_order[i][name])
+        for row, expected in zip(fresh[i], in_order[i]):
+            np.testing.assert_array_equal(row, expected)
 
 
 @given(documents_of_any_size, st.integers(1, 20))
@@ -94,27 +96,19 @@ def test_with_resets_each_document_in_a_row_has_its_number(make_store, documents
     sequences = PackedSequences(make_store(documents), t, seed=3, reset_at_documents=True)
     for i in range(2 * len(sequences)):
         number, expected = 1, []
-        for token in sequences[i]["inputs"].tolist():
+        for token in sequences[i].inputs.tolist():
             expected.append(number)
             number += token == END
-        assert sequences[i]["segment_ids"].tolist() == expected
-
-
-def test_without_resets_all_segments_are_one(make_store):
-    sequences = PackedSequences(make_store([[1], [2, 3], [4]] * 5), T, seed=0)
-    assert sequences[0]["segment_ids"].tolist() == [1] * T
+        assert sequences[i].segment_ids.tolist() == expected
 
 
 def test_rows_have_the_lengths_and_dtypes_of_the_contract(make_store):
     for reset in (False, True):
         row = PackedSequences(make_store([[1, 2]] * 9), T, reset_at_documents=reset)[0]
-        assert {name: (x.shape, x.dtype.name) for name, x in row.items()} == {
-            "inputs": ((T,), "int32"),
-            "targets": ((T,), "int32"),
-            "segment_ids": ((T,), "int32"),
-            "weights": ((T,), "float32"),
-        }
-        assert row["weights"].tolist() == [1] * T
+        ids = ((T,), "int32")
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), row)
+        assert shapes == Batch(ids, ids, ((T,), "float32"), ids if reset else None)
+        assert row.weights.tolist() == [1] * T
 
 
 def test_epochs_and_seeds_differ_in_the_order_of_documents(make_store):
@@ -127,7 +121,7 @@ def test_epochs_and_seeds_differ_in_the_order_of_documents(make_store):
 
 def test_blocks_of_a_long_document_are_spread_over_the_epoch(make_store):
     sequences = PackedSequences(make_store([range(500), range(500, 900)]), T, seed=0)
-    halves = [sequences[i]["inputs"][0] < 500 for i in range(len(sequences))]
+    halves = [sequences[i].inputs[0] < 500 for i in range(len(sequences))]
     changes = np.count_nonzero(np.diff(halves))
     assert changes > len(sequences) / 4, halves
     orders = {tuple(block_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}
@@ -150,7 +144,7 @@ def test_the_sequence_length_can_be_changed_on_the_same_store(make_store):
     sequences = PackedSequences(make_store([[1, 2, 3]] * 10), T)
     longer = dataclasses.replace(sequences, sequence_length=19)
     assert (len(sequences), len(longer)) == (5, 2)
-    assert longer[0]["inputs"].shape == (19,)
+    assert longer[0].inputs.shape == (19,)
 
 
 def test_packed_sequences_survive_pickling(make_store):
@@ -162,10 +156,10 @@ def test_packed_sequences_survive_pickling(make_store):
 def test_documents_shorter_than_one_block_are_an_error(make_store):
     store = make_store([[1, 2, 3], [4]])
     assert len(PackedSequences(store, 5)) == 1
-    message = "sequence_length=6 needs 7 tokens, but the documents have 6"
+    message = "^sequence_length: expected .* less than the documents' 6 tokens, got 6"
     with pytest.raises(ValueError, match=message):
         PackedSequences(store, 6)
-    with pytest.raises(ValueError, match="sequence_length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="^sequence_length: expected at least 1 .*, got 0"):
         PackedSequences(store, 0)
 
 

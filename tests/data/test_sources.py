@@ -130,7 +130,7 @@ def test_compressed_files_are_read_and_damage_is_named(tmp_path):
         content = path.read_bytes()
         for damaged in (content[:-6], b"text", content[:10] + b"\xff" * 20):
             path.write_bytes(damaged)
-            with pytest.raises(ValueError, match=rf"{path.name}: not a whole \.gz file"):
+            with pytest.raises(ValueError, match=rf"{path.name}: expected a whole \.gz file, got"):
                 read(path)
 
 
@@ -148,32 +148,36 @@ def test_null_texts_are_skipped_and_counted_unless_they_are_most(tmp_path):
 
 
 def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="paths: .*nothing.txt does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match="data.paths: expected a file .* that exists, got .*nothing.txt"
+    ):
         read(tmp_path / "nothing.txt")
 
 
 def test_a_file_of_another_suffix_is_named_with_those_expected(tmp_path):
     (tmp_path / "a.md").write_text("text")
     with pytest.raises(
-        ValueError, match=r"a\.md is not a \.txt, \.txt\.gz, .* or \.array_record file"
+        ValueError, match=r"expected \.txt, \.txt\.gz, .* or \.array_record files, got .*a\.md"
     ):
         read(tmp_path / "a.md")
 
 
 def test_a_directory_without_text_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"paths: the directory {tmp_path} has no"):
+    with pytest.raises(
+        ValueError, match=f"data.paths: expected .*, got none in the directory {tmp_path}"
+    ):
         read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": ', "not a line of JSON"),
-        (b'{"text": "\xff"}', "not a line of JSON"),
+        (b'{"text": ', "expected a line of JSON, got"),
+        (b'{"text": "\xff"}', "expected a line of JSON, got"),
         (b'{"body": "x"}', "expected an object with a string 'text'"),
         (b'{"text": 3}', "expected an object with a string 'text'"),
         (b'["text"]', "expected an object with a string 'text'"),
-        (rb'{"text": "\ud800"}', "'text' is not Unicode"),
+        (rb'{"text": "\ud800"}', "expected Unicode in 'text', got"),
     ],
 )
 def test_a_bad_line_of_jsonl_is_named_by_file_and_number(tmp_path, line, message):
@@ -184,17 +188,17 @@ def test_a_bad_line_of_jsonl_is_named_by_file_and_number(tmp_path, line, message
 
 def test_a_text_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"a\.txt: not UTF-8 text .*position 3"):
+    with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text, got .* position 3"):
         read(tmp_path)
 
 
 def test_a_bad_parquet_file_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet: expected a whole parquet file"):
         read(path)
     parquet.write_table(pyarrow.table({"body": ["one"], "n": [1]}), path)
-    with pytest.raises(ValueError, match=r"a\.parquet: expected a column 'text', found body, n"):
+    with pytest.raises(ValueError, match=r"a\.parquet: expected a column 'text', got body, n"):
         read(path)
     parquet.write_table(pyarrow.table({"text": [1]}), path)
     with pytest.raises(ValueError, match=r"a\.parquet: row 0: expected a string 'text', got 1"):
@@ -208,7 +212,7 @@ def test_a_damaged_page_of_parquet_names_its_file(tmp_path):
     content = bytearray(path.read_bytes())
     content[4:2000] = bytes(1996)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet: not a parquet file, or a damaged one"):
+    with pytest.raises(ValueError, match=r"a\.parquet: expected a whole parquet file, got"):
         read(path)
 
 
@@ -220,7 +224,7 @@ def test_each_record_of_array_record_is_a_document(tmp_path, write_array_record)
     assert notes == [f"{path}: skipped 1 of 3 records, whose 'text' is null"]
     with pytest.raises(ValueError, match="got null 'body' in 3 of 3"):
         read(path, text_field="body")
-    with pytest.raises(ValueError, match="holds token ids: expected the tokenizer that made them"):
+    with pytest.raises(ValueError, match="tokenizer: expected the one that made the token ids"):
         read(path, text_field="id")
 
 
@@ -228,7 +232,7 @@ def test_each_record_of_array_record_is_a_document(tmp_path, write_array_record)
     ("record", "message"),
     [
         (b"\xff text", r"record 1: expected a tf\.train\.Example, or token ids as numpy\.save"),
-        (b"\x93NUMPY", "record 1: not a whole array of numbers"),
+        (b"\x93NUMPY", "record 1: expected a whole array of numbers"),
         (b"", r"record 1: expected a tf\.train\.Example"),
     ],
 )

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gdn2_jax.data import DataConfig, prepare
 from gdn2_jax.evaluation import evaluate_perplexity, lower_evaluation
 from gdn2_jax.evaluation.perplexity import _summed_losses
-from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig
+from gdn2_jax.models import Batch, DeltaRule, LanguageModel, ModelConfig
 from gdn2_jax.parallel import batch_sharding, make_mesh, put_batch
 
 
@@ -54,7 +54,7 @@ def sequences(tmp_path_factory):
 def test_every_token_counts_once_and_padding_not_at_all(config, params, sequences):
     assert len(sequences) % 8
     rows = [sequences[i] for i in range(len(sequences))]
-    inputs, targets = (np.stack([row[name] for row in rows]) for name in ("inputs", "targets"))
+    inputs, targets = (np.stack(arrays) for arrays in zip(*(row[:2] for row in rows)))
     logits = LanguageModel(config).apply({"params": params}, inputs)
     picked = np.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)
     expected = -np.mean(np.asarray(picked), dtype=np.float64)
@@ -67,7 +67,7 @@ def test_every_token_counts_once_and_padding_not_at_all(config, params, sequence
 
 def test_bits_are_per_byte_of_the_text_evaluated(config, params, sequences):
     result = evaluate_perplexity(config, params, sequences, mesh=make_mesh(), batch_size=8)
-    targets = np.stack([sequences[i]["targets"] for i in range(len(sequences))])
+    targets = np.stack([sequences[i].targets for i in range(len(sequences))])
     assert 0 < (targets == 256).sum()
     expected = result.loss / math.log(2) * targets.size / (targets < 256).sum()
     assert result.bits_per_byte == pytest.approx(expected)
@@ -81,11 +81,9 @@ def test_max_batches_are_spread_over_the_whole_split(config, params, sequences):
     assert n > 16 and chosen[0] > 0
     result = evaluate_perplexity(config, params, sequences, mesh=mesh, batch_size=8, max_batches=1)
     assert result.tokens == 8 * 15
-    rows = [sequences[i] for i in chosen]
-    inputs, targets = (np.stack([row[name] for row in rows]) for name in ("inputs", "targets"))
-    batch = {"inputs": inputs, "targets": targets, "weights": np.ones((8, 15), np.float32)}
-    batch = {**put_batch(mesh, batch), "segment_ids": None}
-    expected, _ = _summed_losses(config, mesh, params, batch)
+    batch = jax.tree.map(lambda *rows: np.stack(rows), *(sequences[i] for i in chosen))
+    targets = batch.targets
+    expected, _ = _summed_losses(config, mesh, params, put_batch(mesh, batch))
     assert result.loss == pytest.approx(float(expected) / targets.size, rel=1e-6)
     bits = float(expected) / math.log(2) / (targets < 256).sum()
     assert result.bits_per_byte == pytest.approx(bits, rel=1e-6)
@@ -105,12 +103,11 @@ def test_what_is_compiled_ahead_is_all_that_an_evaluation_runs(
     expected = evaluate_perplexity(config, params, sequences, mesh=mesh, batch_size=8)
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = jax.device_put(params, everywhere)
-    batch = {
-        name: jax.ShapeDtypeStruct((8, 15), dtype, sharding=batch_sharding(mesh))
-        for name, dtype in (("inputs", "int32"), ("targets", "int32"), ("weights", "float32"))
-    }
-    batch["segment_ids"] = None
-    summed_losses = lower_evaluation(config, mesh, params, batch).compile()
+    batch = [
+        jax.ShapeDtypeStruct((8, 15), dtype, sharding=batch_sharding(mesh))
+        for dtype in ("int32", "int32", "float32")
+    ]
+    summed_losses = lower_evaluation(config, mesh, params, Batch(*batch)).compile()
     monkeypatch.delattr("gdn2_jax.evaluation.perplexity._summed_losses")
     result = evaluate_perplexity(
         config, params, sequences, mesh=mesh, batch_size=8, summed_losses=summed_losses

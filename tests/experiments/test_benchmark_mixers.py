@@ -23,7 +23,7 @@ def script():
 def test_layers_and_operators_are_timed_and_compared_with_gdn2(script, tmp_path, capsys):
     output = tmp_path / "folder" / "rows.jsonl"
     mixers = ("gdn2", "mamba2", "attention")
-    script.main(script.Config(mixers=mixers, batch=1, length=20, repeats=2, output=output))
+    script.main(script.Options(mixers=mixers, batch=1, length=20, repeats=2, output=output))
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["mixer"], row["part"]) for row in rows] == [
         *(("gdn2", "operator"), ("gdn2", "layer")),
@@ -38,7 +38,7 @@ def test_layers_and_operators_are_timed_and_compared_with_gdn2(script, tmp_path,
 
 
 def test_a_kernel_that_does_not_exist_is_reported(script, capsys):
-    script.main(script.Config(mixers=("mamba2",), batch=1, length=4, implementation="pallas"))
+    script.main(script.Options(mixers=("mamba2",), batch=1, length=4, implementation="pallas"))
     assert 'implementation="pallas"' in capsys.readouterr().out
 
 

@@ -21,7 +21,7 @@ def script():
 
 def test_every_implementation_and_pass_is_timed_and_written(script, tmp_path, capsys):
     output = tmp_path / "folder" / "rows.jsonl"
-    config = script.Config(
+    config = script.Options(
         shapes=("1,12,2,4",),
         implementations=("recurrent", "pallas", "xla"),
         dtypes=("float32",),

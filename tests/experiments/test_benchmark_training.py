@@ -22,7 +22,7 @@ def script():
 
 def arguments(script, output, **changes):
     options = {"models": ("tiny",), "lengths": (16,), "tokens": 128, "steps": 1, "repeats": 2}
-    return script.Config(**options | {"implementation": "recurrent", "output": output} | changes)
+    return script.Options(**options | {"implementation": "recurrent", "output": output} | changes)
 
 
 @pytest.mark.slow

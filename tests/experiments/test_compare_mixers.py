@@ -171,10 +171,10 @@ def test_a_stopped_run_ends_the_comparison_and_one_that_cannot_go_on_does_not(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["huge"], "expected a scale, one of tiny, 30M, 1.3B, got 'huge'"),
+        (["huge"], "expected a scale, one of tiny, 30M, 100M, 305M, 1.3B, got 'huge'"),
         (["--models", "gdn3"], "models: expected some of gdn2, kda"),
         (["--model.mixer", "kda"], "--models chooses them"),
-        (["--data", "/nonexistent", "--models", "gdn2"], "/nonexistent does not exist"),
+        (["--data", "/nonexistent", "--models", "gdn2"], "that exists, got /nonexistent"),
         (["--models"], "models, seeds: expected at least one of each"),
     ],
 )

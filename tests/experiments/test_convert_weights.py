@@ -3,10 +3,11 @@
 import importlib.util
 from pathlib import Path
 
+from gdn2_jax.command import read_options
+
 import jax
 import numpy as np
 import pytest
-import tyro
 
 from gdn2_jax.data.tokenizer import ByteTokenizer
 from gdn2_jax.interop.pytorch import load_pretrained, open_tensors
@@ -28,7 +29,7 @@ def command(capsys):
         specification = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
-        status = module.main(tyro.cli(module.Options, args=list(map(str, arguments))))
+        status = module.main(read_options(module.Options, list(map(str, arguments))))
         return status, *capsys.readouterr()
 
     return call

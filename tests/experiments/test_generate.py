@@ -3,8 +3,9 @@ import io
 from pathlib import Path
 from types import SimpleNamespace
 
+from gdn2_jax.command import read_options
+
 import pytest
-import tyro
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -29,7 +30,7 @@ def call(script, monkeypatch):
             script, "sample_text", lambda *args, **options: calls.append((args, options)) or [""]
         )
         monkeypatch.setattr(script.sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-        status = script.main(tyro.cli(script.Options, args=[str(a) for a in arguments]))
+        status = script.main(read_options(script.Options, [str(a) for a in arguments]))
         return calls[0] if status == 0 else status
 
     return run
@@ -46,7 +47,7 @@ def test_prompts_come_from_options_files_and_stdin(call, script, tmp_path, monke
 
 
 def test_escapes_of_stop_strings_are_read(call):
-    _, options = call("--stop", r"\n\n", "--stop", r"\\n", "--special-tokens")
+    _, options = call("--stop", r"\n\n", "--stop", r"\\n", "--special-tokens", "True")
     assert options["stop"] == ["\n\n", r"\n"] and options["special_tokens"]
 
 

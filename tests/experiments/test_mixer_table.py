@@ -25,7 +25,7 @@ def committed():
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", ["tiny", "30M", "100M", "305M", "1.3B"])
 def test_the_page_of_the_mixers_has_the_printed_rows(script, committed, capsys, scale):
-    script.main(["--scale", scale])
+    script.main(script.Options(scale=scale))
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header in committed
     assert len(rows) == 19
@@ -35,7 +35,7 @@ def test_the_page_of_the_mixers_has_the_printed_rows(script, committed, capsys, 
 
 def test_full_attention_keeps_more_the_longer_the_text(script):
     def cache(name, length):
-        return script.row(name, name, length).split(" | ")[3]
+        return script.row(name, name, length)[3]
 
     assert cache("attention_tiny", 512) == f"{2 * 512 * 128:,}"
     assert cache("attention_tiny", 1024) == f"{2 * 1024 * 128:,}"

@@ -9,12 +9,12 @@ CODE = """
 import dataclasses, sys
 sys.path.insert(0, sys.argv[1])
 import plan_memory
-import tyro
+from gdn2_jax.command import read_options
 model = dataclasses.replace(plan_memory.PRESETS["gdn2_tiny"], num_layers=1)
 plan_memory.PRESETS = {"tiny": model}
 plan_memory.meshes = lambda devices: {"data": plan_memory.MeshConfig()}
 options = ["--models", "tiny", "--devices", "1", "--length", "64", "--check", "True"]
-plan_memory.main(tyro.cli(plan_memory.Config, args=options, config=(tyro.conf.FlagConversionOff,)))
+plan_memory.main(read_options(plan_memory.Options, options))
 """
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gdn2_jax.models import LanguageModel, next_token_loss
+from gdn2_jax.models import Batch, LanguageModel, next_token_loss
 from gdn2_jax.models.loss import cross_entropy
 
 
@@ -109,12 +109,7 @@ def test_loss_of_a_model_is_that_of_its_logits(small_model):
     inputs, targets = jax.random.randint(jax.random.key(3), (2, 2, 9), 0, 31)
     segment_ids = jnp.array([[1] * 9, [1] * 4 + [2] * 5])
     weights = jnp.ones((2, 9)).at[1, 6:].set(0)
-    batch = {
-        "inputs": inputs,
-        "targets": targets,
-        "segment_ids": segment_ids,
-        "weights": weights,
-    }
+    batch = Batch(inputs, targets, weights, segment_ids)
 
     def plain(params):
         logits = LanguageModel(config).apply({"params": params}, inputs, segment_ids)

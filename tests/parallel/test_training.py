@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gdn2_jax.data import DataConfig
-from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention, StateSpace
+from gdn2_jax.models import Batch, DeltaRule, ModelConfig, SoftmaxAttention, StateSpace
 from gdn2_jax.parallel import MeshConfig, gathered, make_mesh, on_mesh, put_batch
 from gdn2_jax.training import OptimizerConfig, TrainingConfig
 from gdn2_jax.training.run import check_mesh
@@ -57,12 +57,7 @@ def batches(config, count):
         tokens = (rng.integers(0, 48, shape[:2])[..., None] + np.arange(shape[2] + 1)) % 48
         tokens = tokens.astype(np.int32)
         weights = (rng.random(shape) < 0.9).astype(np.float32)
-        yield {
-            "inputs": tokens[..., :-1],
-            "targets": tokens[..., 1:],
-            "segment_ids": segment_ids,
-            "weights": weights,
-        }
+        yield Batch(tokens[..., :-1], tokens[..., 1:], weights, segment_ids)
 
 
 @functools.cache

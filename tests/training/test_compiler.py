@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 
-from gdn2_jax.training.compiler import compiler_options
+from gdn2_jax.training.step import compiler_options
 
 
 def test_options_are_for_several_gpus_alone_and_xla_knows_them():

@@ -106,7 +106,7 @@ def test_a_tokenizer_that_alters_text_is_told_once(config, caplog):
 
 def test_empty_corpus_is_refused_before_the_run_directory_exists(config, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="corpus is empty"):
+    with pytest.raises(ValueError, match="the corpus is empty"):
         open_run(replace(config, data__paths=(str(tmp_path / "empty.txt"),)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

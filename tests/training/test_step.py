@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from gdn2_jax.models import LanguageModel
+from gdn2_jax.models import Batch, LanguageModel
 from gdn2_jax.parallel import make_mesh
 from gdn2_jax.training.run import check_mesh
 from gdn2_jax.training.step import initial_state, jit_initial_state, jit_train_step, train_step
@@ -16,13 +16,7 @@ from gdn2_jax.training.step import initial_state, jit_initial_state, jit_train_s
 def random_batch(config, seed=0):
     shape = (config.accumulation, config.microbatch_size, config.data.sequence_length)
     inputs, targets = np.random.default_rng(seed).integers(0, 257, (2, *shape), np.int32)
-    ones = np.ones(shape, np.int32)
-    return {
-        "inputs": inputs,
-        "targets": targets,
-        "segment_ids": ones,
-        "weights": ones.astype(np.float32),
-    }
+    return Batch(inputs, targets, np.ones(shape, np.float32))
 
 
 def assert_close(actual, expected, rtol):
@@ -60,9 +54,9 @@ def test_loss_is_the_mean_cross_entropy_and_gradient_norm_that_of_its_gradient(
     state, batch, (_, metrics) = one_step
 
     def loss(params):
-        logits = LanguageModel(float64_config.model).apply({"params": params}, batch["inputs"][0])
+        logits = LanguageModel(float64_config.model).apply({"params": params}, batch.inputs[0])
         log_probabilities = jax.nn.log_softmax(logits)
-        picked = jnp.take_along_axis(log_probabilities, batch["targets"][0][..., None], -1)
+        picked = jnp.take_along_axis(log_probabilities, batch.targets[0][..., None], -1)
         return -picked.mean()
 
     value, grads = jax.jit(jax.value_and_grad(loss))(state.params)
@@ -73,7 +67,7 @@ def test_loss_is_the_mean_cross_entropy_and_gradient_norm_that_of_its_gradient(
 def test_four_microbatches_take_the_same_step_as_one_batch(float64_config, one_step):
     state, batch, (expected, metrics) = one_step
     config = dataclasses.replace(float64_config, accumulation=4)
-    split = {name: x.reshape(4, 2, -1) for name, x in batch.items()}
+    split = jax.tree.map(lambda x: x.reshape(4, 2, -1), batch)
     actual, split_metrics = jax.jit(functools.partial(train_step, config))(state, split)
     np.testing.assert_allclose(split_metrics.loss, metrics.loss, rtol=1e-9)
     np.testing.assert_allclose(split_metrics.grad_norm, metrics.grad_norm, rtol=1e-9)
@@ -114,17 +108,14 @@ def test_a_step_counts_itself_and_a_seed_means_the_same_with_another_default_of_
     jax.tree.map(np.testing.assert_array_equal, other.params, before.params)
 
 
-def test_documents_are_kept_apart_only_where_the_data_say_so(float64_config, jitted_step, one_step):
+def test_documents_are_kept_apart_where_the_batch_says_so(float64_config, one_step):
     state, whole, (_, metrics) = one_step
-    documents = np.repeat(np.arange(1, 5, dtype=np.int32), 8)
-    parts = {**whole, "segment_ids": np.broadcast_to(documents, whole["inputs"].shape)}
-    assert jitted_step(state, parts)[1].loss == metrics.loss
-
-    data = dataclasses.replace(float64_config.data, reset_at_documents=True)
-    resetting = dataclasses.replace(float64_config, data=data)
-    resetting_step = jax.jit(functools.partial(train_step, resetting))
-    np.testing.assert_allclose(resetting_step(state, whole)[1].loss, metrics.loss, rtol=1e-9)
-    assert abs(resetting_step(state, parts)[1].loss - metrics.loss) > 1e-6
+    ones = np.ones(whole.inputs.shape, np.int32)
+    documents = np.broadcast_to(np.repeat(np.arange(1, 5, dtype=np.int32), 8), ones.shape)
+    step = jax.jit(functools.partial(train_step, float64_config))
+    one_document = step(state, whole._replace(segment_ids=ones))[1]
+    np.testing.assert_allclose(one_document.loss, metrics.loss, rtol=1e-9)
+    assert abs(step(state, whole._replace(segment_ids=documents))[1].loss - metrics.loss) > 1e-6
 
 
 def test_batch_that_the_devices_do_not_divide_is_refused(config):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Sharding
 
 from gdn2_jax.interop.pytorch.files import StoredTensor
@@ -17,6 +18,8 @@ Leaf = tuple[Path, int | None]
 
 def flatten(params: Any) -> dict[Path, Any]:
     """Returns the leaves of a tree of dicts by their paths.
+
+    Flax's `flatten_dict` would take boxes and variables for leaves.
 
     Raises:
       TypeError: there are other nodes than dicts, as the boxes and variables of Flax.
@@ -166,11 +169,8 @@ def params_of_leaves(
             array = np.empty((len(layers), *layers[0].shape), dtype)
             for index, stored in layers.items():
                 array[index] = stored.read()
-        tree = params
-        for key in path[:-1]:
-            tree = tree.setdefault(key, {})
-        tree[path[-1]] = jax.device_put(array, shardings[path])
-    return params
+        params[path] = jax.device_put(array, shardings[path])
+    return unflatten_dict(params)
 
 
 def _common_dtype(tensors: Iterable[StoredTensor]) -> np.dtype:

@@ -289,6 +289,7 @@ def _write_file(path: Path, tensors, under, on_tensor) -> None:
 
 
 def _shards(tensors: Mapping[str, StoredTensor], limit: int) -> Iterator[dict[str, StoredTensor]]:
+    # huggingface_hub has this too, but is a client of a web service: too much for eight lines.
     shard, size = {}, 0
     for name, tensor in tensors.items():
         if shard and size + tensor.bytes > limit:
