@@ -361,6 +361,7 @@ def main(arguments: list[str]) -> int | str:
     def command(
         study: tyro.conf.Positional[str],
         corpus: Path = Path("runs/corpus"),
+        models: tuple[str, ...] = (),
         tokens: int | None = None,
         devices: int | None = None,
         minutes: float = float("inf"),
@@ -373,6 +374,7 @@ def main(arguments: list[str]) -> int | str:
         Args:
           study: name of a file in experiments/language.
           corpus: directory that build_corpus.py filled.
+          models: instead of the study's.
           tokens: of a run with all tokens; None: as the study says.
           devices: number of processes, one a GPU; all GPUs if None.
           minutes: after which to stop.
@@ -381,13 +383,14 @@ def main(arguments: list[str]) -> int | str:
           table: print the table and draw, and do no more.
         """
         directory = directory or Path("runs") / "language" / study
-        return study, corpus, tokens, devices, 60 * minutes, directory, results, table
+        return study, models, corpus, tokens, devices, 60 * minutes, directory, results, table
 
-    name, corpus, tokens, devices, seconds, directory, results, table = tyro.cli(
+    name, models, corpus, tokens, devices, seconds, directory, results, table = tyro.cli(
         command, args=arguments, prog="language.py", description=__doc__
     )
     deadline = time.time() + seconds
     study = read_study(name, tokens)
+    study = dataclasses.replace(study, models=models or study.models)
     suffix = f"_{tokens / 1e6:g}M_tokens" if tokens else ""
     rows_file = results / f"{name}{suffix}.jsonl"
     if table:
