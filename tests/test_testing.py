@@ -84,10 +84,11 @@ def test_a_bad_option_of_the_inputs_is_named(options, message):
         draw(**options)
 
 
-def test_the_recurrence_agrees_with_itself_exactly_in_float64():
+def test_the_recurrence_agrees_with_itself_to_the_rounding_of_float64():
     rows = compare_with_recurrence(recurrent, draw(dtype="float64", segments=2))
     assert [row.tensor for row in rows] == TENSORS
-    assert all(row.error == 0 and row.passed for row in rows)
+    # Not 0: the reference is compiled with optimisation, which may contract a product and a sum.
+    assert all(row.error < 1e-14 and row.passed for row in rows)
     rows = compare_with_recurrence(recurrent, draw(initial_state=False))
     assert [row.tensor for row in rows] == TENSORS[:-1]
     assert all(0 < row.error < 1e-6 for row in rows)

@@ -3,7 +3,6 @@
 Such a file is a zip archive: `data.pkl` pickles a dict whose tensors name a storage each, and
 `data/KEY` holds the numbers of storage KEY. The reader builds nothing but dicts of tensors, so a
 file from a stranger can run no code.
-PyTorch itself would be 2 GB more to install, and the paper's repository reads no other files.
 """
 
 import collections
