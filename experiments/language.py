@@ -15,9 +15,7 @@ prints the table and draws STUDY.png and STUDY_gates.png beside it; so does the 
 --directory keeps what unfinished runs need.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -51,6 +49,7 @@ from gdn2_jax.evaluation.readouts import (
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import ModelConfig, model_sizes
 from gdn2_jax.parallel import make_mesh
+from gdn2_jax.rows import append_row, markdown_table, read_rows
 from gdn2_jax.training import (
     CheckpointError,
     DivergenceError,
@@ -418,7 +417,7 @@ def main(arguments: list[str]) -> int | str:
         pairs, counts = count_in_training(*stores, prepared.tokenizer.vocab_size)
         np.savez(directory / "pairs.npz", pairs=pairs, counts=counts)
     failed = work(Job(directory, study, commit()), data, rows_file, devices, deadline)
-    rows = read_rows(rows_file)
+    rows = finished_runs(rows_file)
     left = [run.key for run in specs(study, data, rows) if run.key not in {r["run"] for r in rows}]
     if rows:
         show(rows_file)
@@ -448,7 +447,7 @@ def work(
         process = context.Process(target=worker, args=(number, waiting, messages, job), daemon=True)
         process.start()
         workers.append(process)
-    rows, failed, began = read_rows(rows_file), [], time.time()
+    rows, failed, began = finished_runs(rows_file), [], time.time()
     given = {row["run"] for row in rows}
     running, stopped = 0, []
 
@@ -490,8 +489,7 @@ def work(
             else:
                 row = message["row"]
                 rows.append(row)
-                with rows_file.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(rows_file, row)
                 value = (
                     "diverged" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
                 )
@@ -517,16 +515,9 @@ def work(
     return failed
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The finished runs; the last line of each counts."""
-    if not path.exists():
-        return []
-    rows = {}
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the line of a killed process
-            row = json.loads(line)
-            rows[row["run"]] = row
-    return list(rows.values())
+def finished_runs(path: Path) -> list[dict]:
+    """The rows of a file; the last of each run counts."""
+    return list({row["run"]: row for row in read_rows(path)}.values())
 
 
 # --- the table and the figures ------------------------------------------------------------------
@@ -534,7 +525,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def show(rows_file: Path) -> int | str:
     """Prints the table and writes it and the figures beside the rows."""
-    rows = read_rows(rows_file)
+    rows = finished_runs(rows_file)
     if not rows:
         return f"language.py: {rows_file}: expected rows, found none"
     text = table_of(rows)
@@ -548,30 +539,28 @@ def show(rows_file: Path) -> int | str:
 
 def table_of(rows: list[dict]) -> str:
     """A line for each model in Markdown, the best first; spreads are standard deviations."""
-    lines = [
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
-    ]
+    lines = []
     for model, finals in _by_model(rows):
         rates = sorted({row["learning_rate"] for row in rows if row["model"] == model})
         rate = finals[0]["learning_rate"]
         edge = " (edge)" if len(rates) > 1 and rate in (rates[0], rates[-1]) else ""
 
         speeds = [row["tokens_per_second"] for row in finals if "tokens_per_second" in row]
-        cells = [
-            model + ("" if finals[0]["phase"] == "final" else " (sweep only)"),
-            f"{rate:g}{edge}",
-            str(len(finals)),
-            _mean([row["bits_per_byte"] for row in finals], 4),
-            _mean([_late(row["position"]["losses"]) for row in finals if "position" in row]),
-            _mean([row["recall"]["second"] for row in finals if "recall" in row]),
-            _mean([row["recall"]["first"] for row in finals if "recall" in row]),
-            f"{statistics.median(speeds):,.0f}" if speeds else "-",
-            f"{finals[0]['parameters']:,}",
-            f"{finals[0]['state']:,}" if finals[0]["state"] else "-",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                model + ("" if finals[0]["phase"] == "final" else " (sweep only)"),
+                f"{rate:g}{edge}",
+                str(len(finals)),
+                _mean([row["bits_per_byte"] for row in finals], 4),
+                _mean([_late(row["position"]["losses"]) for row in finals if "position" in row]),
+                _mean([row["recall"]["second"] for row in finals if "recall" in row]),
+                _mean([row["recall"]["first"] for row in finals if "recall" in row]),
+                f"{statistics.median(speeds):,.0f}" if speeds else "-",
+                f"{finals[0]['parameters']:,}",
+                f"{finals[0]['state']:,}" if finals[0]["state"] else "-",
+            ]
+        )
+    return markdown_table(COLUMNS, lines)
 
 
 def _mean(values: list[float | None], digits: int = 3) -> str:

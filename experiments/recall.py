@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ from gdn2_jax.models import (
     StateSpace,
     model_sizes,
 )
+from gdn2_jax.rows import append_row, read_rows
 from gdn2_jax.timing import Event, device_events
 
 HERE = Path(__file__).resolve().parent
@@ -238,15 +240,13 @@ def run_key(settings: dict[str, Any], rate: float, seed: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_rows(*paths: Path) -> list[dict]:
+def merged_rows(*paths: Path) -> list[dict]:
     """The rows of these files; of a run with several the finished one or else the longest."""
     best: dict[str, dict] = {}
-    for path in paths:
-        for line in path.read_text().splitlines() if path.exists() else ():
-            row = json.loads(line)
-            old = best.get(row["run"])
-            if old is None or (row["finished"], row["steps"]) > (old["finished"], old["steps"]):
-                best[row["run"]] = row
+    for row in itertools.chain.from_iterable(map(read_rows, paths)):
+        old = best.get(row["run"])
+        if old is None or (row["finished"], row["steps"]) > (old["finished"], old["steps"]):
+            best[row["run"]] = row
     return list(best.values())
 
 
@@ -749,8 +749,7 @@ def main(arguments: list[str]) -> int | str:
         for message in receive(messages, workers, job.deadline):
             if message["type"] == "rows":
                 for row in message["rows"]:
-                    with (job.directory / f"{row['study']}.jsonl").open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    append_row(job.directory / f"{row['study']}.jsonl", row)
             progress.update(message)
     except KeyboardInterrupt:
         stop.set()
@@ -882,7 +881,7 @@ def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
     directory.mkdir(parents=True, exist_ok=True)
     waiting = []
     for name in studies:
-        rows = read_rows(*{folder / f"{name}.jsonl" for folder in (RESULTS, directory)})
+        rows = merged_rows(*{folder / f"{name}.jsonl" for folder in (RESULTS, directory)})
         finished = {row["run"] for row in rows if row["finished"]}
         waiting += cells(name, read_study(name, **changes), finished)
     gpus = visible_gpus()

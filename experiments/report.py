@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from recall import MIXERS, RESULTS, read_rows, read_study
+from recall import MIXERS, RESULTS, merged_rows, read_study
 
 KIND_NAMES = {"all": "accuracy"}
 INTRO = """\
@@ -176,7 +176,9 @@ def main(folders: list[Path]) -> None:
         if not folder.is_dir():
             raise SystemExit(f"report.py: expected a folder of rows, got {folder}")
     names = sorted({path.stem for folder in folders for path in folder.glob("*.jsonl")})
-    studies = {name: read_rows(*(folder / f"{name}.jsonl" for folder in folders)) for name in names}
+    studies = {
+        name: merged_rows(*(folder / f"{name}.jsonl" for folder in folders)) for name in names
+    }
     sections = []
     for name, rows in studies.items():
         figure = folders[0] / f"{name}.png"

@@ -142,7 +142,7 @@ def work(script, study, tmp_path, monkeypatch, run_one, devices=2):
     monkeypatch.setattr(script, "visible_gpus", list)
     job = script.Job(tmp_path, study, "commit")
     failed = script.work(job, DATA, tmp_path / "rows.jsonl", devices, float("inf"))
-    return failed, script.read_rows(tmp_path / "rows.jsonl")
+    return failed, script.finished_runs(tmp_path / "rows.jsonl")
 
 
 def test_all_runs_are_done_once_and_those_that_failed_again(script, study, tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def test_finished_runs_are_skipped_and_rows_of_several_files_merge(script, tiny,
 
     (tmp_path / "a").write_text(row("x", 6, False) + row("y", 4, True))
     (tmp_path / "b").write_text(row("x", 4, True) + row("y", 2, False) + row("z", 2, False))
-    merged = script.read_rows(tmp_path / "a", tmp_path / "b", tmp_path / "none")
+    merged = script.merged_rows(tmp_path / "a", tmp_path / "b", tmp_path / "none")
     assert [(r["run"], r["steps"], r["finished"]) for r in merged] == [
         *(("x", 4, True), ("y", 4, True), ("z", 2, False))
     ]
@@ -210,7 +210,7 @@ def test_two_processes_share_the_cells_stop_in_time_and_go_on(script, tmp_path):
     done = subprocess.run(command, check=False, **output)
     assert done.returncode == 0, done.stderr
     assert "4 runs in 2 cells on 2 devices" in done.stdout and "[4/4 runs]" in done.stdout
-    rows = script.read_rows(tmp_path / "easy.jsonl")
+    rows = script.merged_rows(tmp_path / "easy.jsonl")
     assert sorted((row["length"], row["seed"]) for row in rows) == [
         *((16, 0), (16, 1), (32, 0), (32, 1))
     ]
