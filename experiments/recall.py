@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdn2_jax.data.recall import TASKS, Questions, Task, draw, questions
+from gdn2_jax.data.recall import TASKS, Questions, Task, draw_mixed, questions
 from gdn2_jax.models import (
     DeltaRule,
     LanguageModel,
@@ -96,6 +96,8 @@ class Study:
       seeds: of parameters and data; runs of one seed see the same batches.
       steps: of every run.
       tokens: a step's, for one run: the batch is as many sequences as that makes.
+      halvings: half of a batch's sequences are shorter, down to the length halved so many times;
+        blanks fill them up. They are learnt from, but no accuracy counts them.
       test_lengths: multiples of the training length, on which the trained models are tested.
       warmup: share of the steps in which the learning rate rises; a cosine to 0 follows.
       weight_decay: AdamW's, of all parameters.
@@ -115,6 +117,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int
     tokens: int = 16384
+    halvings: int = 0
     test_lengths: tuple[int, ...] = ()
     warmup: float = 0.05
     weight_decay: float = 0.1
@@ -185,6 +188,8 @@ class Cell(NamedTuple):
             "in_summary",
         ):
             del config[key]
+        if not self.config.halvings:
+            del config["halvings"]  # older rows do not have it
         settings = {"study": self.study, "mixer": self.mixer, "length": self.length}
         return json.loads(json.dumps({**settings, "size": self.size, **config}))
 
@@ -344,13 +349,19 @@ def initial_state(cell: Cell, config: ModelConfig, seeds: jax.Array) -> State:
 
 
 def draw_batches(
-    task: Task, batch: int, count: int, split: int, seeds: jax.Array, start: jax.Array
+    task: Task,
+    halvings: int,
+    batch: int,
+    count: int,
+    split: int,
+    seeds: jax.Array,
+    start: jax.Array,
 ) -> tuple[jax.Array, Questions]:
     """Batches `start` to `start + count - 1` of each run: tokens [count, runs, B, T], questions."""
 
     def of_run(seed, step):
         indices = (start + step) * batch + jnp.arange(batch)
-        example = draw(task, seed, split, indices)
+        example = draw_mixed(task, halvings, seed, split, indices)
         return example.tokens, questions(task, example)
 
     over_runs = jax.vmap(of_run, in_axes=(0, None))
@@ -366,11 +377,14 @@ def answer(config: ModelConfig, kinds: int, params: Any, tokens: jax.Array, aske
     logits = jnp.einsum("bqd,dv->bqv", hidden, kernel, preferred_element_type=jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, asked.targets)
     is_asked = asked.kinds > 0
-    loss = jnp.sum(losses, where=is_asked) / jnp.sum(is_asked)
+    # A short sequence counts as much as a long one.
+    of_sequence = jnp.sum(losses, -1, where=is_asked) / jnp.maximum(jnp.sum(is_asked, -1), 1)
+    loss, judged = jnp.mean(of_sequence), jnp.all(asked.kinds <= kinds, axis=-1)
     right = jnp.argmax(logits, axis=-1) == asked.targets
     of_kind = asked.kinds[..., None] == 1 + jnp.arange(kinds)
     accuracy = jnp.sum(right[..., None] & of_kind, (0, 1)) / jnp.sum(of_kind, (0, 1))
-    return loss, Measured(loss, accuracy, jnp.mean(jnp.all(right | ~is_asked, axis=-1)))
+    exact = jnp.mean(jnp.all(right | ~is_asked, axis=-1), where=judged)
+    return loss, Measured(loss, accuracy, exact)
 
 
 def train_window(
@@ -452,11 +466,11 @@ def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
         lowered = jax.jit(function, **options).lower(*shapes)
         return pool.submit(lowered.compile), lowered.out_info
 
-    def draws(task, split):
+    def draws(task, halvings, split):
         batch = max(1, study.tokens // task.length)
 
         def window(seeds, start):
-            return draw_batches(task, batch, study.window, split, seeds, start)
+            return draw_batches(task, halvings, batch, study.window, split, seeds, start)
 
         return submit(window, seeds, number)
 
@@ -464,7 +478,7 @@ def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     make, state = submit(lambda seeds: initial_state(cell, config, seeds), seeds)
-    train_draw, batches = draws(cell.task(), 0)
+    train_draw, batches = draws(cell.task(), study.halvings, 0)
     state = shapes(state)
     train, _ = submit(
         lambda *x: train_window(cell, config, *x),
@@ -473,7 +487,7 @@ def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
     )
     kinds, test = len(cell.task().kinds), {}
     for multiple in study.test_lengths:
-        test_draw, batches = draws(cell.task(multiple), 1)
+        test_draw, batches = draws(cell.task(multiple), 0, 1)
         measure, _ = submit(
             lambda *x: test_window(config, kinds, *x), state.params, shapes(batches)
         )

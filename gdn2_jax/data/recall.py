@@ -74,6 +74,41 @@ def draw(task: Task, seed: int | Array, split: int | Array, indices: Int[Array, 
     return jax.vmap(lambda index: task.example(jax.random.fold_in(key, index)))(indices)
 
 
+def draw_mixed(
+    task: Task, halvings: int, seed: int | Array, split: int | Array, indices: Int[Array, "N"]
+) -> Example:
+    """`draw`, but the second half of the examples is shorter: training on few pairs shows what to do.
+
+    Zoology too trains on several lengths at once. The shorter examples share equally in the lengths
+    that `task.length` halved 1 to `halvings` times gives; blanks fill them up, and their kinds are
+    those of the task plus the number of the task's kinds.
+
+    Args:
+      task: what to draw.
+      halvings: of the shortest; 0 gives what `draw` gives.
+      seed: of the data.
+      split: as in `draw`.
+      indices: as in `draw`.
+    """
+    full = len(indices) - (len(indices) // 2 if halvings else 0)
+    parts = [draw(task, seed, split, indices[:full])]
+    shares = np.array_split(np.arange(full, len(indices)), max(halvings, 1))
+    for halving, share in zip(range(halvings, 0, -1), shares):
+        if len(share):
+            part = draw(_shortened(task, 2**halving), seed, split, indices[share])
+            kinds = jnp.where(part.kinds > 0, part.kinds + len(task.kinds), 0)
+            blanks = ((0, 0), (0, task.length - part.tokens.shape[1]))
+            parts.append(jax.tree.map(lambda x: jnp.pad(x, blanks), part._replace(kinds=kinds)))
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def _shortened(task: Task, divisor: int) -> Task:
+    """The task at a part of its length; what it holds, if that is given, shrinks with it."""
+    sizes = {name: getattr(task, name, None) for name in ("length", "pairs", "updates")}
+    smaller = {name: max(1, size // divisor) for name, size in sizes.items() if size}
+    return dataclasses.replace(task, **smaller)  # type: ignore[type-var]
+
+
 def questions(task: Task, example: Example) -> Questions:
     """The asked positions of a batch, brought to the front: `task.questions` a sequence."""
     order = jnp.argsort(example.kinds == 0, axis=-1, stable=True)[..., : task.questions]

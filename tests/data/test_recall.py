@@ -13,6 +13,8 @@ from gdn2_jax.data.recall import (
     RecallSource,
     Stack,
     ZoologyMqar,
+    draw,
+    draw_mixed,
     multiplication_table,
     questions,
 )
@@ -93,6 +95,20 @@ def test_mqar_asks_every_key_once_after_the_separator():
         assert all(memory[tokens[t]] == target for t, target in asked(row))
         assert sorted(tokens[11:16]) == sorted(memory) and tokens[16:] == [0, 0]
     assert Mqar(256).questions == 85
+
+
+def test_half_of_a_mixed_batch_is_the_task_and_half_is_its_shorter_forms():
+    task, numbers = Mqar(24, pairs=6, vocab_size=24), np.arange(8)
+    mixed = draw_mixed(task, 2, 3, 0, numbers)
+    for whole, part in zip(draw(task, 3, 0, numbers[:4]), mixed):
+        np.testing.assert_array_equal(part[:4], whole)
+    for form, where in ((Mqar(6, pairs=1, vocab_size=24), [4, 5]), (Mqar(12, 3, 24), [6, 7])):
+        short = draw(form, 3, 0, numbers[where])
+        for whole, part in zip(short._replace(kinds=2 * short.kinds), mixed):
+            np.testing.assert_array_equal(part[where, : form.length], whole)
+            assert not part[where, form.length :].any()
+    for whole, part in zip(draw(task, 3, 0, numbers), draw_mixed(task, 0, 3, 0, numbers)):
+        np.testing.assert_array_equal(part, whole)
 
 
 def test_zoologys_queries_begin_slots_and_early_slots_are_likelier():

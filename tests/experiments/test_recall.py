@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -112,11 +113,28 @@ def test_one_program_of_many_runs_trains_each_as_if_alone(script, tiny, compiled
 def test_all_mixers_and_learning_rates_see_the_same_batches_and_no_batch_twice(script, tiny):
     task = script.cells("reassigned", tiny, set())[0].task()
     seeds = jnp.array([0, 0, 1], jnp.uint32)
-    tokens, _ = script.draw_batches(task, 2, 2, 0, seeds, jnp.int32(0))
-    later, _ = script.draw_batches(task, 2, 2, 0, seeds, jnp.int32(1))
+    tokens, _ = script.draw_batches(task, 0, 2, 2, 0, seeds, jnp.int32(0))
+    later, _ = script.draw_batches(task, 0, 2, 2, 0, seeds, jnp.int32(1))
     np.testing.assert_array_equal(tokens[:, 0], tokens[:, 1])
     np.testing.assert_array_equal(tokens[1], later[0])
     assert len(np.unique(np.asarray(tokens[:, 1:]).reshape(8, -1), axis=0)) == 8
+
+
+def test_short_sequences_are_learnt_from_and_not_counted(script, tiny):
+    (cell,) = script.cells("reassigned", tiny, set())
+    config, task = script.model_config(cell), cell.task()
+    seeds = jnp.array([0], jnp.uint32)
+    params = jax.tree.map(lambda x: x[0], script.initial_state(cell, config, seeds).params)
+    tokens, asked = jax.tree.map(
+        lambda x: x[0, 0], script.draw_batches(task, 1, 64, 1, 0, seeds, jnp.int32(0))
+    )
+    mixed, whole = (
+        script.answer(config, 2, params, tokens[:n], jax.tree.map(lambda x: x[:n], asked))
+        for n in (64, 32)
+    )
+    assert mixed[0] != whole[0] and whole[1].accuracy.sum() > 0
+    np.testing.assert_array_equal(mixed[1].accuracy, whole[1].accuracy)
+    assert mixed[1].exact == whole[1].exact
 
 
 def test_finished_runs_are_skipped_and_rows_of_several_files_merge(script, tiny, tmp_path):
