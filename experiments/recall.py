@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdn2_jax.data.recall import TASKS, Questions, Task, draw_mixed, questions
+from gdn2_jax.data.recall import TASKS, Questions, Task, draw, draw_rows, questions
 from gdn2_jax.models import (
     DeltaRule,
     LanguageModel,
@@ -96,8 +96,8 @@ class Study:
       seeds: of parameters and data; runs of one seed see the same batches.
       steps: of every run.
       tokens: a step's, for one run: the batch is as many sequences as that makes.
-      halvings: half of a batch's sequences are shorter, down to the length halved so many times;
-        blanks fill them up. They are learnt from, but no accuracy counts them.
+      shortest: half of a batch's rows hold shorter sequences as documents: two, four, and so on, down
+        to this length, in turn. They are learnt from, but no accuracy counts them. None for none.
       test_lengths: multiples of the training length, on which the trained models are tested.
       warmup: share of the steps in which the learning rate rises; a cosine to 0 follows.
       weight_decay: AdamW's, of all parameters.
@@ -117,7 +117,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int
     tokens: int = 16384
-    halvings: int = 0
+    shortest: int | None = None
     test_lengths: tuple[int, ...] = ()
     warmup: float = 0.05
     weight_decay: float = 0.1
@@ -163,6 +163,11 @@ class Cell(NamedTuple):
         return max(1, self.config.tokens // self.length)
 
     @property
+    def seeds(self) -> list[int]:
+        """Of the data; runs that differ in the learning rate alone share it."""
+        return sorted({seed for _, seed in self.runs})
+
+    @property
     def name(self) -> str:
         """What people read."""
         size = "".join(f" {key}={value}" for key, value in self.size.items())
@@ -188,8 +193,8 @@ class Cell(NamedTuple):
             "in_summary",
         ):
             del config[key]
-        if not self.config.halvings:
-            del config["halvings"]  # older rows do not have it
+        if self.config.shortest is None:
+            del config["shortest"]  # older rows do not have it
         settings = {"study": self.study, "mixer": self.mixer, "length": self.length}
         return json.loads(json.dumps({**settings, "size": self.size, **config}))
 
@@ -348,38 +353,67 @@ def initial_state(cell: Cell, config: ModelConfig, seeds: jax.Array) -> State:
     return jax.vmap(one)(seeds)
 
 
+class Batches(NamedTuple):
+    """Batches of each seed; every leaf has axes [batches, seeds, B] in front.
+
+    Attributes:
+      tokens: of each row.
+      segment_ids: document of each token.
+      asked: questions of each row.
+    """
+
+    tokens: jax.Array
+    segment_ids: jax.Array
+    asked: Questions
+
+
 def draw_batches(
     task: Task,
-    halvings: int,
+    shortest: int | None,
     batch: int,
     count: int,
     split: int,
     seeds: jax.Array,
     start: jax.Array,
-) -> tuple[jax.Array, Questions]:
-    """Batches `start` to `start + count - 1` of each run: tokens [count, runs, B, T], questions."""
+) -> Batches:
+    """Batches `start` to `start + count - 1` of each seed; see `Study.shortest`."""
+    documents = [1]
+    while shortest and task.length % (2 * documents[-1] * shortest) == 0:
+        documents.append(2 * documents[-1])
+    # The kind of each row of all batches: whole sequences first, then the others in turn.
+    whole = batch if len(documents) == 1 else batch - batch // 2
+    turns = 1 + np.arange(count * (batch - whole)).reshape(count, -1) % max(1, len(documents) - 1)
+    kinds = np.concatenate([np.zeros((count, whole), int), turns], axis=1).reshape(-1)
+    places = [np.flatnonzero(kinds == kind) for kind in range(len(documents))]
+    lengths = task.length // np.array(documents)[kinds]
+    segment_ids = jnp.arange(task.length) // lengths[:, None]
 
-    def of_run(seed, step):
-        indices = (start + step) * batch + jnp.arange(batch)
-        example = draw_mixed(task, halvings, seed, split, indices)
-        return example.tokens, questions(task, example)
+    def of_seed(seed):
+        rows = [start * batch + place for place in places]
+        examples = [draw(task, seed, split, rows[0])]
+        for number, some in zip(documents[1:], rows[1:]):
+            examples.append(draw_rows(task, number, seed, split, some))
+        order = np.argsort(np.concatenate(places))
+        example = jax.tree.map(lambda *x: jnp.concatenate(x)[order], *examples)
+        batches = Batches(example.tokens, segment_ids, questions(task, example))
+        return jax.tree.map(lambda x: x.reshape(count, batch, *x.shape[1:]), batches)
 
-    over_runs = jax.vmap(of_run, in_axes=(0, None))
-    return jax.vmap(over_runs, in_axes=(None, 0))(seeds, jnp.arange(count))
+    return jax.vmap(of_seed, out_axes=1)(seeds)
 
 
-def answer(config: ModelConfig, kinds: int, params: Any, tokens: jax.Array, asked: Questions):
-    """The loss of one run's batch, and a `Measured` of it."""
-    hidden = LanguageModel(config).apply({"params": params}, tokens, head=False)
+def answer(config: ModelConfig, kinds: int, documents: bool, params: Any, batch: Batches):
+    """The loss of one run's batch, and a `Measured` of it; rows are one document if not `documents`."""
+    asked, segment_ids = batch.asked, batch.segment_ids if documents else None
+    hidden = LanguageModel(config).apply({"params": params}, batch.tokens, segment_ids, head=False)
     at = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
     hidden = jax.vmap(lambda x, positions: x.at[positions].get(**at))(hidden, asked.positions)
     kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
     logits = jnp.einsum("bqd,dv->bqv", hidden, kernel, preferred_element_type=jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, asked.targets)
     is_asked = asked.kinds > 0
-    # A short sequence counts as much as a long one.
-    of_sequence = jnp.sum(losses, -1, where=is_asked) / jnp.maximum(jnp.sum(is_asked, -1), 1)
-    loss, judged = jnp.mean(of_sequence), jnp.all(asked.kinds <= kinds, axis=-1)
+    # A row of short sequences counts as much as a long one.
+    of_row = jnp.sum(losses, -1, where=is_asked) / jnp.maximum(jnp.sum(is_asked, -1), 1)
+    loss, judged = jnp.mean(of_row), jnp.all(asked.kinds <= kinds, axis=-1)
     right = jnp.argmax(logits, axis=-1) == asked.targets
     of_kind = asked.kinds[..., None] == 1 + jnp.arange(kinds)
     accuracy = jnp.sum(right[..., None] & of_kind, (0, 1)) / jnp.sum(of_kind, (0, 1))
@@ -393,18 +427,19 @@ def train_window(
     state: State,
     rates: jax.Array,
     start: jax.Array,
-    batches: tuple[jax.Array, Questions],
+    batches: Batches,
 ) -> tuple[State, Measured]:
     """A step of every run for each of the batches, the first of which is batch `start`."""
     study = cell.config
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, 1.0, max(1, int(study.warmup * study.steps)), study.steps
     )
-    kinds = len(cell.task().kinds)
+    kinds, documents = len(cell.task().kinds), study.shortest is not None
+    seed_of_run = np.array([cell.seeds.index(seed) for _, seed in cell.runs])
 
-    def step(state, rate, share, tokens, asked):
+    def step(state, rate, share, batch):
         def loss(params):
-            return answer(config, kinds, params, tokens, asked)
+            return answer(config, kinds, documents, params, batch)
 
         gradients, measured = jax.grad(loss, has_aux=True)(state.params)
         updates, moments = optimizer(study).update(gradients, state.optimizer, state.params)
@@ -413,21 +448,23 @@ def train_window(
 
     def steps_of_all(carry, batch):
         state, number = carry
-        every_run = jax.vmap(step, in_axes=(0, 0, None, 0, 0))
-        state, measured = every_run(state, rates, schedule(number + 1), *batch)
+        batch = jax.tree.map(lambda x: x[seed_of_run], batch)
+        every_run = jax.vmap(step, in_axes=(0, 0, None, 0))
+        state, measured = every_run(state, rates, schedule(number + 1), batch)
         return (state, number + 1), measured
 
     (state, _), measured = jax.lax.scan(steps_of_all, (state, start), batches)
     return state, jax.tree.map(lambda x: jnp.mean(x, axis=0), measured)
 
 
-def test_window(
-    config: ModelConfig, kinds: int, params: Any, batches: tuple[jax.Array, Questions]
-) -> Measured:
+def test_window(cell: Cell, config: ModelConfig, params: Any, batches: Batches) -> Measured:
     """The means over batches that nothing is learnt from."""
+    kinds = len(cell.task().kinds)
+    seed_of_run = np.array([cell.seeds.index(seed) for _, seed in cell.runs])
 
     def measure(_, batch):
-        return None, jax.vmap(lambda *x: answer(config, kinds, *x)[1])(params, *batch)
+        batch = jax.tree.map(lambda x: x[seed_of_run], batch)
+        return None, jax.vmap(lambda *x: answer(config, kinds, False, *x)[1])(params, batch)
 
     measured = jax.lax.scan(measure, None, batches)[1]
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), measured)
@@ -438,7 +475,7 @@ class Programs(NamedTuple):
 
     Attributes:
       initial_state: seeds -> state.
-      draw: seeds, start -> batches of a window.
+      draw: start -> batches of a window.
       train: state, rates, start, batches -> state, measured.
       test: for each multiple of the length, (draw, measure).
       sizes: of the model.
@@ -466,31 +503,30 @@ def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
         lowered = jax.jit(function, **options).lower(*shapes)
         return pool.submit(lowered.compile), lowered.out_info
 
-    def draws(task, halvings, split):
+    def draws(task, shortest, split):
         batch = max(1, study.tokens // task.length)
 
-        def window(seeds, start):
-            return draw_batches(task, halvings, batch, study.window, split, seeds, start)
+        def window(start):
+            of_data = jnp.array(cell.seeds, jnp.uint32)
+            return draw_batches(task, shortest, batch, study.window, split, of_data, start)
 
-        return submit(window, seeds, number)
+        return submit(window, number)
 
     def shapes(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     make, state = submit(lambda seeds: initial_state(cell, config, seeds), seeds)
-    train_draw, batches = draws(cell.task(), study.halvings, 0)
+    train_draw, batches = draws(cell.task(), study.shortest, 0)
     state = shapes(state)
     train, _ = submit(
         lambda *x: train_window(cell, config, *x),
         *(state, rates, number, shapes(batches)),
         donate_argnums=0,
     )
-    kinds, test = len(cell.task().kinds), {}
+    test = {}
     for multiple in study.test_lengths:
-        test_draw, batches = draws(cell.task(multiple), 0, 1)
-        measure, _ = submit(
-            lambda *x: test_window(config, kinds, *x), state.params, shapes(batches)
-        )
+        test_draw, batches = draws(cell.task(multiple), None, 1)
+        measure, _ = submit(lambda *x: test_window(cell, config, *x), state.params, shapes(batches))
         test[multiple] = test_draw, measure
     test = {multiple: tuple(f.result() for f in pair) for multiple, pair in test.items()}
     compiled = Programs(make.result(), train_draw.result(), train.result(), test, sizes, 0.0)
@@ -552,7 +588,7 @@ def run_cell(
     while not (solved or len(curves) == end or stopped() or time.time() > job.deadline):
         began = time.perf_counter()
         start = jnp.int32(len(curves) * study.window)
-        state, measured = programs.train(state, rates, start, programs.draw(seeds, start))
+        state, measured = programs.train(state, rates, start, programs.draw(start))
         measured = jax.tree.map(lambda x: np.asarray(x, np.float64).round(5), measured)
         seconds += time.perf_counter() - began
         curves.append(measured)
@@ -577,16 +613,14 @@ def run_cell(
     tests = {}
     if finished:
         for multiple, (test_draw, measure) in programs.test.items():
-            measured = measure(state.params, test_draw(seeds, jnp.int32(0)))
+            measured = measure(state.params, test_draw(jnp.int32(0)))
             tests[multiple] = jax.tree.map(lambda x: np.asarray(x, np.float64).round(5), measured)
     elif curves:
         save(path, state, curves, seconds)
     shares = {}
     if job.profile and curves:
         # A window more, of which nothing is kept.
-        events = device_events(
-            lambda: programs.train(state, rates, start, programs.draw(seeds, start))
-        )
+        events = device_events(lambda: programs.train(state, rates, start, programs.draw(start)))
         shares = profile(events, programs.train.as_text(), 1e3 * seconds / len(curves))
     rows = []
     for i, (rate, seed) in enumerate(cell.runs):

@@ -74,32 +74,30 @@ def draw(task: Task, seed: int | Array, split: int | Array, indices: Int[Array, 
     return jax.vmap(lambda index: task.example(jax.random.fold_in(key, index)))(indices)
 
 
-def draw_mixed(
-    task: Task, halvings: int, seed: int | Array, split: int | Array, indices: Int[Array, "N"]
+def draw_rows(
+    task: Task, documents: int, seed: int | Array, split: int | Array, rows: Int[Array, "N"]
 ) -> Example:
-    """`draw`, but the second half of the examples is shorter: training on few pairs shows what to do.
+    """Rows of `task.length` tokens, each of several shorter sequences of the task, [N, T].
 
-    Zoology too trains on several lengths at once. The shorter examples share equally in the lengths
-    that `task.length` halved 1 to `halvings` times gives; blanks fill them up, and their kinds are
-    those of the task plus the number of the task's kinds.
+    Few pairs show what to do: zoology too trains on several lengths at once. Kinds are the task's
+    plus the number of the task's kinds, so that the questions of the short sequences stand apart.
 
     Args:
       task: what to draw.
-      halvings: of the shortest; 0 gives what `draw` gives.
+      documents: sequences of a row, a divisor of the length.
       seed: of the data.
       split: as in `draw`.
-      indices: as in `draw`.
+      rows: as `indices` in `draw`; different rows hold different sequences.
+
+    Raises:
+      ValueError: the length is no multiple of `documents`, or the task has no form so short.
     """
-    full = len(indices) - (len(indices) // 2 if halvings else 0)
-    parts = [draw(task, seed, split, indices[:full])]
-    shares = np.array_split(np.arange(full, len(indices)), max(halvings, 1))
-    for halving, share in zip(range(halvings, 0, -1), shares):
-        if len(share):
-            part = draw(_shortened(task, 2**halving), seed, split, indices[share])
-            kinds = jnp.where(part.kinds > 0, part.kinds + len(task.kinds), 0)
-            blanks = ((0, 0), (0, task.length - part.tokens.shape[1]))
-            parts.append(jax.tree.map(lambda x: jnp.pad(x, blanks), part._replace(kinds=kinds)))
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    divides = task.length % documents == 0
+    _check("documents", documents, divides, f"a divisor of length {task.length}")
+    indices = rows[:, None] * documents + jnp.arange(documents)
+    example = draw(_shortened(task, documents), seed, split, indices.reshape(-1))
+    tokens, targets, kinds = (x.reshape(len(rows), task.length) for x in example)
+    return Example(tokens, targets, jnp.where(kinds > 0, kinds + len(task.kinds), 0))
 
 
 def _shortened(task: Task, divisor: int) -> Task:

@@ -14,7 +14,7 @@ from gdn2_jax.data.recall import (
     Stack,
     ZoologyMqar,
     draw,
-    draw_mixed,
+    draw_rows,
     multiplication_table,
     questions,
 )
@@ -97,18 +97,12 @@ def test_mqar_asks_every_key_once_after_the_separator():
     assert Mqar(256).questions == 85
 
 
-def test_half_of_a_mixed_batch_is_the_task_and_half_is_its_shorter_forms():
-    task, numbers = Mqar(24, pairs=6, vocab_size=24), np.arange(8)
-    mixed = draw_mixed(task, 2, 3, 0, numbers)
-    for whole, part in zip(draw(task, 3, 0, numbers[:4]), mixed):
-        np.testing.assert_array_equal(part[:4], whole)
-    for form, where in ((Mqar(6, pairs=1, vocab_size=24), [4, 5]), (Mqar(12, 3, 24), [6, 7])):
-        short = draw(form, 3, 0, numbers[where])
-        for whole, part in zip(short._replace(kinds=2 * short.kinds), mixed):
-            np.testing.assert_array_equal(part[where, : form.length], whole)
-            assert not part[where, form.length :].any()
-    for whole, part in zip(draw(task, 3, 0, numbers), draw_mixed(task, 0, 3, 0, numbers)):
-        np.testing.assert_array_equal(part, whole)
+def test_a_row_of_short_sequences_is_the_task_at_that_length_side_by_side():
+    task = Mqar(24, pairs=6, vocab_size=24)
+    rows = draw_rows(task, 4, 3, 0, np.array([2, 5]))
+    short = draw(Mqar(6, pairs=1, vocab_size=24), 3, 0, np.array([8, 9, 10, 11, 20, 21, 22, 23]))
+    for row, alone in zip(rows, short._replace(kinds=2 * short.kinds)):
+        np.testing.assert_array_equal(row, alone.reshape(2, 24))
 
 
 def test_zoologys_queries_begin_slots_and_early_slots_are_likelier():
@@ -221,6 +215,11 @@ def test_the_word_problem_multiplies_from_the_left(group, points):
 def test_a_task_that_cannot_be_drawn_says_why(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_row_that_cannot_be_divided_says_why():
+    with pytest.raises(ValueError, match="documents: expected a divisor of length 24, got 5"):
+        draw_rows(Mqar(24), 5, 0, 0, np.arange(2))
 
 
 def test_every_task_has_a_name():

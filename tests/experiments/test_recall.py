@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdn2_jax.data.recall import Mqar, draw, draw_rows
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "recall.py"
 
 
@@ -110,14 +112,30 @@ def test_one_program_of_many_runs_trains_each_as_if_alone(script, tiny, compiled
     np.testing.assert_allclose(row["loss_curve"], together["loss_curve"], rtol=1e-4)
 
 
-def test_all_mixers_and_learning_rates_see_the_same_batches_and_no_batch_twice(script, tiny):
+def test_no_batch_is_drawn_twice_and_batches_do_not_depend_on_the_window(script, tiny):
     task = script.cells("reassigned", tiny, set())[0].task()
-    seeds = jnp.array([0, 0, 1], jnp.uint32)
-    tokens, _ = script.draw_batches(task, 0, 2, 2, 0, seeds, jnp.int32(0))
-    later, _ = script.draw_batches(task, 0, 2, 2, 0, seeds, jnp.int32(1))
-    np.testing.assert_array_equal(tokens[:, 0], tokens[:, 1])
-    np.testing.assert_array_equal(tokens[1], later[0])
-    assert len(np.unique(np.asarray(tokens[:, 1:]).reshape(8, -1), axis=0)) == 8
+    seeds = jnp.array([0, 1], jnp.uint32)
+    first = script.draw_batches(task, None, 2, 2, 0, seeds, jnp.int32(0))
+    later = script.draw_batches(task, None, 2, 2, 0, seeds, jnp.int32(1))
+    np.testing.assert_array_equal(first.tokens[1], later.tokens[0])
+    assert len(np.unique(np.asarray(first.tokens).reshape(8, -1), axis=0)) == 8
+    assert not first.segment_ids.any()
+
+
+def test_half_of_the_rows_hold_shorter_sequences_in_turn(script):
+    task = Mqar(24, pairs=6, vocab_size=24)
+    seeds = jnp.array([7], jnp.uint32)
+    batches = script.draw_batches(task, 6, 3, 2, 0, seeds, jnp.int32(4))
+    tokens, segment_ids = batches.tokens[:, 0], batches.segment_ids[:, 0]
+    whole = draw(task, 7, 0, jnp.array([12, 13, 15, 16]))
+    np.testing.assert_array_equal(tokens[:, :2].reshape(4, 24), whole.tokens)
+    for row, number, documents in ((0, 14, 2), (1, 17, 4)):
+        part = draw_rows(task, documents, 7, 0, jnp.array([number]))
+        np.testing.assert_array_equal(tokens[row, 2], part.tokens[0])
+        np.testing.assert_array_equal(segment_ids[row, 2], np.arange(24) // (24 // documents))
+    assert not segment_ids[:, :2].any()
+    asked = batches.asked
+    assert (asked.kinds[:, 0, :2] == 1).all() and set(np.unique(asked.kinds[:, 0, 2])) <= {0, 2}
 
 
 def test_short_sequences_are_learnt_from_and_not_counted(script, tiny):
@@ -125,12 +143,13 @@ def test_short_sequences_are_learnt_from_and_not_counted(script, tiny):
     config, task = script.model_config(cell), cell.task()
     seeds = jnp.array([0], jnp.uint32)
     params = jax.tree.map(lambda x: x[0], script.initial_state(cell, config, seeds).params)
-    tokens, asked = jax.tree.map(
-        lambda x: x[0, 0], script.draw_batches(task, 1, 64, 1, 0, seeds, jnp.int32(0))
-    )
+    batch = script.draw_batches(task, 8, 64, 1, 0, seeds, jnp.int32(0))
     mixed, whole = (
-        script.answer(config, 2, params, tokens[:n], jax.tree.map(lambda x: x[:n], asked))
-        for n in (64, 32)
+        script.answer(config, 2, True, params, part)
+        for part in (
+            jax.tree.map(lambda x: x[0, 0], batch),
+            jax.tree.map(lambda x: x[0, 0, :32], batch),
+        )
     )
     assert mixed[0] != whole[0] and whole[1].accuracy.sum() > 0
     np.testing.assert_array_equal(mixed[1].accuracy, whole[1].accuracy)
