@@ -58,8 +58,53 @@ def sample_text(
         raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     prompts = [prompt for prompt in prompts for _ in range(batch_size)]
+    rows = [
+        [tokenizer.end_of_document, *tokenizer.encode(prompt, special_tokens)] for prompt in prompts
+    ]
+    if stream is not None:
+        stream.write(prompts[0])
+        stream.flush()
+    texts = continue_rows(
+        config,
+        params,
+        tokenizer,
+        rows,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        stream=stream,
+    )
+    return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def continue_rows(
+    config: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    rows: Sequence[Sequence[int]],
+    *,
+    stop: Sequence[str] = (),
+    stream: TextIO | None = None,
+    **options: Any,
+) -> list[str]:
+    """Continues prompts of token ids, as `sample_text` does.
+
+    Args:
+      config: the model's configuration.
+      params: its parameters.
+      tokenizer: of the model.
+      rows: the prompts.
+      stop: strings before which a text ends.
+      stream: where to write the first text as it grows.
+      **options: for `gdn2_jax.models.generate`.
+
+    Returns:
+      The text that follows each prompt.
+    """
     eos = tokenizer.end_of_document
-    rows = [[eos, *tokenizer.encode(prompt, special_tokens)] for prompt in prompts]
     texts = [_GrowingText(tokenizer, row, stop) for row in rows]
 
     def write(text: str) -> None:
@@ -74,23 +119,11 @@ def sample_text(
                 write(new)
         return [text.ended for text in texts]
 
-    write(prompts[0])
-    generate(
-        config,
-        params,
-        rows,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos=eos,
-        on_token=add,
-    )
+    generate(config, params, rows, eos=eos, on_token=add, **options)
     write(texts[0].end())
     for text in texts[1:]:
         text.end()
-    return [prompt + text.text for prompt, text in zip(prompts, texts, strict=True)]
+    return [text.text for text in texts]
 
 
 class _GrowingText:

@@ -1,64 +1,12 @@
 """experiments/convert_weights.py: from a run to PyTorch's files and on."""
 
-import importlib.util
 from pathlib import Path
-
-from gdn2_jax.command import read_options
 
 import jax
 import numpy as np
 import pytest
 
-from gdn2_jax.data.tokenizer import ByteTokenizer
 from gdn2_jax.interop.pytorch import load_pretrained, open_tensors
-from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention
-from gdn2_jax.training import TrainingConfig, run_files
-from gdn2_jax.training.checkpoint import open_checkpoints, save_checkpoint
-from gdn2_jax.training.run import save_config
-from gdn2_jax.training.step import initial_state
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def command(capsys):
-    """A function of a script and its arguments: its exit status or message, output and errors."""
-
-    def call(name, *arguments):
-        path = ROOT / "experiments" / name
-        specification = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-        status = module.main(read_options(module.Options, list(map(str, arguments))))
-        return status, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run's directory, as train.py leaves it before the first step, and its parameters."""
-    directory = tmp_path_factory.mktemp("runs") / "run"
-    model = ModelConfig(
-        vocab_size=257,
-        d_model=16,
-        num_layers=2,
-        mixer=DeltaRule(num_heads=1, head_dim=16),
-        hybrid=True,
-        attention=SoftmaxAttention(num_heads=1, window_size=8),
-        mlp_dim=16,
-        dtype="float32",
-        implementation="recurrent",
-    )
-    config = TrainingConfig(model=model, steps=1, global_batch_size=8)
-    state = jax.jit(lambda: initial_state(config))()
-    files = run_files(directory)
-    checkpoints = open_checkpoints(files.checkpoints, 1)
-    save_checkpoint(checkpoints, state, {})
-    checkpoints.close()
-    save_config(config, files.config)
-    ByteTokenizer().save(files.tokenizer)
-    return directory, state.params
 
 
 @pytest.mark.slow
