@@ -10,6 +10,14 @@ def require(name: str, fulfilled: bool, expected: str, value: Any) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
+def require_text(name: str, text: str) -> None:
+    """Raises a ValueError unless UTF-8 has the text: what the shell passes need not be UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected UTF-8 text, got {text!r}") from None
+
+
 def check_choices(config: Any, prefix: str = "") -> None:
     """Checks that each field with a `Literal` type has one of its values.
 

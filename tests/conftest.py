@@ -6,7 +6,9 @@ MLIR for each loop. An XLA_FLAGS that sets the number of devices replaces all of
 suite runs with XLA's own flags.
 """
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 import jax
@@ -42,6 +44,22 @@ def forget_programs():
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def file_size_limit():
+    """A context in which writing fails beyond so many bytes of a file, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limit(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 def pytest_itemcollected(item):

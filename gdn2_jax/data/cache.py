@@ -5,12 +5,13 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from gdn2_jax.files import naming, write_text
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,9 +72,10 @@ def new_entry(entry: Path, request: str) -> Iterator[Path]:
     entry.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{request}-", dir=entry.parent))
     try:
-        yield directory
+        with naming(directory):
+            yield directory
         digests = {path.name: file_digest(path) for path in directory.iterdir()}
-        (directory / _SEAL).write_text(json.dumps({"digests": digests, "states": None}))
+        write_text(directory / _SEAL, json.dumps({"digests": digests, "states": None}))
         # Others may read the cache, as they may what mkdir makes.
         directory.chmod(entry.parent.stat().st_mode & 0o777)
         if entry.exists() and not is_intact(entry, verify=True):
@@ -110,7 +112,7 @@ def is_intact(entry: Path, verify: bool = False) -> bool:
         return False
     if are_at_rest(states):
         with contextlib.suppress(OSError):
-            _write_json(entry / _SEAL, {**seal, "states": states})
+            write_text(entry / _SEAL, json.dumps({**seal, "states": states}))
     return True
 
 
@@ -125,7 +127,7 @@ def trust(cache: Path, request: str, name: str) -> None:
     kept = {key: value for key, value in trusted.items() if (cache / value).is_dir()}
     if trusted.get(request) != name:
         with contextlib.suppress(OSError):
-            _write_json(cache / _TRUSTED, {**kept, request: name})
+            write_text(cache / _TRUSTED, json.dumps({**kept, request: name}))
 
 
 def file_states(files: Iterable[Path]) -> list[list[int]]:
@@ -156,10 +158,3 @@ def _read_trusted(cache: Path) -> dict[str, str]:
         return dict(json.loads((cache / _TRUSTED).read_text()))
     except (OSError, ValueError):
         return {}
-
-
-def _write_json(path: Path, content) -> None:
-    """Writes a file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)

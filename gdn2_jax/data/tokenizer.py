@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int32
 
+from gdn2_jax.files import write_text
+
 _END_OF_DOCUMENT = "<|endoftext|>"
 _USUAL_ENDS = (_END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]")
 
@@ -112,7 +114,7 @@ class ByteTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes a file that `load_tokenizer` reads."""
-        Path(path).write_text(json.dumps({"type": "bytes"}))
+        write_text(Path(path), json.dumps({"type": "bytes"}))
 
 
 class TextTokenizer:
@@ -211,7 +213,7 @@ class TextTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes a Hugging Face tokenizer.json."""
-        self._tokenizer.save(str(path))
+        write_text(Path(path), self._tokenizer.to_str(pretty=True))
 
 
 def load_tokenizer(name: str | Path, end_of_document: str = "") -> Tokenizer:

@@ -6,6 +6,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from gdn2_jax.data import Tokenizer
+from gdn2_jax.fields import require_text
 from gdn2_jax.models import ModelConfig, generate
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -57,6 +58,8 @@ def sample_text(
     if isinstance(stop, str) or not all(stop):
         raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    for prompt in prompts:
+        require_text("prompts", prompt)
     prompts = [prompt for prompt in prompts for _ in range(batch_size)]
     rows = [
         [tokenizer.end_of_document, *tokenizer.encode(prompt, special_tokens)] for prompt in prompts

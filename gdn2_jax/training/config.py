@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from gdn2_jax.data import DataConfig
-from gdn2_jax.fields import check_choices, require
+from gdn2_jax.fields import check_choices, require, require_text
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.parallel import MeshConfig
@@ -130,6 +130,7 @@ class TrainingConfig:
             least = 0 if field.name in ("seed", "sample_tokens") else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{field.name}: expected at least {least}, got {value}")
+        require_text("sample_prompt", self.sample_prompt)
         # JAX takes 32 bits of a seed: greater ones would repeat the numbers of smaller ones.
         if self.seed >= 2**32:
             raise ValueError(f"seed: expected less than 2**32 = {2**32}, got {self.seed}")

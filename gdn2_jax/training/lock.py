@@ -9,6 +9,7 @@ from typing import TextIO
 
 import jax
 
+from gdn2_jax.files import naming
 from gdn2_jax.parallel import greatest_of_processes
 
 
@@ -55,7 +56,8 @@ def _lock(directory: Path) -> TextIO:
     except OSError as error:
         message = "%s: this file system has no locks (%s); let no two processes train in it"
         logging.getLogger(__name__).warning(message, directory, error)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with naming(file.name):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     return file

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from gdn2_jax.files import naming, write_text
 from gdn2_jax.rows import read_rows
 
 # Of a curve of losses; more rows are averaged.
@@ -34,9 +34,7 @@ class MetricsLog:
         if self._path:
             rows = [row for row in read_metrics(path) if row["step"] <= step]
             # Replaced as a whole: a run killed here has either the old file or the new one.
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(map(_line, rows)))
-            os.replace(temporary, path)
+            write_text(path, "".join(map(_line, rows)))
             # SummaryWriter writes in a thread, which ends without a word when the disk is full; what
             # is then handed to it waits for ever.
             tensorboard_directory.mkdir(exist_ok=True)
@@ -50,7 +48,7 @@ class MetricsLog:
         """Writes a row, which has its "step"; in the files it is when this returns."""
         if not self._path:
             return
-        try:
+        with naming(f"{self._path} or TensorBoard's beside it"):
             with self._path.open("a") as file:
                 file.write(_line(row))
             now = time.time()
@@ -60,9 +58,6 @@ class MetricsLog:
                     event = Event(wall_time=now, step=row["step"], summary=scalar)
                     self._tensorboard.write_event(event)
             self._tensorboard.flush()
-        except OSError as error:  # which does not tell of what file
-            place = f"{self._path} or TensorBoard's beside it"
-            raise OSError(error.errno, error.strerror, place) from error
 
     def close(self) -> None:
         """Closes TensorBoard's file."""

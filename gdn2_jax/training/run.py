@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gdn2_jax.data import Corpus, DataConfig, Tokenizer, load_tokenizer, prepare
+from gdn2_jax.files import write_text
 from gdn2_jax.models import config_from_json
 from gdn2_jax.parallel import (
     MeshConfig,
@@ -292,9 +293,7 @@ def check_mesh(config: TrainingConfig, mesh: Mesh) -> None:
 
 def save_config(config: TrainingConfig, path: Path) -> None:
     """Writes a configuration as JSON, as a whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def load_config(path: Path) -> TrainingConfig:

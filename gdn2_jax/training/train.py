@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from gdn2_jax.data import train_iterator
 from gdn2_jax.evaluation import evaluate_perplexity, sample_text
+from gdn2_jax.files import write_text
 from gdn2_jax.models import Batch
 from gdn2_jax.parallel import batch_reader, greatest_of_processes, put_batch
 from gdn2_jax.training.checkpoint import check_saved, save_checkpoint
@@ -285,17 +287,17 @@ def _finish(run: Run, state: TrainState) -> None:
     summary = {"first_loss": losses[0]["loss"], **losses[-1], **(validations or [{}])[-1]}
     _say(_format({name: value for name, value in summary.items() if name != "time"}))
     if text is not None:
-        files.sample.write_text(text + "\n", encoding="utf-8")
-    files.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(files.sample, text + "\n")
+    write_text(files.summary, json.dumps(summary, indent=2) + "\n")
     _list_files(run)
 
 
 def _plot(run: Run) -> None:
     if not _is_primary():
         return
-    title = (
-        f"{run.files.config.parent.name}: {run.config.model.mixer.kind}, {_size(run)} parameters"
-    )
+    # Fonts do not know the surrogates of a name that is not UTF-8.
+    name = os.fsencode(run.files.config.parent.name).decode(errors="replace")
+    title = f"{name}: {run.config.model.mixer.kind}, {_size(run)} parameters"
     rows = read_metrics(run.files.metrics)
     tokens = run.config.tokens_per_step
     # What stops the plot, such as a full disk, stops what matters soon enough.

@@ -14,9 +14,12 @@ REQUEST, OTHER = "0" * 32, "1" * 32
 
 # Takes the lock of a request, says so, and keeps it.
 HOLDER = textwrap.dedent("""
-    import sys
+    import sys, types
     from pathlib import Path
-    sys.path.append(sys.argv[3])  # of the module alone, which imports fast
+    # The module alone, which imports fast.
+    sys.path.append(sys.argv[3])
+    sys.modules["gdn2_jax"] = types.ModuleType("gdn2_jax")
+    sys.modules["gdn2_jax"].__path__ = [str(Path(sys.argv[3]).parent)]
     from cache import exclusive, new_entry
 
     cache, request = Path(sys.argv[1]), sys.argv[2]
@@ -42,6 +45,12 @@ def hold(tmp_path):
     for process in processes:
         process.kill()
         process.communicate()
+
+
+def test_a_full_disk_is_told_with_the_place_and_leaves_nothing(tmp_path, file_size_limit):
+    with file_size_limit(0), pytest.raises(OSError, match=f"File too large: '{tmp_path}/unfin"):
+        make_entry(tmp_path / "entry")
+    assert not list(tmp_path.iterdir())
 
 
 def make_entry(entry):

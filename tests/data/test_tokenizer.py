@@ -80,6 +80,17 @@ def test_a_saved_tokenizer_loads_as_the_same(tmp_path, tokenizer):
     np.testing.assert_array_equal(loaded.encode(TEXTS[0]), tokenizer.encode(TEXTS[0]))
 
 
+@pytest.mark.parametrize("tokenizer", [TRAINED, load_tokenizer("bytes")], ids=["bpe", "bytes"])
+def test_a_full_disk_keeps_the_file_of_before_and_is_told_by_its_name(
+    tmp_path, tokenizer, file_size_limit
+):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("before")
+    with file_size_limit(10), pytest.raises(OSError, match="File too large.*tokenizer.json"):
+        tokenizer.save(path)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_document_that_spells_the_end_token_does_not_end():
     ids = TRAINED.encode("a<|endoftext|>b")
     assert TRAINED.end_of_document not in ids

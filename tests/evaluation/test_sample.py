@@ -145,6 +145,11 @@ def test_malformed_stop_strings_are_named(stop):
         sampled("", 1, stop=stop)
 
 
+def test_a_prompt_that_is_not_utf_8_is_named():
+    with pytest.raises(ValueError, match=r"^prompts: expected UTF-8 text, got 'a\\udcfc'$"):
+        sampled(["a", "a\udcfc"], 1)
+
+
 def test_batch_of_nothing_is_refused(model):
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         sample_text(*model, BYTES, "", max_new_tokens=1, batch_size=0)

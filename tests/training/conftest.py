@@ -1,6 +1,4 @@
-import contextlib
 import random
-import resource
 import shutil
 
 import pytest
@@ -81,19 +79,3 @@ def finished(config, tmp_path_factory):
 def copy(finished, tmp_path):
     """A copy of that directory, to be altered."""
     return shutil.copytree(finished, tmp_path / "copy")
-
-
-@pytest.fixture
-def file_size_limit():
-    """A context in which writing fails beyond so many bytes of a file, as on a full disk."""
-
-    @contextlib.contextmanager
-    def limit(size):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    return limit

@@ -66,6 +66,11 @@ def test_what_cannot_be_written_is_named_before_anything_is_compiled(config, cop
         open_run(config, copy)
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path, file_size_limit):
+    with file_size_limit(0), pytest.raises(OSError, match=f"File too large: '{tmp_path}/lock'"):
+        lock_directory(tmp_path)
+
+
 def test_a_directory_that_cannot_be_created_is_named(config):
     with pytest.raises(OSError, match="/proc/run"):
         open_run(config, Path("/proc/run"))

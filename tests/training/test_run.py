@@ -216,3 +216,8 @@ def test_data_go_on_where_they_stopped_for_the_same_and_for_other_readers(
 def test_config_names_the_field_that_is_out_of_range(config, field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected .* got {value}"):
         replace(config, **{field: value})
+
+
+def test_a_prompt_that_the_last_sample_could_not_read_is_refused_before(config):
+    with pytest.raises(ValueError, match=r"^sample_prompt: expected UTF-8 text, got '\\udcfc'$"):
+        replace(config, sample_prompt=b"\xfc".decode(errors="surrogateescape"))

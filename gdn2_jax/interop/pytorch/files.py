@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from gdn2_jax.files import naming, write_text
 from gdn2_jax.interop.pytorch.pickled import list_pickled, read_pickled, write_pickled
 
 FileFormat = Literal["safetensors", "bin"]
@@ -147,7 +148,7 @@ def write_tensors(
                 "weight_map": {name: file for file, shard in zip(files, shards) for name in shard},
             }
             files.append(f"{stem}.{file_format}.index.json")
-            write_json(path / files[-1], index)
+            write_text(path / files[-1], json.dumps(index, indent=2) + "\n")
         undo.pop_all()
     return [path / file for file in files]
 
@@ -170,16 +171,6 @@ def unwrapped(tensors: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"tensors: expected one {short}, got one more as {name}")
         found[short] = tensor
     return found
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes a JSON file, as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def names_a_file(path: Path) -> bool:
@@ -274,14 +265,20 @@ def _write_file(path: Path, tensors, under, on_tensor) -> None:
                 name: (tensor.shape, tensor.dtype, functools.partial(read, name))
                 for name, tensor in tensors.items()
             }
-            write_pickled(temporary, numbers, under)
+            with naming(path):
+                write_pickled(temporary, numbers, under)
         else:
+            from safetensors import SafetensorError
             from safetensors.numpy import save_file
 
             # save_file makes a file that its owner alone can read, whatever the umask says.
             temporary.touch()
             mode = temporary.stat().st_mode
-            save_file({name: read(name) for name in tensors}, temporary, metadata={"format": "pt"})
+            arrays = {name: read(name) for name in tensors}
+            try:
+                save_file(arrays, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:  # of a full disk, too
+                raise OSError(f"{path} cannot be written: {error}") from error
             temporary.chmod(mode)
         os.replace(temporary, path)
     finally:

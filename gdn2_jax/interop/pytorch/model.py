@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from gdn2_jax.files import write_text
 from gdn2_jax.interop.pytorch.config import (
     check_model_type,
     check_style,
@@ -34,7 +36,6 @@ from gdn2_jax.interop.pytorch.files import (
     names_a_file,
     open_tensors,
     unwrapped,
-    write_json,
     write_tensors,
 )
 from gdn2_jax.interop.pytorch.layouts import Style, model_entries, style_of
@@ -205,6 +206,6 @@ def _save(
         # Weights without it would be in the way of the next attempt.
         for file in files:
             undo.callback(file.unlink)
-        write_json(description, content)
+        write_text(description, json.dumps(content, indent=2) + "\n")
         undo.pop_all()
     return [*files, description]

@@ -156,6 +156,13 @@ def test_a_write_stopped_by_ctrl_c_can_be_started_again(tmp_path, arrays, file_f
     assert_same(open_tensors(tmp_path), arrays)
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path, arrays, name, file_size_limit):
+    with file_size_limit(300), pytest.raises(OSError, match=name):
+        write_tensors(tmp_path / name, stored(arrays))
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_may_be_read_by_all_whom_the_umask_allows(tmp_path, arrays):
     (tmp_path / "plain").touch()
     write_tensors(tmp_path, stored(arrays))

@@ -466,11 +466,10 @@ import resource
 import numpy as np
 from gdn2_jax.interop.pytorch import StoredTensor, convert_pretrained, write_tensors
 from gdn2_jax.interop.pytorch.config import describe
-from gdn2_jax.interop.pytorch.files import write_json
 from gdn2_jax.interop.pytorch.convert import leaves_of_tensors
 from gdn2_jax.interop.pytorch import model
 from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention
-import jax, jax.numpy as jnp, pathlib
+import jax, jax.numpy as jnp, json, pathlib
 
 config = ModelConfig(vocab_size=64, d_model=512, num_layers=32,
     mixer=DeltaRule(num_heads=4, head_dim=64, output_gate="sigmoid"),
@@ -482,7 +481,8 @@ zeros = {{leaf: StoredTensor(s, np.dtype(np.float32), lambda s=s: np.ones(s, np.
     for leaf, s in shapes.items()}}
 tensors = model.tensors_of_leaves(zeros, entries)
 shards = write_tensors({str(tmp_path / "a")!r}, tensors, shard_bytes=16_000_000)
-write_json(pathlib.Path({str(tmp_path / "a")!r}) / "config.json", describe(config, np.dtype("float32")))
+description = json.dumps(describe(config, np.dtype("float32")))
+pathlib.Path({str(tmp_path / "a")!r}, "config.json").write_text(description)
 total = sum(t.bytes for t in tensors.values())
 import warnings; warnings.simplefilter("ignore")
 def peak():
