@@ -324,7 +324,7 @@ def _leave(states: _States, state: Float[Array, "B H K V"], document: Chunks | N
 def _load_one(layout: _Layout, x: Array, start: Array) -> Array:
     """A span of [B, T, H, D] as [N, B, H, C, D]."""
     batch, _, heads, dim = x.shape
-    span = jax.lax.dynamic_slice_in_dim(x, start, layout.span, axis=1)
+    span = jax.lax.dynamic_slice_in_dim(x, start, layout.span, 1, allow_negative_indices=False)
     chunks = span.reshape(batch, -1, layout.chunk_size, heads, dim)
     return jnp.transpose(chunks, (1, 0, 3, 2, 4))
 
@@ -333,7 +333,7 @@ def _store(x: Array, span: Array, start: Array) -> Array:
     """Writes a span [N, B, H, C, D] into [B, T, H, D], in its dtype."""
     batch, _, heads, dim = x.shape
     rows = jnp.transpose(span, (1, 0, 3, 2, 4)).reshape(batch, -1, heads, dim).astype(x.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 1, allow_negative_indices=False)
 
 
 def _load(

@@ -15,6 +15,8 @@ The recursion ends at blocks of four rows, whose six pairs are written out. Arra
 or [..., S, 4, K] with the S blocks apart.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -28,6 +30,8 @@ BLOCK = 4
 _PAIRS = [(r, s) for r in range(BLOCK) for s in range(r)]
 # Levels of small parts share one masked product a tile of this many rows.
 _TILE = 32
+# `sum` would begin with a zero.
+_add = functools.partial(functools.reduce, operator.add)
 
 
 class Decayed(NamedTuple):
@@ -170,7 +174,9 @@ def pair_products_transpose(
     de, dq, dk = _rows(prefix * de_prefix), _rows(prefix * dq_prefix), _rows(suffix * dk_suffix)
     d_prefix = [e[r] * de[r] + q[r] * dq[r] for r in range(BLOCK)]
     d_suffix = [k[r] * dk[r] for r in range(BLOCK)]
-    dg = [d_totals + sum(d_prefix[r:]) + sum(d_suffix[:r]) for r in range(BLOCK)]
+    dg = [d_totals + _add(d_prefix[r:]) for r in range(BLOCK)]
+    for r in range(1, BLOCK):
+        dg[r] += _add(d_suffix[:r])
     decays = _pair_decays(d)
     erase_pairs, read_pairs = _pick_pairs(d_erase), _pick_pairs(d_read)
     for r, s in _PAIRS:
@@ -188,13 +194,13 @@ def pair_products_transpose(
 def _block_decays(g: Float[Array, "*n 4 K"]) -> tuple[Array, Array]:
     """Decays from the start of a block to each row (inclusive), and from it to the end."""
     rows = _rows(g)
-    prefix = [sum(rows[: r + 1]) for r in range(BLOCK)]
-    suffix = [sum(rows[r + 1 :], jnp.zeros_like(rows[0])) for r in range(BLOCK)]
+    prefix = [_add(rows[: r + 1]) for r in range(BLOCK)]
+    suffix = [*(_add(rows[r:]) for r in range(1, BLOCK)), jnp.zeros_like(rows[0])]
     return jnp.exp(_stack(prefix)), jnp.exp(_stack(suffix))
 
 
 def _rows(x: Float[Array, "*n 4 K"]) -> list[Float[Array, "*n K"]]:
-    return [x[..., r, :] for r in range(BLOCK)]
+    return list(jnp.unstack(x, axis=-2))
 
 
 def _stack(rows: list[Array]) -> Array:
@@ -202,7 +208,7 @@ def _stack(rows: list[Array]) -> Array:
 
 
 def _row_sum(x: Float[Array, "*n 4 K"]) -> Float[Array, "*n K"]:
-    return sum(_rows(x))
+    return _add(_rows(x))
 
 
 def _join(x: Float[Array, "*n S 4 K"]) -> Float[Array, "*n C K"]:
@@ -212,7 +218,7 @@ def _join(x: Float[Array, "*n S 4 K"]) -> Float[Array, "*n C K"]:
 def _pair_decays(d: Decayed) -> dict[tuple[int, int], Array]:
     """Decays between the rows of a block."""
     g = _rows(d.g)
-    return {(r, s): jnp.exp(sum(g[s + 1 : r + 1])) for r, s in _PAIRS}
+    return {(r, s): jnp.exp(_add(g[s + 1 : r + 1])) for r, s in _PAIRS}
 
 
 def _place_pairs(pairs: dict[tuple[int, int], Float[Array, "*n S"]]) -> Float[Array, "*n C C"]:
@@ -224,7 +230,10 @@ def _place_pairs(pairs: dict[tuple[int, int], Float[Array, "*n S"]]) -> Float[Ar
 
 def _pick_pairs(matrix: Float[Array, "*n C C"]) -> dict[tuple[int, int], Float[Array, "*n S"]]:
     """The transpose of `_place_pairs`."""
-    return {(r, s): jnp.diagonal(matrix[..., r::BLOCK, s::BLOCK], 0, -2, -1) for r, s in _PAIRS}
+    *batch, size, _ = matrix.shape
+    blocks = matrix.reshape(*batch, size // BLOCK, BLOCK, size // BLOCK, BLOCK)
+    diagonal = jnp.diagonal(blocks, 0, -4, -2)
+    return {(r, s): diagonal[..., r, s, :] for r, s in _PAIRS}
 
 
 def _levels(d: Decayed) -> list[int]:

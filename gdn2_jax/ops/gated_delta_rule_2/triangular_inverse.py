@@ -1,6 +1,7 @@
 """Inverse of a unit lower-triangular matrix by block doubling."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from gdn2_jax.ops.precision import HIGHEST
@@ -22,7 +23,7 @@ def unit_lower_inverse(strict: Float[Array, "*b C C"]) -> Float[Array, "*b C C"]
     blocks = strict.reshape(*batch, count, tile, count, tile)
     diagonal = jnp.stack([blocks[..., i, :, i, :] for i in range(count)], axis=-3)
 
-    row, column = jnp.arange(tile)[:, None], jnp.arange(tile)[None, :]
+    row, column = np.arange(tile)[:, None], np.arange(tile)[None, :]
     # One step needs no product: the inverse of [[1, 0], [m, 1]] is [[1, 0], [-m, 1]].
     inverse = jnp.where((row == column + 1) & (row % 2 == 1), -diagonal, 0)
     inverse = jnp.where(row == column, 1, inverse)
