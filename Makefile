@@ -11,7 +11,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durat
 # What uses most of the libraries' interfaces.
 NEWEST = tests/ops tests/layers tests/pallas tests/data tests/interop/test_nnx.py tests/training/test_train.py
 
-.PHONY: help train test test-newest lint docs clean
+.PHONY: help train test test-newest test-eval lint docs clean
 
 help:  ## lists the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
@@ -26,12 +26,19 @@ test: .venv/.installed  ## runs the test-suite on the CPU
 test-newest: .venv-newest/.installed  ## runs what finds changed interfaces on the newest versions of the libraries
 	MALLOC_PERTURB_=129 .venv-newest/bin/python $(PYTEST) -m "not slow" --first-cases $(NEWEST) $(ARGS)
 
+test-eval: .venv/.eval  ## runs the tests that need lm-evaluation-harness, some 500 MB of packages
+	.venv/bin/python -m pytest tests/evaluation tests/experiments/test_evaluate.py $(ARGS)
+
 lint: .venv/.installed  ## checks style
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 docs: .venv/.docs  ## builds the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
+
+.venv/.eval: .venv/.installed
+	.venv/bin/python -m pip install --quiet --editable ".[eval]" --constraint constraints.txt
+	@touch $@
 
 .venv/.docs: .venv/.installed
 	.venv/bin/python -m pip install --quiet --editable ".[docs]" --constraint constraints.txt

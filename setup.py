@@ -51,6 +51,7 @@ setup(
         "interop": INTEROP,
         "test": TEST,
         "corpus": ["resiliparse"],
+        "eval": ["lm-eval>=0.4.13", "wonderwords"],
         "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],
         "cuda": ["jax[cuda13]>=0.11,<0.13"],
         "peers": [

@@ -1,12 +1,19 @@
 """Evaluates a trained model: of a run, or a PyTorch checkpoint with its tokenizer.
 
     python experiments/evaluate.py runs/tiny --text book.txt --window 1024 4096 --stride 512
+    python experiments/evaluate.py runs/tiny --tasks niah_single_1 --lengths 1024 2048 --limit 100
+    python experiments/evaluate.py checkpoint --tasks table2 table3 table4 --download True --output out
+    python experiments/evaluate.py runs/tiny --tasks my_task --task-folder my_tasks
 
 Task "perplexity" reads the files of --text in windows and prints perplexity, bits per byte and the loss
-by the number of tokens read, also beyond the length of training. With --output all results are
-appended to DIRECTORY/results.jsonl.
+by the number of tokens read, also beyond the length of training. niah_single_1, niah_single_2,
+niah_single_3 and niah_multikey_1 are RULER's needles in a haystack, made here. All other names are tasks
+of lm-evaluation-harness. table2, table3 and table4 stand for those of the paper's tables. With --output
+all results are appended to DIRECTORY/results.jsonl. Exit status 3: the data of some task were missing.
 """
 
+import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +25,9 @@ import tyro
 
 from gdn2_jax.data import Tokenizer, load_tokenizer
 from gdn2_jax.evaluation import LocalModel, on_local_devices, text_perplexity
-from gdn2_jax.rows import Column, append_row, format_header, format_row
+from gdn2_jax.evaluation.needles import NEEDLE_TASKS, evaluate_needles
+from gdn2_jax.evaluation.tables import TABLES, table_row, table_tasks
+from gdn2_jax.rows import Column, append_row, format_header, format_row, markdown_table
 from gdn2_jax.training import CheckpointError
 from gdn2_jax.training.weights import open_weights
 
@@ -31,7 +40,7 @@ class Options:
     """The directory of a run of train.py, one of its checkpoints, or a PyTorch checkpoint."""
 
     tasks: tuple[str, ...] = ("perplexity",)
-    """Their names."""
+    """Their names: perplexity, niah_..., tasks of lm-evaluation-harness, table2, table3, table4."""
 
     text: tuple[Path, ...] = ()
     """UTF-8 files for "perplexity", each a document."""
@@ -46,6 +55,30 @@ class Options:
     batch_size: int = 8
     """Sequences at once on each device. Results do not depend on it."""
 
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    """Tokens of needle tasks, the question and the answer included."""
+
+    essays: Path | None = None
+    """The text in which needles stand; Python's documentation by default."""
+
+    limit: int | None = None
+    """Examples of each task at most; by default 500 of needle tasks, and all of others."""
+
+    max_length: int | None = None
+    """Tokens that the model reads in tasks of the harness; by default the length of training."""
+
+    fewshot: int | None = None
+    """Examples before each question in tasks of the harness, instead of each task's own number."""
+
+    task_folder: Path | None = None
+    """YAML files of tasks for the harness."""
+
+    data_folder: Path | None = None
+    """Copies of data sets by their names, as FOLDER/allenai/ai2_arc; the harness reads them first."""
+
+    download: bool = False
+    """Fetch data sets that are not on this disk."""
+
     tokenizer: str = ""
     """A tokenizer.json, if the checkpoint has none; "bytes" for a model of bytes."""
 
@@ -56,7 +89,7 @@ class Options:
     """Directory for results.jsonl and the figure."""
 
     def __post_init__(self):
-        require_positive(self)
+        require_positive(self, fewshot=0)
 
 
 class Evaluated(NamedTuple):
@@ -83,12 +116,20 @@ def main(options: Options) -> int | str:
         evaluated = load(options)
     except CheckpointError as error:
         return f"evaluate.py: {error}"
+    harness_tasks, tables = [], []
     for task in options.tasks:
         if task == "perplexity":
             evaluate_texts(options, evaluated)
+        elif task in NEEDLE_TASKS:
+            find_needles(options, evaluated, [task])
+        elif task == "table3":
+            find_needles(options, evaluated, list(NEEDLE_TASKS))
+        elif task in TABLES:
+            tables.append(task)
+            harness_tasks += table_tasks(task, evaluated.tokenizer)
         else:
-            raise ValueError(f"tasks: expected perplexity, got {task}")
-    return 0
+            harness_tasks.append(task)
+    return run_harness(options, evaluated, harness_tasks, tables) if harness_tasks else 0
 
 
 def load(options: Options) -> Evaluated:
@@ -172,6 +213,97 @@ def draw_losses(rows: list[dict[str, Any]], length: int, path: Path) -> None:
     axes.set(xlabel="tokens read", ylabel="loss (nats)")
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def find_needles(options: Options, evaluated: Evaluated, tasks: list[str]) -> None:
+    """Prints the share of needles found, in percent, by task and length."""
+    essays = options.essays.read_text(encoding="utf-8-sig") if options.essays else ""
+    table = []
+    for name in tasks:
+        cells = []
+        for length in options.lengths:
+            result = evaluate_needles(
+                evaluated.model,
+                evaluated.tokenizer,
+                NEEDLE_TASKS[name],
+                length=length,
+                samples=options.limit or 500,
+                batch_size=options.batch_size,
+                first=evaluated.first,
+                essays=essays,
+                progress=f"{name} {length}",
+            )
+            tokens = [example.tokens for example in result.examples]
+            row = {"task": name, "model": str(options.model), "length": length}
+            row |= {"score": result.score, "samples": len(tokens)}
+            row |= {"prompt_tokens": [min(tokens), sum(tokens) / len(tokens), max(tokens)]}
+            row |= {"essays": str(options.essays or "the documentation of Python")}
+            if options.output:
+                append_row(options.output / "results.jsonl", row)
+                for example, output in zip(result.examples, result.outputs, strict=True):
+                    append_row(
+                        options.output / f"{name}_{length}.jsonl",
+                        {**example._asdict(), "output": output},
+                    )
+            cells.append(f"{100 * result.score:.1f}")
+        table.append([name, *cells])
+    print(markdown_table(["task", *map(str, options.lengths)], table), flush=True)
+
+
+def run_harness(
+    options: Options, evaluated: Evaluated, tasks: list[str | dict], tables: list[str]
+) -> int:
+    """Prints the harness' table of its tasks, and the paper's tables; 3 if data are missing."""
+    # Without a network each missing data set would cost many attempts to fetch it.
+    os.environ["HF_HUB_OFFLINE"] = str(int(not options.download))
+    from lm_eval.utils import make_table
+
+    from gdn2_jax.evaluation.harness import HarnessModel, run_tasks
+
+    model = HarnessModel(
+        evaluated.model,
+        evaluated.tokenizer,
+        max_length=options.max_length or evaluated.length,
+        batch_size=options.batch_size,
+        first=evaluated.first,
+    )
+    missing = {}
+    results = run_tasks(
+        model,
+        tasks,
+        folder=options.task_folder,
+        data_folder=options.data_folder,
+        fewshot=options.fewshot,
+        limit=options.limit,
+        missing=missing.__setitem__,
+    )
+    if results is not None:
+        print(make_table(results))
+        if results.get("groups"):
+            print(make_table(results, "groups"))
+        for name, metrics in results["results"].items():
+            row = {"task": name, "model": str(options.model), "max_length": model.max_length}
+            row |= {"metrics": metrics, "shots": results["n-shot"].get(name)}
+            row |= {"samples": results["n-samples"].get(name)}
+            if options.output:
+                append_row(
+                    options.output / "results.jsonl", json.loads(json.dumps(row, default=str))
+                )
+    for table in tables:
+        header = [column.name for column in TABLES[table]]
+        values = table_row(table, results["results"] if results else {})
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
+        print(f"{table}\n{markdown_table([*header, 'Avg'], [cells])}\n")
+    for name, reason in missing.items():
+        print(f"{name}: no data ({reason})", file=sys.stderr)
+    if missing:
+        print(
+            "These data sets are not on this disk. --download True fetches them to "
+            "~/.cache/huggingface, which another machine can be given. Or --data-folder FOLDER "
+            "names a folder with copies, such as FOLDER/allenai/ai2_arc.",
+            file=sys.stderr,
+        )
+    return 3 if missing else 0
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ _EXTRAS = {
     "fla": "train,interop,peers",
     "torch": "train,interop,peers",
     "lm_eval": "train,eval",
+    "wonderwords": "train,eval",
     "resiliparse": "train,corpus",
 }
 

@@ -1,8 +1,10 @@
 """experiments/evaluate.py on a run and on its PyTorch checkpoint."""
 
+from pathlib import Path
+
 import pytest
 
-from gdn2_jax.evaluation import on_local_devices, text_perplexity
+from gdn2_jax.evaluation import needles, on_local_devices, text_perplexity
 from gdn2_jax.rows import read_rows
 from gdn2_jax.training import load_trained
 
@@ -28,6 +30,40 @@ def test_a_run_and_its_pytorch_checkpoint_have_the_perplexity_of_the_model(run, 
     assert f"{expected.total.bits_per_byte:.4f}" in output
     assert rows[0]["losses"] == pytest.approx(expected.losses, rel=1e-6)
     assert (tmp_path / "out" / "loss_by_tokens_read.png").stat().st_size > 0
+
+
+def test_tasks_of_the_harness_and_what_is_missing_are_printed(run, command, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason='needs pip install ".[eval]"')
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    folder = Path(__file__).parents[1] / "evaluation"
+    (tmp_path / "tasks").mkdir()
+    choice = (folder / "tasks" / "choice.yaml").read_text()
+    (tmp_path / "tasks" / "choice.yaml").write_text(choice)
+    (tmp_path / "tasks" / "absent.yaml").write_text(
+        choice.replace("toy_choice", "absent").replace("toy/choice", "toy/absent")
+    )
+    options = ["--task-folder", tmp_path / "tasks", "--data-folder", folder / "data_sets"]
+    options += ["--output", tmp_path / "out", "--tasks", "toy_choice", "absent"]
+    status, output, errors = command("evaluate.py", run[0], *options)
+    assert status == 3
+    assert "|toy_choice|" in output and "|acc_norm|" in output
+    assert "absent: no data (" in errors and "--download True fetches them" in errors
+    (row,) = read_rows(tmp_path / "out" / "results.jsonl")
+    assert row["task"] == "toy_choice" and 0 <= row["metrics"]["acc,none"] <= 1
+
+
+def test_needles_are_scored_by_task_and_length(run, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(needles, "_words", lambda: (["green"], ["sea"]))
+    monkeypatch.setattr(needles, "NEW_TOKENS", 2)
+    options = ["--tasks", "niah_single_1", "--lengths", 640, "--limit", 2]
+    status, output, _ = command("evaluate.py", run[0], *options, "--output", tmp_path)
+    assert status == 0
+    assert output.splitlines()[-1] == "| niah_single_1 | 0.0 |"
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row["score"] == 0 and row["samples"] == 2 and row["prompt_tokens"][2] <= 638
+    assert len(read_rows(tmp_path / "niah_single_1_640.jsonl")) == 2
 
 
 @pytest.mark.parametrize(
