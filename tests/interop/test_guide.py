@@ -1,6 +1,8 @@
 """The guide's blocks run as they stand, and what they build trains and decodes."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -21,23 +23,24 @@ BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 LINEN, LOGICAL, NNX, OUTSIDE, RECURRENTGEMMA, PYTORCH, OPERATORS, EXPORT = BLOCKS
 
 
-def run(code, directory, *options):
-    result = subprocess.run(
-        [sys.executable, *options, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=directory,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """What the blocks print in turn, as one script, and the names that each leaves."""
+    names, after, printed = {}, {}, io.StringIO()
+    with (
+        contextlib.chdir(tmp_path_factory.mktemp("guide")),
+        contextlib.redirect_stdout(printed),
+    ):
+        for block in BLOCKS:
+            if block != RECURRENTGEMMA:
+                names = dict(names)
+                exec(block, names)  # noqa: S102
+                after[block] = names
+    return printed.getvalue().splitlines(), after
 
 
-@pytest.mark.slow
-def test_the_blocks_run_as_written(tmp_path):
-    blocks = [block for block in BLOCKS if block != RECURRENTGEMMA]
-    assert run("\n".join(blocks), tmp_path) == [
+def test_the_blocks_run_as_written(guide):
+    assert guide[0] == [
         "(2, 8, 32) ['LayerNorm_0', 'GatedDeltaNet2_0', 'LayerNorm_1', 'Dense_0', 'Dense_1']",
         "('fsdp', 'tensor')",
         "True (32, 32)",
@@ -55,15 +58,8 @@ def test_a_user_writes_as_many_lines_as_the_guide_says():
     assert f"| recurrentgemma, from PyPI | {count} |" in GUIDE and count < 30
 
 
-@pytest.fixture(scope="module")
-def linen():
-    """What the guide's linen block defines."""
-    names = {}
-    exec(LINEN, names)  # noqa: S102
-    return names
-
-
-def test_a_swapped_linen_transformer_keeps_weights_trains_and_decodes(linen):
+def test_a_swapped_linen_transformer_keeps_weights_trains_and_decodes(guide):
+    linen = guide[1][LINEN]
     layers = (1, 3)
     make, pretrained = linen["Transformer"], linen["pretrained"]
     model = make(gdn2_layers=layers)
@@ -116,10 +112,9 @@ def test_a_swapped_linen_transformer_keeps_weights_trains_and_decodes(linen):
     np.testing.assert_allclose(actual, full, atol=1e-4 * jnp.abs(full).max())
 
 
-def test_a_model_sharded_by_logical_axes_shards_the_layer_and_computes_the_same():
+def test_a_model_sharded_by_logical_axes_shards_the_layer_and_computes_the_same(guide):
     """A stand-in of flax's lm1b: no rules in force when parameters are made, only names."""
-    names = {}
-    exec(LOGICAL, names)  # noqa: S102
+    names = guide[1][LOGICAL]
     layer = names["params"]["params"]["GatedDeltaNet2_0"]
     count = jax.device_count()
     for name in ("q_proj", "b_proj", "w_proj", "f_proj_0"):
@@ -133,10 +128,9 @@ def test_a_model_sharded_by_logical_axes_shards_the_layer_and_computes_the_same(
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_a_model_that_keeps_its_cache_outside_decodes_as_a_whole_call_does():
+def test_a_model_that_keeps_its_cache_outside_decodes_as_a_whole_call_does(guide):
     """A stand-in of bonsai's Qwen3, whose prompts are padded on the left."""
-    names = {}
-    exec(OUTSIDE, names)  # noqa: S102
+    names = guide[1][OUTSIDE]
     decoder, forward = names["decoder"], names["forward"]
     tokens = names["tokens"]
     before = jax.tree.map(jnp.copy, nnx.state(decoder))
@@ -153,9 +147,8 @@ def test_a_model_that_keeps_its_cache_outside_decodes_as_a_whole_call_does():
 
 
 @pytest.mark.parametrize("name", ["chunk_kda", "chunk_gated_delta_rule"])
-def test_gates_of_value_heads_in_half_precision_give_what_fla_defines(name):
-    names = {}
-    exec(OPERATORS, names)  # noqa: S102
+def test_gates_of_value_heads_in_half_precision_give_what_fla_defines(guide, name):
+    names = guide[1][OPERATORS]
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 5, 2, 4)).astype(np.float32) / 2
     v = rng.normal(size=(1, 5, 4, 3)).astype(np.float32)
@@ -180,7 +173,16 @@ def test_gates_of_value_heads_in_half_precision_give_what_fla_defines(name):
 def test_recurrentgemma_trains_and_samples_with_gdn2_for_its_local_attention(tmp_path):
     code = f"{RECURRENTGEMMA}\n{Path(__file__).with_name('recurrentgemma_swap.py').read_text()}"
     # -O leaves out the checks of types, which need an older typeguard.
-    results = json.loads(run(code, tmp_path, "-O")[-1])
+    result = subprocess.run(
+        [sys.executable, "-O", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads(result.stdout.splitlines()[-1])
     assert "w_proj" in results["swapped"]
     assert results["losses"][1] < 0.1 * results["losses"][0]
     assert results["sampled"] == results["expected"]
