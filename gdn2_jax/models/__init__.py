@@ -1,7 +1,7 @@
 """Language models: configuration, presets, the model and generation from it."""
 
 from gdn2_jax.models.config import ModelConfig, config_from_json
-from gdn2_jax.models.generate import generate
+from gdn2_jax.models.generate import continue_session, generate
 from gdn2_jax.models.language_model import LanguageModel
 from gdn2_jax.models.loss import Batch, next_token_loss
 from gdn2_jax.models.mixers import (
@@ -13,6 +13,15 @@ from gdn2_jax.models.mixers import (
     named_mixer,
 )
 from gdn2_jax.models.presets import PRESETS, SCALES, matched_preset
+from gdn2_jax.models.session import (
+    Session,
+    extend_session,
+    load_session,
+    replace_row,
+    save_session,
+    start_session,
+    take_rows,
+)
 from gdn2_jax.models.sizes import Sizes, model_sizes
 
 __all__ = [
@@ -24,13 +33,21 @@ __all__ = [
     "LanguageModel",
     "Mixer",
     "ModelConfig",
+    "Session",
     "Sizes",
     "SoftmaxAttention",
     "StateSpace",
     "config_from_json",
+    "continue_session",
+    "extend_session",
     "generate",
+    "load_session",
     "matched_preset",
     "model_sizes",
     "named_mixer",
     "next_token_loss",
+    "replace_row",
+    "save_session",
+    "start_session",
+    "take_rows",
 ]

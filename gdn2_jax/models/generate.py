@@ -10,14 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from gdn2_jax.models.config import ModelConfig
-from gdn2_jax.models.language_model import LanguageModel
+from gdn2_jax.models.session import Session, checked_rows, in_pieces, read, start_session
 
-# A prompt is read in pieces, so that few programs serve all lengths: one of a power of two tokens,
-# or several of the longest.
-_SHORTEST_PIECE, _LONGEST_PIECE = 16, 4096
 # Steps between two looks of the host.
 _MOST_STEPS = 256
 # With `on_token` the host looks about as often as a reader sees.
@@ -64,26 +61,65 @@ def generate(
     Raises:
       ValueError: an argument is malformed or out of range, or the logits are NaN or infinite.
     """
-    rows = _checked_rows(prompt, config.vocab_size)
+    rows = checked_rows(prompt, config.vocab_size)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "eos": eos}
     _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos)
-    length = _in_pieces(max(map(len, rows)))
     if config.mixer.cache_grows:
-        config = dataclasses.replace(config, context_length=_in_pieces(length + max_new_tokens))
-    state = _read_prompt(config, params, rows, length)
+        length = in_pieces(max(map(len, rows)))
+        config = dataclasses.replace(config, context_length=in_pieces(length + max_new_tokens))
+    session = start_session(config, params, rows)
+    new, _ = continue_session(
+        config,
+        params,
+        session,
+        max_new_tokens=max_new_tokens,
+        on_token=on_token,
+        **options,
+    )
+    if isinstance(prompt, list | tuple):
+        return [np.concatenate(pair) for pair in zip(rows, new, strict=True)]
+    columns = np.full((len(rows), max_new_tokens), 0 if eos is None else eos, np.int32)
+    for row, tokens in zip(columns, new, strict=True):
+        row[: len(tokens)] = tokens
+    return np.concatenate([np.stack(rows), columns], axis=1)
+
+
+def continue_session(
+    config: ModelConfig,
+    params: dict,
+    session: Session,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos: int | None = None,
+    on_token: Callable[[np.ndarray], np.ndarray | None] | None = None,
+) -> tuple[list[Int[np.ndarray, "N"]], Session]:
+    """Continues each row of a session; see `generate` for arguments and errors.
+
+    Returns:
+      The new tokens of each row until it ended, and the session after them: all rows have read as
+      many tokens, those that ended first `eos` or 0 at the end. With `on_token` some more may be read
+      than it was called with. `session` itself must not be used again.
+    """
+    _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos)
     key = jax.random.key(seed % 2**32)
     sampling = Sampling.of(temperature, top_k, top_p)
     filler = 0 if eos is None else eos
     end = np.int32(-1 if eos is None else eos)  # No token is -1.
 
-    new = np.full((len(rows), max_new_tokens), filler, np.int32)
-    lengths = np.full(len(rows), max_new_tokens)
-    ended = np.zeros(len(rows), bool)
+    batch = session.logits.shape[0]
+    new = np.full((batch, max_new_tokens), filler, np.int32)
+    lengths = np.full(batch, max_new_tokens)
+    ended = np.zeros(batch, bool)
     known, steps = 0, _MOST_STEPS if on_token is None else 1
     while known < max_new_tokens and not ended.all():
         before = time.monotonic()
         steps = min(steps, max_new_tokens - known)
-        state, columns, count, broken = _decode(
-            config, params, state, sampling, key, end, known, steps
+        session, columns, count, broken = _decode(
+            config, params, session, jnp.array(ended), sampling, key, end, known, steps
         )
         for column in np.asarray(columns)[: int(count)]:
             column = np.where(ended, filler, column)
@@ -102,12 +138,9 @@ def generate(
                 f"params: expected weights that give finite logits, got NaN or infinity for new "
                 f"token {known} of row {broken[0]}"
             )
-        state = state._replace(ended=jnp.array(ended))
         if on_token is not None and time.monotonic() - before < _SECONDS_BETWEEN_LOOKS / 2:
             steps = min(2 * steps, _MOST_STEPS)
-    if isinstance(prompt, list | tuple):
-        return [np.concatenate([row, new[i, : lengths[i]]]) for i, row in enumerate(rows)]
-    return np.concatenate([np.stack(rows), new], axis=1)
+    return [row[:length] for row, length in zip(new, lengths, strict=True)], session
 
 
 class Sampling(NamedTuple):
@@ -132,82 +165,37 @@ class Sampling(NamedTuple):
         return cls(np.float32(temperature), np.int32(top_k or every), np.float32(top_p))
 
 
-class _State(NamedTuple):
-    """What the next step needs to know; `logits` are of the next token."""
-
-    cache: dict
-    logits: Float[Array, "B vocab"]
-    ended: Bool[Array, "B"]
-
-
-def _in_pieces(length: int) -> int:
-    """The length of `length` tokens after padding: of one piece, or of several of the longest."""
-    if length > _LONGEST_PIECE:
-        return -(-length // _LONGEST_PIECE) * _LONGEST_PIECE
-    return max(_SHORTEST_PIECE, 2 ** (length - 1).bit_length())
-
-
-def _read_prompt(config, params, rows: list[np.ndarray], length: int) -> _State:
-    """The state after the prompts, whose padding on the left is a document of its own."""
-    tokens = np.zeros((len(rows), length), np.int32)
-    segment_ids = np.zeros_like(tokens)
-    for i, row in enumerate(rows):
-        tokens[i, length - len(row) :] = row
-        segment_ids[i, length - len(row) :] = 1
-    cache = _empty_cache(config, len(rows))
-    for start in range(0, length, _LONGEST_PIECE):
-        piece = slice(start, start + _LONGEST_PIECE)
-        cache, logits = _read(config, params, cache, tokens[:, piece], segment_ids[:, piece])
-    return _State(cache, logits, jnp.zeros(len(rows), bool))
-
-
-@functools.partial(jax.jit, static_argnames=("config", "batch"))
-def _empty_cache(config, batch) -> dict:
-    model = LanguageModel(config, decode=True)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((batch, 1), jnp.int32))
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes["cache"])
-
-
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
-def _read(config, params, cache, tokens, segment_ids=None) -> tuple[dict, Float[Array, "B vocab"]]:
-    """The cache after some tokens, and the logits of the next one."""
-    logits, updated = LanguageModel(config, decode=True).apply(
-        {"params": params, "cache": cache}, tokens, segment_ids, last_only=True, mutable=["cache"]
-    )
-    return updated["cache"], logits[:, -1]
-
-
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
-def _decode(config, params, state, sampling, key, eos, known, steps):
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("session",))
+def _decode(config, params, session, ended, sampling, key, eos, known, steps):
     """Up to `steps` tokens more than the `known` ones.
 
     Stops early when all rows have ended, and before a token of which the logits are not finite.
 
     Returns:
-      The state, the tokens [_MOST_STEPS, B], how many of these there are, and the rows whose
+      The session, the tokens [_MOST_STEPS, B], how many of these there are, and the rows whose
       logits are not finite.
     """
-    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(state.ended.size))
+    rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(ended.size))
 
-    def broken(state):
-        return ~jnp.isfinite(jnp.max(state.logits, axis=-1))
+    def broken(session):
+        return ~jnp.isfinite(jnp.max(session.logits, axis=-1))
 
     def goes_on(carry):
-        step, state, _ = carry
-        return (step < steps) & ~jnp.all(state.ended) & ~jnp.any(broken(state) & ~state.ended)
+        step, session, ended, _ = carry
+        return (step < steps) & ~jnp.all(ended) & ~jnp.any(broken(session) & ~ended)
 
     def body(carry):
-        step, state, columns = carry
+        step, session, ended, columns = carry
         keys = jax.vmap(jax.random.fold_in, (0, None))(rows, known + step)
-        token = _draw(state.logits, sampling, keys)
-        token = jnp.where(state.ended, jnp.maximum(eos, 0), token)
-        cache, logits = _read(config, params, state.cache, token[:, None])
-        state = _State(cache, logits, state.ended | (token == eos))
-        return step + 1, state, columns.at[step].set(token)
+        token = _draw(session.logits, sampling, keys)
+        token = jnp.where(ended, jnp.maximum(eos, 0), token)
+        session = read(config, params, session.cache, token[:, None])
+        return step + 1, session, ended | (token == eos), columns.at[step].set(token)
 
-    columns = jnp.zeros((_MOST_STEPS, state.ended.size), jnp.int32)
-    step, state, columns = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, columns))
-    return state, columns, step, broken(state)
+    columns = jnp.zeros((_MOST_STEPS, ended.size), jnp.int32)
+    carry = (jnp.int32(0), session, ended, columns)
+    step, session, _, columns = jax.lax.while_loop(goes_on, body, carry)
+    return session, columns, step, broken(session)
 
 
 def _draw(logits: Float[Array, "B vocab"], sampling: Sampling, keys) -> Int[Array, "B"]:
@@ -235,29 +223,6 @@ def _draw(logits: Float[Array, "B vocab"], sampling: Sampling, keys) -> Int[Arra
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return jax.lax.cond(temperature > 0, sampled, greedy, logits)
-
-
-def _checked_rows(prompt, vocab_size: int) -> list[Int[np.ndarray, "P"]]:
-    if isinstance(prompt, list | tuple):
-        rows = [np.asarray(row) for row in prompt]
-        if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
-            shapes = [row.shape for row in rows]
-            raise ValueError(f"prompt: expected rows of token ids, got rows of shapes {shapes}")
-        dtype = np.result_type(*rows)
-    else:
-        rows = np.asarray(prompt)
-        if rows.ndim != 2 or rows.size == 0:
-            raise ValueError(
-                f"prompt: expected a non-empty array [B P], or a list of rows, "
-                f"got shape {rows.shape}"
-            )
-        dtype = rows.dtype
-    if not np.issubdtype(dtype, np.integer):
-        raise ValueError(f"prompt: expected integers, got {dtype}")
-    least, greatest = min(row.min() for row in rows), max(row.max() for row in rows)
-    if least < 0 or greatest >= vocab_size:
-        raise ValueError(f"prompt: expected ids in [0, {vocab_size}), got {least} to {greatest}")
-    return [row.astype(np.int32) for row in rows]
 
 
 def _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos) -> None:

@@ -11,6 +11,7 @@ from gdn2_jax.models import LanguageModel, generate
 from gdn2_jax.models.generate import Sampling, _draw
 
 module = importlib.import_module("gdn2_jax.models.generate")
+reading = importlib.import_module("gdn2_jax.models.session")
 
 
 @functools.cache
@@ -67,7 +68,7 @@ def test_neither_lengths_nor_options_of_sampling_compile_anything(hybrid_model):
 
     def run(length, new, **options):
         generate(config, params, prompt(2, length), max_new_tokens=new, **options)
-        return module._read._cache_size(), module._decode._cache_size()
+        return reading.read._cache_size(), module._decode._cache_size()
 
     before = run(1, 2)
     assert run(7, 9, temperature=0.5) == before
@@ -85,7 +86,7 @@ def test_rows_of_different_lengths_get_their_own_greedy_tokens(hybrid_model):
 
 def test_a_prompt_longer_than_a_piece_is_read_in_several(hybrid_model, monkeypatch):
     config, params = hybrid_model
-    monkeypatch.setattr(module, "_LONGEST_PIECE", 16)
+    monkeypatch.setattr(reading, "_LONGEST_PIECE", 16)
     rows = [prompt(1, length)[0] for length in (35, 12)]
     together = generate(config, params, rows, max_new_tokens=4, temperature=0)
     assert_greedy(config, params, rows, together)

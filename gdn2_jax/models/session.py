@@ -1,0 +1,241 @@
+"""What a model has read so far, kept to go on from: in memory, in a file, row by row.
+
+Of a recurrent model it has the same size after any number of tokens.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import serialization
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Int
+
+from gdn2_jax.models.config import ModelConfig
+from gdn2_jax.models.language_model import LanguageModel
+
+# A prompt is read in pieces, so that few programs serve all lengths: one of a power of two tokens,
+# or several of the longest.
+_SHORTEST_PIECE, _LONGEST_PIECE = 16, 4096
+
+
+class Session(NamedTuple):
+    """Texts that a model has read, one a row.
+
+    Attributes:
+      cache: the model's "cache" collection, whose arrays are [layers, B, ...], or [layers] for what
+        all rows share.
+      logits: of the next token of each row.
+    """
+
+    cache: dict
+    logits: Float[Array, "B vocab"]
+
+
+def start_session(
+    config: ModelConfig, params: dict, prompts: Int[Array, "B P"] | Sequence[Sequence[int]]
+) -> Session:
+    """Reads prompts, which may differ in length; rows do not see each other.
+
+    Args:
+      config: the model's configuration; `context_length` is what full attention can hold.
+      params: its parameters.
+      prompts: token ids, as for `generate`.
+
+    Raises:
+      ValueError: the prompts are malformed or too long for `context_length`.
+    """
+    rows = checked_rows(prompts, config.vocab_size)
+    length = in_pieces(max(map(len, rows)))
+    if config.mixer.cache_grows and length > config.context_length:
+        raise ValueError(
+            f"context_length: expected at least {length}, the prompts' length in pieces, "
+            f"got {config.context_length}"
+        )
+    return _read_rows(config, params, _empty_cache(config, len(rows)), rows, length)
+
+
+def extend_session(
+    config: ModelConfig, params: dict, session: Session, tokens: Int[Array, "B T"]
+) -> Session:
+    """Reads as many tokens more in each row; compiled once for each T.
+
+    `session` itself must not be used again.
+    """
+    rows = checked_rows(np.asarray(tokens), config.vocab_size)
+    if len(rows) != len(session.logits):
+        raise ValueError(f"tokens: expected {len(session.logits)} rows, got {len(rows)}")
+    return read(config, params, session.cache, np.stack(rows))
+
+
+def replace_row(
+    config: ModelConfig, params: dict, session: Session, row: int, prompt: Sequence[int]
+) -> Session:
+    """Starts a row anew with another prompt; the other rows stay as they are.
+
+    `session` itself must not be used again.
+
+    Args:
+      config: the model's configuration.
+      params: its parameters.
+      session: of several rows.
+      row: its number.
+      prompt: token ids.
+
+    Raises:
+      ValueError: there is no such row, or the prompt is malformed.
+    """
+    if not 0 <= row < len(session.logits):
+        raise ValueError(f"row: expected 0 to {len(session.logits) - 1}, got {row}")
+    rows = checked_rows([prompt], config.vocab_size)
+    length = in_pieces(len(rows[0]))
+    # Its last token takes the place of the last tokens of the other rows.
+    cache = _before(_empty_cache(config, 1), session.cache, length)
+    return _with_row(session, row, _read_rows(config, params, cache, rows, length))
+
+
+def take_rows(session: Session, rows: Sequence[int]) -> Session:
+    """Returns a session of some rows; of one row several times, to continue it in several ways."""
+    rows = jnp.asarray(rows)
+    cache = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, rows], session.cache)
+    return Session(cache, session.logits[rows])
+
+
+def save_session(path: str | Path, config: ModelConfig, session: Session) -> None:
+    """Writes a session, as a whole or not at all."""
+    path = Path(path)
+    content = {"config": _identity(config), "session": jax.device_get(session)._asdict()}
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(serialization.msgpack_serialize(content))
+    os.replace(temporary, path)
+
+
+def load_session(path: str | Path, config: ModelConfig) -> Session:
+    """Reads what `save_session` wrote.
+
+    Args:
+      path: of the file.
+      config: of the model that wrote it.
+
+    Raises:
+      ValueError: the file is damaged, or its session is of another model.
+    """
+    try:
+        content = serialization.msgpack_restore(Path(path).read_bytes())
+        there, session = content["config"], content["session"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"path: expected a session, got {path} ({error})") from error
+    here = _identity(config)
+    for name in here | there:
+        if here.get(name) != there.get(name):
+            raise ValueError(
+                f"config: expected that of the session, with {name} {there.get(name)}, "
+                f"got {here.get(name)}"
+            )
+    return Session(**jax.tree.map(jnp.asarray, session))
+
+
+def _identity(config: ModelConfig) -> dict[str, str]:
+    """What a session depends on, by field."""
+    free = ("param_dtype", "remat", "unroll", "loss_blocks", "implementation")
+    fields = flatten_dict(dataclasses.asdict(config), sep=".")
+    return {name: repr(value) for name, value in fields.items() if name not in free}
+
+
+def in_pieces(length: int) -> int:
+    """The length of `length` tokens after padding: of one piece, or of several of the longest."""
+    if length > _LONGEST_PIECE:
+        return -(-length // _LONGEST_PIECE) * _LONGEST_PIECE
+    return max(_SHORTEST_PIECE, 2 ** (length - 1).bit_length())
+
+
+def _read_rows(config, params, cache, rows: list[np.ndarray], length: int) -> Session:
+    """Reads prompts, whose padding on the left is a document of its own."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    segment_ids = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :] = row
+        segment_ids[i, length - len(row) :] = 1
+    for start in range(0, length, _LONGEST_PIECE):
+        piece = slice(start, start + _LONGEST_PIECE)
+        session = read(config, params, cache, tokens[:, piece], segment_ids[:, piece])
+        cache = session.cache
+    return session
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch"))
+def _empty_cache(config, batch) -> dict:
+    model = LanguageModel(config, decode=True)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((batch, 1), jnp.int32))
+    cache = flatten_dict(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["cache"]))
+    for path in cache:
+        if path[-1] == "index":
+            # As if a ring of padding were read: later a row may be longer than all others.
+            cache[path] += cache[*path[:-1], "key"].shape[2]
+    return unflatten_dict(cache)
+
+
+def _before(cache: dict, other: dict, length: int) -> dict:
+    """An empty cache that comes to where `other` is by reading `length` tokens."""
+    cache, other = flatten_dict(cache), flatten_dict(other)
+    for path in cache:
+        if path[-1] == "index":
+            # It may be negative, since angles count relative to each other only.
+            cache[path] = other[path] - length
+        elif path[-1] == "slot":
+            cache[path] = (other[path] - length) % cache[*path[:-1], "key"].shape[2]
+    return unflatten_dict(cache)
+
+
+@functools.partial(jax.jit, donate_argnames=("session",))
+def _with_row(session: Session, row, one: Session) -> Session:
+    def put(x, y):
+        return x if x.ndim == 1 else x.at[:, row].set(y[:, 0])
+
+    cache = jax.tree.map(put, session.cache, one.cache)
+    return Session(cache, session.logits.at[row].set(one.logits[0]))
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def read(
+    config: ModelConfig,
+    params: dict,
+    cache: dict,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Session:
+    """The session after some tokens."""
+    logits, updated = LanguageModel(config, decode=True).apply(
+        {"params": params, "cache": cache}, tokens, segment_ids, last_only=True, mutable=["cache"]
+    )
+    return Session(updated["cache"], logits[:, -1])
+
+
+def checked_rows(prompt, vocab_size: int) -> list[Int[np.ndarray, "P"]]:
+    """The rows of a prompt as arrays; raises a ValueError if it is malformed."""
+    if isinstance(prompt, list | tuple):
+        rows = [np.asarray(row) for row in prompt]
+        if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
+            shapes = [row.shape for row in rows]
+            raise ValueError(f"prompt: expected rows of token ids, got rows of shapes {shapes}")
+        dtype = np.result_type(*rows)
+    else:
+        rows = np.asarray(prompt)
+        if rows.ndim != 2 or rows.size == 0:
+            raise ValueError(
+                f"prompt: expected a non-empty array [B P], or a list of rows, "
+                f"got shape {rows.shape}"
+            )
+        dtype = rows.dtype
+    if not np.issubdtype(dtype, np.integer):
+        raise ValueError(f"prompt: expected integers, got {dtype}")
+    least, greatest = min(row.min() for row in rows), max(row.max() for row in rows)
+    if least < 0 or greatest >= vocab_size:
+        raise ValueError(f"prompt: expected ids in [0, {vocab_size}), got {least} to {greatest}")
+    return [row.astype(np.int32) for row in rows]

@@ -1,0 +1,138 @@
+"""What a model has read, saved, extended and replaced row by row, against texts that are read at once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdn2_jax.models import (
+    SoftmaxAttention,
+    continue_session,
+    extend_session,
+    generate,
+    load_session,
+    replace_row,
+    save_session,
+    start_session,
+    take_rows,
+)
+
+
+def text(length, seed=0):
+    return np.random.default_rng(seed).integers(0, 31, length).tolist()
+
+
+def alone(config, params, prompt, count):
+    """The likeliest tokens after a prompt that is read at once."""
+    (row,) = generate(config, params, [prompt], max_new_tokens=count, temperature=0)
+    return row[len(prompt) :]
+
+
+def greedy(config, params, session, count):
+    return continue_session(config, params, session, max_new_tokens=count, temperature=0)
+
+
+def test_a_saved_session_goes_on_where_it_was(small_model, tmp_path):
+    config, params = small_model
+    prompt = text(11)
+    _, session = greedy(config, params, start_session(config, params, [prompt]), 4)
+    save_session(tmp_path / "session", config, session)
+    restored = load_session(tmp_path / "session", config)
+    jax.tree.map(np.testing.assert_array_equal, restored, session)
+    (tokens,), _ = greedy(config, params, restored, 5)
+    np.testing.assert_array_equal(tokens, alone(config, params, prompt, 9)[4:])
+
+
+def test_a_saved_session_is_as_large_after_any_text(hybrid_model, tmp_path):
+    config, params = hybrid_model
+    config = dataclasses.replace(config, dtype="bfloat16")
+    for length in (3, 40):
+        session = start_session(config, params, [text(length)])
+        save_session(tmp_path / str(length), config, session)
+        restored = load_session(tmp_path / str(length), config)
+        assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, session)
+    assert (tmp_path / "3").stat().st_size == (tmp_path / "40").stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "40"]
+
+
+def test_a_session_of_another_model_or_a_damaged_one_is_refused(hybrid_model, tmp_path):
+    config, params = hybrid_model
+    path = tmp_path / "session"
+    save_session(path, config, start_session(config, params, [text(3)]))
+    other = dataclasses.replace(config, attention=SoftmaxAttention(num_heads=2, window_size=5))
+    with pytest.raises(ValueError, match="^config: .* attention.window_size 4, got 5$"):
+        load_session(path, other)
+    load_session(path, dataclasses.replace(config, implementation=None))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="^path: expected a session, got "):
+        load_session(path, config)
+
+
+def test_a_text_may_be_read_in_parts(small_model):
+    config, params = small_model
+    session = start_session(config, params, [text(9, 1), text(4, 2)])
+    more = np.array([text(5, 3), text(5, 4)])
+    found, _ = greedy(config, params, extend_session(config, params, session, more), 6)
+    for row, first in enumerate((text(9, 1), text(4, 2))):
+        expected = alone(config, params, [*first, *more[row]], 6)
+        np.testing.assert_array_equal(found[row], expected)
+
+
+def test_one_text_goes_on_in_several_rows(small_model):
+    config, params = small_model
+    one = start_session(config, params, [text(9, 1), text(4, 2)])
+    session = take_rows(one, [1, 1, 0])
+    tokens = np.array([[3], [7], [5]])
+    found, _ = greedy(config, params, extend_session(config, params, session, tokens), 4)
+    for row, first in enumerate((text(4, 2), text(4, 2), text(9, 1))):
+        expected = alone(config, params, [*first, *tokens[row]], 4)
+        np.testing.assert_array_equal(found[row], expected)
+
+
+@pytest.fixture(params=["recurrent", "window", "attention"])
+def any_model(request, hybrid_model):
+    """Models whose attention sees more than the first prompts have."""
+    config, params = hybrid_model
+    if request.param == "window":
+        attention = SoftmaxAttention(num_heads=2, window_size=48)
+        return dataclasses.replace(config, attention=attention), params
+    heads = {name: params["layers"]["block"][name] for name in ("mixer_norm", "mlp_norm", "mlp")}
+    kind = "block" if request.param == "recurrent" else "attention_block"
+    block = heads | {"mixer": params["layers"][kind]["mixer"]}
+    config = dataclasses.replace(config, num_layers=2, hybrid=False)
+    if request.param == "attention":
+        mixer = SoftmaxAttention(kind="attention", num_heads=2)
+        config = dataclasses.replace(config, mixer=mixer, context_length=64)
+    return config, params | {"layers": {"block": block}}
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_a_row_starts_anew_while_the_others_go_on(any_model, length):
+    config, params = any_model
+    first, second, third = text(3, 1), text(7, 2), text(length, 3)
+    session = start_session(config, params, [first, second])
+    before, session = greedy(config, params, session, 3)
+    session = replace_row(config, params, session, 0, third)
+    after, session = greedy(config, params, session, 6)
+    np.testing.assert_array_equal(after[0], alone(config, params, third, 6))
+    expected = alone(config, params, second, 9)
+    np.testing.assert_array_equal([*before[1], *after[1]], expected)
+    # And the other one, at another time.
+    session = replace_row(config, params, session, 1, first)
+    after, _ = greedy(config, params, session, 4)
+    np.testing.assert_array_equal(after[1], alone(config, params, first, 4))
+    np.testing.assert_array_equal(after[0], alone(config, params, third, 10)[6:])
+
+
+def test_what_does_not_fit_is_named(any_model):
+    config, params = any_model
+    session = start_session(config, params, [text(3), text(3)])
+    with pytest.raises(ValueError, match="^row: expected 0 to 1, got 2$"):
+        replace_row(config, params, session, 2, text(3))
+    with pytest.raises(ValueError, match="^tokens: expected 2 rows, got 1$"):
+        extend_session(config, params, session, jnp.zeros((1, 3), jnp.int32))
+    if config.mixer.cache_grows:
+        with pytest.raises(ValueError, match="^context_length: expected at least 128, .* got 64$"):
+            start_session(config, params, [text(65)])
