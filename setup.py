@@ -13,6 +13,7 @@ TRAIN = [
     "optax",
     "orbax-checkpoint",
     "pyarrow",
+    "scipy",
     "tensorboardX",
     "tokenizers",
     "tqdm",
