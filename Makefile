@@ -11,7 +11,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durat
 # What uses most of the libraries' interfaces.
 NEWEST = tests/ops tests/layers tests/pallas tests/data tests/interop/test_nnx.py tests/training/test_train.py
 
-.PHONY: help train test test-newest test-eval lint docs clean
+.PHONY: help train test test-newest test-eval types lint docs clean
 
 help:  ## lists the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## */\t/' | expand -t 16
@@ -28,6 +28,9 @@ test-newest: .venv-newest/.installed  ## runs what finds changed interfaces on t
 
 test-eval: .venv/.eval  ## runs the tests that need lm-evaluation-harness, some 500 MB of packages
 	.venv/bin/python -m pytest tests/evaluation tests/experiments/test_evaluate.py $(ARGS)
+
+types: .venv/.installed  ## checks that values have the shapes and dtypes of their annotations
+	.venv/bin/python -m pytest --jaxtyping-packages=gdn2_jax,beartype.beartype tests/annotations.py $(ARGS)
 
 lint: .venv/.installed  ## checks style
 	.venv/bin/ruff check .

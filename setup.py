@@ -22,6 +22,7 @@ TRAIN = [
 INTEROP = ["flatbuffers", "safetensors"]
 TEST = [
     *INTEROP,
+    "beartype",
     "chex",
     "einops",
     "hypothesis",

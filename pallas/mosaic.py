@@ -44,7 +44,7 @@ def interpreting() -> bool:
     return _interpreting.get()
 
 
-def tile(shape: tuple[int, ...], dtype, swizzle: int = 128) -> plgpu.SMEM:
+def tile(shape: tuple[int, ...], dtype, swizzle: int = 128) -> pl.MemoryRef:
     """Shared memory that TMA fills and wgmma reads: 8-row tiles, swizzled."""
     columns = swizzle // jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class Questions(NamedTuple):
     kinds: Int[Array, "*B Q"]
 
 
+@runtime_checkable
 class Task(Protocol):
     """What every task has; see the module."""
 

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -33,6 +33,7 @@ _LONGEST_WORD = 256
 _TRAINING_CHARACTERS = 2**28
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the data, the trainer and the sampler need of a tokenizer."""
 

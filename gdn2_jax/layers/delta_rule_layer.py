@@ -147,7 +147,7 @@ def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H C"]
     return x.reshape(*x.shape[:2], heads, -1)
 
 
-def _repeat_heads(x: Float[Array, "B T H K"], count: int) -> Float[Array, "B T H*count K"]:
+def _repeat_heads(x: Float[Array, "B T H K"], count: int) -> Float[Array, "B T H*{count} K"]:
     """Each head `count` times in a row; jnp.repeat would ask where Explicit axes put the result."""
     shape = (*x.shape[:3], count, x.shape[3])
     return jnp.broadcast_to(x[:, :, :, None], shape).reshape(*x.shape[:2], -1, x.shape[3])

@@ -90,14 +90,14 @@ class GatedDeltaNet(DeltaRuleLayer):
         check_attributes(self, "num_householder")
 
 
-def _in_turn(x: Float[Array, "B T H*n C"], steps: int) -> Float[Array, "B T*n H C"]:
+def _in_turn(x: Float[Array, "B T Hn C"], steps: int) -> Float[Array, "B T*{steps} Hn//{steps} C"]:
     """The steps of each token one after another."""
     batch, length, _, channels = x.shape
     x = jnp.moveaxis(x.reshape(batch, length, -1, steps, channels), 3, 2)
     return x.reshape(batch, length * steps, -1, channels)
 
 
-def _at_step(x: Float[Array, "B T H C"], step: int, steps: int) -> Float[Array, "B T*n H C"]:
+def _at_step(x: Float[Array, "B T H C"], step: int, steps: int) -> Float[Array, "B T*{steps} H C"]:
     """Zeros but at one step of each token."""
     around = ((0, 0), (0, 0), (step, steps - 1 - step), (0, 0), (0, 0))
     return jnp.pad(x[:, :, None], around).reshape(x.shape[0], -1, *x.shape[2:])

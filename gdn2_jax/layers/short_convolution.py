@@ -113,14 +113,14 @@ def _convolve_span(x, kernel, bias, segment_ids, unit_dim) -> Float[Array, "B T 
 # The shifted float32 copies would outweigh every other array kept for the backward.
 @functools.partial(jax.checkpoint, static_argnums=(4, 5))
 def _convolve(
-    inputs: Float[Array, "B P+T-padding D"],
-    kernel: Float[Array, "P+1 D"],
+    inputs: Float[Array, "B L D"],
+    kernel: Float[Array, "S D"],
     bias: Float[Array, "D"] | None,
-    segment_ids: Int[Array, "B P+T-padding"] | None,
+    segment_ids: Int[Array, "B L"] | None,
     padding: int,
     unit_dim: int | None,
-) -> Float[Array, "B T D"]:
-    """Convolution, SiLU and unit length of tokens that follow P = kernel_size - 1 others.
+) -> Float[Array, "B L+{padding}-S+1 D"]:
+    """Convolution, SiLU and unit length of tokens that follow P = S - 1 others.
 
     The first `padding` of those others are zeros, and not in `inputs`.
     """

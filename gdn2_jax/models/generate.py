@@ -24,7 +24,7 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 def generate(
     config: ModelConfig,
     params: dict,
-    prompt: Int[Array, "B P"] | Sequence[Sequence[int]],
+    prompt: Int[Array | np.ndarray, "B P"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -33,7 +33,7 @@ def generate(
     seed: int = 0,
     eos: int | None = None,
     on_token: Callable[[np.ndarray], np.ndarray | None] | None = None,
-) -> Int[np.ndarray, "B P+N"] | list[Int[np.ndarray, "L"]]:
+) -> Int[np.ndarray, "B PN"] | list[Int[np.ndarray, "L"]]:
     """Continues each row of `prompt`.
 
     The prompt runs through the chunkwise form in pieces, then every token is one step of the

@@ -33,7 +33,7 @@ class LanguageModel(nn.Module):
         *,
         last_only: bool = False,
         head: bool = True,
-    ) -> Float[Array, "B T vocab"]:
+    ) -> Float[Array, "B L vocab"]:
         """Logits of the token after each token.
 
         Args:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
 
@@ -19,7 +20,7 @@ def not_finite(x: Array, dims: int) -> Bool[Array, "*n"]:
     return ~jnp.all(jnp.isfinite(x), axis=tuple(range(dims, x.ndim)))
 
 
-def replace(where: Bool[Array, "*n"], value: float, x: Array) -> Array:
+def replace(where: Bool[Array, "*n"], value: ArrayLike, x: Array) -> Array:
     """`x` with `value` where the mask of its first axes is true."""
     return jnp.where(jnp.expand_dims(where, tuple(range(where.ndim, x.ndim))), value, x)
 

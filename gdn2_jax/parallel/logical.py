@@ -145,7 +145,7 @@ def param_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
     return jax.tree.map(sharding, nn.unbox(boxed), specs)
 
 
-def per_device(function: Callable, inputs: tuple[Names, ...], outputs: Any) -> Callable:
+def per_device(function: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
     """Runs `function` on every device's parts of its arguments; plainly without a mesh.
 
     On the ambient mesh the names tell the parts, on a mesh of Explicit axes the types do: see
@@ -163,7 +163,7 @@ def per_device(function: Callable, inputs: tuple[Names, ...], outputs: Any) -> C
 
 
 def as_typed(
-    function: Callable, inputs: tuple[Names, ...], outputs: Any, heads: int | None = None
+    function: Callable, inputs: tuple[Any, ...], outputs: Any, heads: int | None = None
 ) -> Callable:
     """Runs `function` on parts of arguments whose types lie on Explicit axes; plainly on others.
 

@@ -1,8 +1,8 @@
 """All that a run compiles before its first step."""
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +17,9 @@ from gdn2_jax.training.step import (
 )
 
 
-class Programs[F: (Callable, Future)](NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Programs[F: (Callable, Future)]:
     """Compiled functions, or their futures.
 
     Attributes:

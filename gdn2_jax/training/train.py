@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Self
+from typing import Any
 
 import grain
 import jax
@@ -384,7 +384,7 @@ class _StopSignal:
       received: the number of the signal; 0 before it.
     """
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         self.received = 0
         main = threading.current_thread() is threading.main_thread()
         self._handlers = {

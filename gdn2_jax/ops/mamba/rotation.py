@@ -8,10 +8,11 @@ from jaxtyping import Array, Bool, Float
 from gdn2_jax.ops.precision import HIGHEST
 
 
-def rotate(
-    x: Float[Array, "*n K"], phase: Float[Array, "*#n A"], axis: int = -1
-) -> Float[Array, "*n K"]:
-    """Rotates the channel pairs (i, i + K / 2), i < A, along `axis` by `phase`; the others pass."""
+def rotate(x: Float[Array, "*n"], phase: Float[Array, "..."], axis: int = -1) -> Float[Array, "*n"]:
+    """Rotates the channel pairs (i, i + K / 2), i < A, along `axis` by `phase`; the others pass.
+
+    Other axes of `phase` are those of `x`, or broadcast to them.
+    """
     before, half, after = x.shape[:axis], x.shape[axis] // 2, x.shape[axis:][1:]
     padding = [(0, 0)] * phase.ndim
     padding[axis] = (0, half - phase.shape[axis])
@@ -26,8 +27,8 @@ def rotate(
 
 
 def turn_gradient(
-    x: Float[Array, "*n K"], gradient: Float[Array, "*n K"], angles: int, axis: int = -1
-) -> Float[Array, "*n A"]:
+    x: Float[Array, "*n"], gradient: Float[Array, "*n"], angles: int, axis: int = -1
+) -> Float[Array, "..."]:
     """Gradient of the phase of x = rotate(..., phase), by pairs, from x and its gradient.
 
     Both may be turned by the same angle: only the one between them matters.

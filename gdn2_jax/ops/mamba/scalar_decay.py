@@ -103,18 +103,18 @@ def same_segment(segments: Segments) -> Bool[Array, "*n B C C"]:
     return segments.here[..., :, None] == segments.here[..., None, :]
 
 
-def over_spans[Carry, Tokens](
-    span: Callable[[Carry, Tokens], tuple[Carry, Array]], carry: Carry, tokens: Tokens
-) -> tuple[Carry, Array]:
+def over_spans[Carry, Tokens, Results](
+    span: Callable[[Carry, Tokens], tuple[Carry, Results]], carry: Carry, tokens: Tokens
+) -> tuple[Carry, Results]:
     """Runs `span` over the leading axis of `tokens`; the backward has its inputs and what is KEPT."""
     policy = jax.checkpoint_policies.save_only_these_names(KEPT)
     return jax.lax.scan(jax.checkpoint(span, prevent_cse=False, policy=policy), carry, tokens)
 
 
 def mix_chunks(
-    q: tuple[Float[Array, "N B G C*R K"], Float[Array, "N B G C*R K"]],
-    k: tuple[Float[Array, "N B G C*R K"], Float[Array, "N B G C*R K"]],
-    v: Float[Array, "N B G E C*R V"],
+    q: tuple[Float[Array, "N B G CR K"], Float[Array, "N B G CR K"]],
+    k: tuple[Float[Array, "N B G CR K"], Float[Array, "N B G CR K"]],
+    v: Float[Array, "N B G E CR V"],
     g: Float[Array, "N B G E C"],
     weight: Float[Array, "N B G E C"],
     own: Float[Array, "N B G E C"],
@@ -123,8 +123,10 @@ def mix_chunks(
     arithmetic: Arithmetic,
     turns: Float[Array, "N B G E A"] | None = None,
     skip: Float[Array, "G E"] | None = None,
-) -> tuple[Float[Array, "N B G E C*R V"], Float[Array, "B G E K V"]]:
+) -> tuple[Float[Array, "N B G E CR V"], Float[Array, "B G E K V"]]:
     """Outputs of the N chunks of a span and the state after them.
+
+    A token has R rows, one a rank: CR = C * R.
 
     Args:
       q: queries of each group, once for the keys and once for the states, so that the caller may
