@@ -22,7 +22,7 @@ from gdn2_jax.training.step import (
     state_shardings,
 )
 
-STEPS = 20
+STEPS = 10
 
 
 def configuration():
@@ -40,7 +40,7 @@ def configuration():
     )
     return TrainingConfig(
         model=model,
-        data=DataConfig(sequence_length=64, reset_at_documents=True),
+        data=DataConfig(sequence_length=40, reset_at_documents=True),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup=0),
         steps=STEPS,
         global_batch_size=16,
@@ -102,8 +102,8 @@ MESHES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
-def test_twenty_steps_on_a_mesh_are_those_of_one_device(name):
-    """Spans of 8 tokens are shorter than the window of 12, and documents cross their borders."""
+def test_ten_steps_on_a_mesh_are_those_of_one_device(name):
+    """Spans of 5 tokens are shorter than the window of 12, and documents cross their borders."""
     expected_metrics, expected_gradients, expected_params = on_one_device()
     metrics, gradients, params = steps_on(make_mesh(MESHES[name]))
     assert_same(gradients, expected_gradients, 1e-5)
@@ -115,12 +115,12 @@ def test_twenty_steps_on_a_mesh_are_those_of_one_device(name):
 
 @pytest.mark.slow
 def test_no_device_holds_a_whole_sequence_or_the_whole_of_a_split_parameter():
-    """Read off the shapes of the compiled program; a span has 32 tokens of 64."""
+    """Read off the shapes of the compiled program; a span has 20 tokens of 40."""
     mesh = make_mesh(MESHES["fsdp 2, sequence 2, tensor 2"])
     text = compiled_step(mesh).as_text()
     shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\[(\d[\d,]*)\]", text)}
-    assert (4, 32, 16) in shapes
-    assert not [shape for shape in shapes if 64 in shape]
+    assert (4, 20, 16) in shapes
+    assert not [shape for shape in shapes if 40 in shape]
 
     config = configuration()
     state = abstract_state(config, mesh)
@@ -195,7 +195,7 @@ def test_what_the_forward_keeps_of_kernels_stays_split():
 )
 def test_what_a_mesh_cannot_split_is_refused_by_name(changes, mesh, message):
     config = configuration()
-    data = dataclasses.replace(config.data, sequence_length=changes.pop("length", 64))
+    data = dataclasses.replace(config.data, sequence_length=changes.pop("length", 40))
     rows = changes.pop("rows", 16)
     model = dataclasses.replace(config.model, **changes)
     config = dataclasses.replace(config, model=model, data=data, global_batch_size=rows)
