@@ -1,33 +1,51 @@
-"""Times a decoding step: implementation x batch size.
+r"""Times a decoding step of the operator, or prefill and decoding of whole models.
 
     python experiments/benchmark_decode.py
     python experiments/benchmark_decode.py --batches 64 --implementations pallas
+    python experiments/benchmark_decode.py --models gdn2_1.3B swa_gdn2_1.3B attention_1.3B --batches 1 64 \
+        --minutes 8 --output experiments/results/decode/h100.jsonl
 
-A compiled function advances a stack of layers by one token, as decoding does: each layer has its own
-state and the output of one is the query of the next. The states are donated, and together several
-times the size of a GPU's cache, so that each step reads its state from memory. Reported is the time of
-a layer's step: on a GPU by its profiler, the sum over the kernels of the function, and by the clock,
-calls queued behind one another, which also shows where launching takes longer than computing. The
-bandwidth is that of reading the state once and writing it once, in the profiler's time, beside
-a large copy's, measured in the same process.
+With --models random bfloat16 weights of presets read prompts and generate after contexts of several
+lengths. A prompt is read in pieces of 4,096 tokens, fewer in large batches. The last piece of a context
+is timed; all take as long, since full attention's cache has its final size from the first on. Decoding
+is `continue_session`, greedy, by the clock. What the output holds is not measured again; a figure is
+drawn beside it.
+
+Without --models a compiled function advances a stack of layers by one token, as decoding does: each
+layer has its own state and the output of one is the query of the next. The states are donated, and
+together several times the size of a GPU's cache, so that each step reads its state from memory. Reported
+is the time of a layer's step: on a GPU by its profiler, the sum over the kernels of the function, and
+by the clock, calls queued behind one another, which also shows where launching takes longer than
+computing. The bandwidth is that of reading the state once and writing it once, in the profiler's time,
+beside a large copy's, measured in the same process.
 """
 
 import dataclasses
 import functools
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gdn2_jax.command import require_positive, run_command
+from gdn2_jax.command import out_of_memory, require_positive, run_command
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gdn2_jax import gated_delta_rule_2_step
+from gdn2_jax.models import (
+    PRESETS,
+    LanguageModel,
+    ModelConfig,
+    Session,
+    continue_session,
+)
+from gdn2_jax.models.session import empty_cache, read
 from gdn2_jax.ops import Implementation
-from gdn2_jax.rows import Column, append_row, format_header, format_row
+from gdn2_jax.rows import Column, append_row, format_header, format_row, read_rows
 from gdn2_jax.testing import operator_inputs
 from gdn2_jax.timing import copy_bandwidth, device_events, measure, spread
 
@@ -49,6 +67,11 @@ class Options:
         None.
       repeats: timed samples of each function.
       output: file to append the rows to, as JSON lines.
+      models: presets; the operator alone where empty.
+      contexts: tokens before those that are generated.
+      new_tokens: generated in a sample.
+      unroll: compile the layers of models one after another, not as a loop.
+      minutes: after these, no further row is measured.
     """
 
     batches: tuple[int, ...] = (1, 16, 128, 512)
@@ -58,14 +81,24 @@ class Options:
     layers: int | None = None
     repeats: int = 10
     output: Path | None = None
+    models: tuple[str, ...] = ()
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 32768, 65536, 262144, 1048576)
+    new_tokens: int = 128
+    unroll: bool = False
+    minutes: float = 20
 
     def __post_init__(self):
         """Raises a ValueError naming the field."""
-        require_positive(self)
+        require_positive(self, minutes=0)
+        for name in self.models:
+            if name not in PRESETS:
+                raise ValueError(f"models: expected names of presets, got {name}")
 
 
 def main(options: Options) -> None:
     """Prints the table."""
+    if options.models:
+        return benchmark_models(options)
     device = jax.devices()[0].device_kind
     on_gpu = jax.default_backend() == "gpu"
     bandwidth = copy_bandwidth() if on_gpu else None
@@ -147,6 +180,188 @@ def stack(step: Callable) -> Callable:
     return jax.jit(run, donate_argnums=0)
 
 
+def benchmark_models(options: Options) -> None:
+    """Prints a row for each model, batch and context, and draws them."""
+    start = time.monotonic()
+    device = jax.devices()[0].device_kind
+    bandwidth = copy_bandwidth() if jax.default_backend() == "gpu" else None
+    rows = read_rows(options.output) if options.output else []
+    done = {(row["model"], row["batch"], row["context"]) for row in rows}
+    late = []
+    print(f"{device}, jax {jax.__version__}\n{format_header(MODEL_COLUMNS)}", flush=True)
+    for name in options.models:
+        params = None
+        for batch in options.batches:
+            for context in options.contexts:
+                if (name, batch, context) in done:
+                    continue
+                if time.monotonic() - start > options.minutes * 60:
+                    late.append(f"{name} B={batch} {context}")
+                    continue
+                config = model_config(name, context, options.unroll)
+                params = random_params(config) if params is None else params
+                row = {"device": device, "model": name, "batch": batch, "context": context}
+                row |= {"unroll": options.unroll}
+                try:
+                    row |= time_model(options, config, params, batch, context)
+                except jax.errors.JaxRuntimeError as error:
+                    row["error"] = out_of_memory(error) or str(error).splitlines()[0]
+                else:
+                    if bandwidth:
+                        floor_ms = row["weight_bytes"] / bandwidth * 1e3
+                        row |= {
+                            "copy_bandwidth": bandwidth,
+                            "of_weights": row["step_ms"] / floor_ms,
+                        }
+                print(format_row(MODEL_COLUMNS, row), flush=True)
+                append_row(options.output, row)
+                rows.append(row)
+    if late:
+        print(f"not measured within {options.minutes:g} minutes, run again: {'; '.join(late)}")
+    if options.output and rows:
+        draw(rows, options.output.with_suffix(".png"))
+        print(f"rows in {options.output}, figure in {options.output.with_suffix('.png')}")
+
+
+def model_config(name: str, context: int, unroll: bool) -> ModelConfig:
+    """The preset with weights of 16 bits; full attention keeps the context and what follows."""
+    config = dataclasses.replace(PRESETS[name], param_dtype="bfloat16", unroll=unroll)
+    if config.mixer.cache_grows:
+        config = dataclasses.replace(config, context_length=context + 1024)
+    return config
+
+
+def random_params(config: ModelConfig) -> dict:
+    """Weights as at the beginning of training."""
+    tokens = jnp.zeros((1, 16), jnp.int32)
+    return jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens)["params"]
+
+
+def time_model(
+    options: Options, config: ModelConfig, params: dict, batch: int, context: int
+) -> dict[str, Any]:
+    """Prefill and decoding after a context, and the memory that they need."""
+    length = max(1, min(context, PIECE, PIECE_TOKENS // batch))
+    tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
+    cache = at_position(empty_cache(config, batch), context - length)
+    segment_ids = jnp.ones_like(tokens)
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
+    weight_bytes = (
+        sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"]["embedding"].nbytes
+    )
+    compiled = compiled_read(config, batch, length, params, cache)
+    session, samples = Session(cache, None), []
+    for _ in range(1 + options.repeats):
+        before = time.perf_counter()
+        session = jax.block_until_ready(compiled(params, session.cache, tokens, segment_ids))
+        samples.append((time.perf_counter() - before) * 1e3)
+    piece = spread(samples[1:])["median_ms"]
+    steps = []
+    for _ in range(1 + options.repeats):
+        before = time.perf_counter()
+        _, session = continue_session(
+            config, params, session, max_new_tokens=options.new_tokens, temperature=0.0
+        )
+        jax.block_until_ready(session)
+        steps.append((time.perf_counter() - before) * 1e3 / options.new_tokens)
+    step = spread(steps[1:])
+    prefill_ms = piece * math.ceil(context / length)
+    row = {
+        "piece": length,
+        "prefill_tokens_per_s": batch * length / piece * 1e3,
+        "first_token_ms": prefill_ms + step["median_ms"],
+        "step_ms": step["median_ms"],
+        "step_iqr_ms": step["iqr_ms"],
+        "decode_tokens_per_s": batch / step["median_ms"] * 1e3,
+        "cache_bytes": cache_bytes,
+        "weight_bytes": weight_bytes,
+        "prefill_temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+    if batch == 1 and context == FORWARD_TOKENS:
+        del session
+        row["forward_tokens_per_s"] = time_forward(options, config, params)
+    return row
+
+
+_PROGRAMS: dict[tuple, jax.stages.Compiled] = {}
+
+
+def compiled_read(
+    config: ModelConfig, batch: int, length: int, params: dict, cache: dict
+) -> jax.stages.Compiled:
+    """The program that reads a piece, compiled once for each model and shape."""
+    if (config, batch, length) not in _PROGRAMS:
+        tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        lowered = read.lower(config, params, cache, tokens, tokens)
+        _PROGRAMS[config, batch, length] = lowered.compile()
+    return _PROGRAMS[config, batch, length]
+
+
+def time_forward(options: Options, config: ModelConfig, params: dict) -> float:
+    """Tokens a second of the forward of training, without the loss, on one long sequence."""
+    tokens = jnp.zeros((1, FORWARD_TOKENS), jnp.int32)
+    forward = jax.jit(lambda p, x: LanguageModel(config).apply({"params": p}, x, head=False))
+    times = measure(forward, (params, tokens), options.repeats)
+    return FORWARD_TOKENS / times["median_ms"] * 1e3
+
+
+def at_position(cache: dict, position: int) -> dict:
+    """The cache as if so many tokens were read; what they left there takes no other time."""
+    flat = flatten_dict(cache)
+    for path, value in flat.items():
+        if path[-1] == "index":
+            flat[path] = jnp.full_like(value, position)
+        elif path[-1] == "slot":
+            flat[path] = jnp.full_like(value, position % flat[*path[:-1], "key"].shape[2])
+    return unflatten_dict(flat)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws step, prefill and cache against the context, a line for each model and batch."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    panels = {
+        "step_ms": "a decoding step (ms)",
+        "prefill_tokens_per_s": "prefill (tokens/s)",
+        "cache_bytes": "cache (bytes)",
+    }
+    kinds = sorted({(row["model"], row["batch"]) for row in rows if "error" not in row})
+    for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for number, (model, batch) in enumerate(kinds):
+            points = sorted(
+                (row["context"], row[key])
+                for row in rows
+                if (row["model"], row["batch"]) == (model, batch) and key in row
+            )
+            axes.plot(*zip(*points), marker=".", color=f"C{number}", label=f"{model}, B={batch}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set(xlabel="context (tokens)", ylabel=label)
+    axes.legend(fontsize="small")
+    figure.suptitle(f"{rows[0]['device']}; lines end where memory does")
+    figure.savefig(path, dpi=150)
+
+
+# Tokens of a piece of a prompt, of one row and of all; tokens of the forward beside it.
+PIECE = 4096
+PIECE_TOKENS = 65536
+FORWARD_TOKENS = 32768
+
+MODEL_COLUMNS = (
+    Column("model", "model", width=-16),
+    Column("batch", "batch"),
+    Column("context", "context", ",", 9),
+    Column("step ms", "step_ms", ".3f"),
+    Column("IQR ms", "step_iqr_ms", ".3f"),
+    Column("of weights", "of_weights", ".2f"),
+    Column("decode tok/s", "decode_tokens_per_s", ",.0f"),
+    Column("prefill tok/s", "prefill_tokens_per_s", ",.0f"),
+    Column("first token ms", "first_token_ms", ",.1f"),
+    Column("cache bytes", "cache_bytes", ".3e"),
+    Column("temp bytes", "prefill_temp_bytes", ".3e"),
+    Column("forward tok/s", "forward_tokens_per_s", ",.0f"),
+)
 COLUMNS = (
     Column("implementation", "implementation"),
     Column("batch", "batch"),

@@ -58,7 +58,7 @@ def start_session(
             f"context_length: expected at least {length}, the prompts' length in pieces, "
             f"got {config.context_length}"
         )
-    return _read_rows(config, params, _empty_cache(config, len(rows)), rows, length)
+    return _read_rows(config, params, empty_cache(config, len(rows)), rows, length)
 
 
 def extend_session(
@@ -96,7 +96,7 @@ def replace_row(
     rows = checked_rows([prompt], config.vocab_size)
     length = in_pieces(len(rows[0]))
     # Its last token takes the place of the last tokens of the other rows.
-    cache = _before(_empty_cache(config, 1), session.cache, length)
+    cache = _before(empty_cache(config, 1), session.cache, length)
     return _with_row(session, row, _read_rows(config, params, cache, rows, length))
 
 
@@ -170,7 +170,8 @@ def _read_rows(config, params, cache, rows: list[np.ndarray], length: int) -> Se
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch"))
-def _empty_cache(config, batch) -> dict:
+def empty_cache(config: ModelConfig, batch: int) -> dict:
+    """The cache of rows that have read nothing."""
     model = LanguageModel(config, decode=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((batch, 1), jnp.int32))
     cache = flatten_dict(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["cache"]))

@@ -14,6 +14,7 @@ MISTAKES = {
     ("profile_operator.py", "--repeats", "0"): "repeats: expected at least 1, got 0",
     ("benchmark_mixers.py", "--batch", "0"): "batch: expected at least 1, got 0",
     ("benchmark_decode.py", "--batches", "4", "0"): "batches: expected at least 1, got (4, 0)",
+    ("benchmark_decode.py", "--models", "huge"): "models: expected names of presets, got huge",
     ("benchmark_training.py", "--steps", "0"): "steps: expected at least 1, got 0",
     ("benchmark_scaling.py", "--devices", "-1"): "devices: expected at least 1, got -1",
     ("check_gradients.py", "--length", "0"): "length: expected at least 1, got 0",

@@ -1,0 +1,52 @@
+"""experiments/benchmark_decode.py on whole models of a few channels."""
+
+import dataclasses
+
+import pytest
+
+from gdn2_jax.models import PRESETS, DeltaRule, SoftmaxAttention
+from gdn2_jax.rows import read_rows
+
+
+@pytest.fixture
+def tiny_presets(monkeypatch):
+    base = dataclasses.replace(
+        PRESETS["gdn2_tiny"],
+        vocab_size=17,
+        d_model=16,
+        num_layers=1,
+        mixer=DeltaRule(num_heads=1, head_dim=16),
+        mlp_dim=16,
+        dtype="float32",
+        implementation="recurrent",
+    )
+    attention = SoftmaxAttention(kind="attention", num_heads=1)
+    monkeypatch.setitem(PRESETS, "small_gdn2", base)
+    monkeypatch.setitem(PRESETS, "small_attention", dataclasses.replace(base, mixer=attention))
+
+
+@pytest.mark.slow
+def test_models_are_measured_once_and_attention_alone_grows(tiny_presets, command, tmp_path):
+    options = ["--models", "small_gdn2", "small_attention", "--batches", 2, "--contexts", 32, 64]
+    options += ["--new-tokens", 2, "--repeats", 2, "--output", tmp_path / "rows.jsonl"]
+    _, output, _ = command("benchmark_decode.py", *options)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [(row["model"], row["context"]) for row in rows] == [
+        *(("small_gdn2", 32), ("small_gdn2", 64)),
+        *(("small_attention", 32), ("small_attention", 64)),
+    ]
+    assert not any("error" in row for row in rows)
+    assert all(row["step_ms"] > 0 and row["first_token_ms"] > row["step_ms"] for row in rows)
+    assert rows[0]["cache_bytes"] == rows[1]["cache_bytes"]
+    # Keys and values, float32, two rows, and the documents of tokens.
+    assert rows[3]["cache_bytes"] - rows[2]["cache_bytes"] == 32 * 2 * (2 * 16 + 1) * 4
+    assert (tmp_path / "rows.png").stat().st_size > 0
+    _, output, _ = command("benchmark_decode.py", *options)
+    assert "small" not in output.replace(str(tmp_path), "")
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 4
+
+
+def test_rows_after_the_last_minute_are_named(tiny_presets, command):
+    options = ["--models", "small_gdn2", "--batches", 2, "--contexts", 32, "--minutes", 0]
+    _, output, _ = command("benchmark_decode.py", *options)
+    assert "not measured within 0 minutes, run again: small_gdn2 B=2 32" in output
