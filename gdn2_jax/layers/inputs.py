@@ -72,13 +72,3 @@ def check_inputs(
         )
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
         raise ValueError(f"segment_ids: expected an integer dtype, got {segment_ids.dtype}")
-
-
-def check_decoding(x: Float[Array, "B T D"], decode: bool) -> None:
-    """Raises NotImplementedError if a mixer that cannot do it is to decode on Explicit axes."""
-    sharding = explicit_sharding(x)
-    if decode and sharding is not None and any(sharding.spec):
-        raise NotImplementedError(
-            "decode: expected x in one piece, or a mesh of Auto axes (axis_types of "
-            f"jax.make_mesh), got x split over Explicit axes as {sharding.spec}"
-        )

@@ -14,7 +14,7 @@ from gdn2_jax.layers.initializers import (
     inverse_softplus_time_step,
     log_uniform_rate,
 )
-from gdn2_jax.layers.inputs import check_attributes, check_decoding, check_inputs
+from gdn2_jax.layers.inputs import check_attributes, check_inputs
 from gdn2_jax.layers.parts import dense, from_cached_state, per_head
 from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.ops import Implementation, mamba2_from_state, mamba2_on_mesh
@@ -73,7 +73,6 @@ class Mamba2(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Mixes tokens within each document; see `GatedDeltaNet2.__call__`."""
         check_inputs(x, segment_ids, self.variables.get("cache"))
-        check_decoding(x, self.decode)
         self._check_attributes()
         heads, groups = self.num_heads, self.num_groups
         inner, shared = heads * self.head_dim, groups * self.state_dim

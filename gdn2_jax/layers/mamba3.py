@@ -12,7 +12,6 @@ from gdn2_jax.layers.initializers import fan_in_uniform, inverse_softplus_time_s
 from gdn2_jax.layers.inputs import (
     check_attributes,
     check_choices,
-    check_decoding,
     check_inputs,
 )
 from gdn2_jax.layers.parts import dense, from_cached_state, per_head
@@ -79,7 +78,6 @@ class Mamba3(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Mixes tokens within each document; see `GatedDeltaNet2.__call__`."""
         check_inputs(x, segment_ids, self.variables.get("cache"))
-        check_decoding(x, self.decode)
         self._check_attributes()
         heads, ranks = self.num_heads, self.mimo_rank or 1
         inner = heads * self.head_dim

@@ -78,7 +78,7 @@ class ShortConvolution(nn.Module):
                 last = documents.value[:, -1:] if past else jnp.zeros((batch, 1), jnp.int32)
                 segment_ids = jnp.broadcast_to(last, (batch, length))
             inputs = jnp.concatenate([beside(window.value, x), x], axis=1)
-            ids = [beside(part, x[..., 0]) for part in (documents.value, segment_ids)]
+            ids = [beside(part, x) for part in (documents.value, segment_ids)]
             segment_ids = jnp.concatenate(ids, axis=1, dtype=jnp.int32)
             if not self.is_initializing():
                 window.value = inputs[:, length:]

@@ -9,7 +9,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform
-from gdn2_jax.layers.inputs import check_attributes, check_decoding, check_inputs
+from gdn2_jax.layers.inputs import check_attributes, check_inputs
 from gdn2_jax.layers.local_attention import (
     Past,
     attend,
@@ -18,7 +18,7 @@ from gdn2_jax.layers.local_attention import (
 )
 from gdn2_jax.layers.parts import dense
 from gdn2_jax.layers.rotary import PERIOD, rotate
-from gdn2_jax.parallel import axis_size, per_device
+from gdn2_jax.parallel import as_typed, axis_size, per_device
 
 
 class SlidingWindowAttention(nn.Module):
@@ -58,7 +58,6 @@ class SlidingWindowAttention(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Mixes tokens within each document; see `GatedDeltaNet2.__call__`."""
         check_inputs(x, segment_ids, self.variables.get("cache"))
-        check_decoding(x, self.decode)
         self._check_attributes(x.shape[-1])
         batch, length, width = x.shape
 
@@ -104,36 +103,43 @@ class SlidingWindowAttention(nn.Module):
         index = self.variable("cache", "index", jnp.zeros, (), whole)
         slot = self.variable("cache", "slot", jnp.zeros, (), jnp.int32)
 
-        start, first = index.value, slot.value
+        rows, heads = ("batch",), ("batch", None, "heads")
+        axes = ((heads, heads, rows), (), (), heads, heads, heads, rows)
+        advance = as_typed(self._advance, axes, (heads, axes[0]))
+        rings = (keys.value, values.value, documents.value)
+        o, rings = advance(rings, index.value, slot.value, q, k, v, segment_ids)
+        if not self.is_initializing():
+            keys.value, values.value, documents.value = rings
+            index.value = _advanced(index.value, length)
+            slot.value = (slot.value + length) % window
+        return o
+
+    def _advance(self, rings, start, first, q, k, v, segment_ids) -> tuple[Array, tuple]:
+        """Outputs and rings after tokens that begin at index `start` and in slot `first`."""
+        batch, length = k.shape[:2]
+        window = self.window_size
         positions = start + jnp.arange(length, dtype=start.dtype)
         q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
         isolate = segment_ids is not None
+        past = Past(*rings, _positions_in_ring(start, first, window))
         if segment_ids is None:
-            last = documents.value[:, (first - 1) % window]
+            last = past.segment_ids[:, (first - 1) % window]
             segment_ids = jnp.broadcast_to(last[:, None], (batch, length))
-        past_positions = _positions_in_ring(start, first, window)
-        past = Past(keys.value, values.value, documents.value, past_positions)
-        stop = _advanced(start, length)
-        after = (first + length) % window
 
         # Only the last `window` of the new tokens can be seen again.
         slots = (first + jnp.arange(length)[-window:]) % window
-        new = Past(
-            keys.value.at[:, slots].set(k[:, -window:]),
-            values.value.at[:, slots].set(v[:, -window:]),
-            documents.value.at[:, slots].set(segment_ids[:, -window:].astype(jnp.int32)),
-            _positions_in_ring(stop, after, window),
+        keys, values, documents = rings = (
+            past.k.at[:, slots].set(k[:, -window:]),
+            past.v.at[:, slots].set(v[:, -window:]),
+            past.segment_ids.at[:, slots].set(segment_ids[:, -window:].astype(jnp.int32)),
         )
-        if not self.is_initializing():
-            keys.value, values.value, documents.value = new[:3]
-            index.value, slot.value = stop, after
         if length > 1:
-            return self._attend(q, k, v, segment_ids, past)
+            return self._attend(q, k, v, segment_ids, past), rings
         # One token is written to the ring first; relative to the next token its position is -1.
-        same_segment = segment_ids[:, :, None] == new.segment_ids[:, None]
+        after = _positions_in_ring(_advanced(start, 1), (first + 1) % window, window)
+        same_segment = segment_ids[:, :, None] == documents[:, None]
         # Without documents there is nothing to isolate, and the ring is read once only.
-        distances = -1 - new.positions[None]
-        return attend(q, new.k, new.v, distances, same_segment, window, isolate)
+        return attend(q, keys, values, -1 - after[None], same_segment, window, isolate), rings
 
     def _check_attributes(self, width: int) -> None:
         check_attributes(self, "window_size")

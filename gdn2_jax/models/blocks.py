@@ -11,7 +11,7 @@ from gdn2_jax.layers import SwiGLU
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.mixers import Mixer, depth_scaled
 from gdn2_jax.models.remat import policy
-from gdn2_jax.parallel import constrain
+from gdn2_jax.parallel import beside, constrain
 
 
 def residual_dtype(config: ModelConfig) -> Any:
@@ -82,8 +82,9 @@ class Layers(nn.Module):
         if config.remat != "none" and not self.decode:
             # In a loop nothing can be merged across iterations, so no barrier is needed.
             block = nn.remat(Block, prevent_cse=config.unroll, policy=policy(config.remat))
-        x = block(config, config.mixer, self.decode, name="block")(x, segment_ids)
+        y = block(config, config.mixer, self.decode, name="block")(x, segment_ids)
         if config.hybrid:
             attention_block = block(config, config.attention, self.decode, name="attention_block")
-            x = attention_block(x, segment_ids)
-        return x, None
+            y = attention_block(y, segment_ids)
+        # Of one type in all iterations, however the last kernel is split over Explicit axes.
+        return beside(y, x), None

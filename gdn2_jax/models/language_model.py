@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.models.blocks import Layers, residual_dtype
 from gdn2_jax.models.config import ModelConfig
-from gdn2_jax.parallel import constrain, gathered, partitioned
+from gdn2_jax.parallel import as_typed, constrain, dense_product, gathered, partitioned
 
 
 class LanguageModel(nn.Module):
@@ -79,7 +79,12 @@ class LanguageModel(nn.Module):
         with jax.named_scope("embed"):
             # Gathered over "fsdp" before the lookup: the rows it yields are split over that axis.
             table = gathered(embed.embedding, ("vocab", "embed"), ("vocab", None))
-            x = jnp.take(table, tokens, axis=0).astype(dtype)
+            lookup = as_typed(
+                lambda table, tokens: jnp.take(table, tokens, axis=0),
+                ((None, None), ("batch", None)),
+                ("batch", None, None),
+            )
+            x = lookup(table, tokens).astype(dtype)
             x = constrain(x, "batch", "sequence", None)
         x, _ = layers(config, self.decode, name="layers")(x, segment_ids)
         if last_only:
@@ -95,6 +100,7 @@ class LanguageModel(nn.Module):
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             kernel_init=partitioned(fan_in_uniform(), "embed", "vocab"),
+            dot_general=dense_product,
             name="lm_head",
         )(x)
         return logits.astype(dtype)

@@ -303,6 +303,28 @@ def test_sharded_batches_give_the_logits_and_gradients_of_one_device(hybrid_mode
     assert_gradients_close(jax.tree.map(lambda leaf: leaf / 2, jax.device_get(gradient)), expected)
 
 
+@pytest.mark.slow
+def test_the_mesh_that_jax_makes_by_default_gives_the_gradients_of_one_device(hybrid_model):
+    """Of Explicit axes: rows, the projections' two axes and the width of the table are split."""
+    config, params = hybrid_model
+    mesh = jax.make_mesh((2, 2), ("rows", "columns"), devices=jax.devices()[:4])
+
+    def spec(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "proj" in name and leaf.ndim == 3:
+            names = ("rows", "columns")
+            return PartitionSpec(None, *(names[::-1] if "o_proj" in name else names))
+        return PartitionSpec(None, "columns") if "embedding" in name else PartitionSpec()
+
+    gradients = plain_gradients(config)
+    whole, expected = gradients(params, tokens(4, 6))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, jax.tree.map_with_path(spec, params))
+        value, gradient = gradients(placed, jax.device_put(tokens(4, 6), PartitionSpec("rows")))
+    np.testing.assert_allclose(value, whole, rtol=1e-5)
+    assert_gradients_close(jax.device_get(gradient), expected)
+
+
 @pytest.mark.parametrize(
     ("remat", "unroll"), [("none", False), ("full", False), ("intermediates", True)]
 )

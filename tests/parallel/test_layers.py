@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import GatedDeltaNet2
-from gdn2_jax.layers import SlidingWindowAttention
 from gdn2_jax.models import (
     MIXERS,
     DeltaRule,
@@ -130,29 +129,42 @@ def test_layers_run_on_the_mesh_that_jax_makes_by_default(mixer):
     )
 
 
-def test_decoding_on_explicit_axes_goes_on_or_is_refused_in_one_line():
-    mesh = jax.make_mesh((2,), ("rows",), devices=jax.devices()[:2])
-    x = np.random.default_rng(0).normal(size=(2, 5, 16)).astype(np.float32)
-    sizes = {"num_heads": 2, "head_dim": 4, "implementation": "recurrent"}
-    layer = GatedDeltaNet2(**sizes)
+@pytest.mark.parametrize("mixer", ["gdn2", "mamba2", "mamba3", "sliding_window_attention"])
+def test_decoding_on_explicit_axes_keeps_rows_and_heads_split(mixer):
+    """A prompt longer than the window, then one token after the other."""
+    layer = layer_of(mixer)
+    if mixer == "sliding_window_attention":
+        layer = layer.clone(window_size=3)
+    mesh = jax.make_mesh((2, 2), ("rows", "columns"), devices=jax.devices()[:4])
+    x = np.random.default_rng(0).normal(size=(2, 6, 16)).astype(np.float32)
+    segment_ids = np.array([[0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1]])
     params = jax.jit(layer.init)(jax.random.key(0), x)
-    expected = jax.jit(layer.apply)(params, x)
+    expected = jax.jit(layer.apply)(params, x, segment_ids)
     advance = jax.jit(lambda *args: layer.clone(decode=True).apply(*args, mutable=["cache"]))
+    shardings = jax.tree.map_with_path(lambda k, p: on_explicit_axes(k, p, mesh), params)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(x, P("rows"))
-        variables, outputs = dict(jax.device_put(params, P())), []
-        for start, stop in ((0, 4), (4, 5)):
-            y, updated = advance(variables, placed[:, start:stop])
+        rows = NamedSharding(mesh, P("rows"))
+        variables, *tokens = jax.device_put((params, x, segment_ids), (shardings, rows, rows))
+        variables, outputs = dict(variables), []
+        for start, stop in ((0, 4), (4, 5), (5, 6)):
+            y, updated = advance(variables, *(array[:, start:stop] for array in tokens))
             variables |= updated
             outputs.append(y)
-        assert jax.typeof(updated["cache"]["state"]).sharding.spec[0] == "rows"
-        other = SlidingWindowAttention(num_heads=2, decode=True)
-        with pytest.raises(NotImplementedError, match="^decode: expected x in one piece, or a me"):
-            jax.eval_shape(other.init, jax.random.key(0), placed)
-        spans = jax.device_put(x[:, :4], P(None, "rows"))
-        with pytest.raises(ValueError, match="^x: expected T in one piece on a mesh of Explicit"):
-            jax.eval_shape(layer.apply, params, spans)
+        state = updated["cache"].get("state", updated["cache"].get("key"))
+        heads = {"gdn2": 1, "sliding_window_attention": 2}
+        places = jax.typeof(state).sharding.spec
+        assert places[0] == "rows"
+        assert mixer not in heads or places[heads[mixer]] == "columns"
     np.testing.assert_allclose(np.concatenate(outputs, 1), expected, atol=1e-6)
+
+
+def test_spans_of_tokens_on_explicit_axes_are_refused_in_one_line():
+    mesh = jax.make_mesh((2,), ("columns",), devices=jax.devices()[:2])
+    layer = layer_of("gdn2")
+    with jax.set_mesh(mesh):
+        spans = jax.device_put(np.ones((2, 4, 16), np.float32), P(None, "columns"))
+        with pytest.raises(ValueError, match="^x: expected T in one piece on a mesh of Explicit"):
+            jax.eval_shape(layer.init, jax.random.key(0), spans)
 
 
 def test_named_initialisers_take_their_dtype_by_keyword_too():

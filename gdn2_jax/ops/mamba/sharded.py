@@ -11,9 +11,16 @@ from gdn2_jax.ops.mamba.mamba3 import (
     mamba3,
     mamba3_step,
 )
-from gdn2_jax.parallel.logical import per_device
+from gdn2_jax.parallel.logical import as_typed, per_device
 
 _HEADS = ("batch", None, "heads")
+_STATE = ("batch", "heads")
+
+
+def _groups(array: Array) -> tuple[str | None, ...]:
+    """Names of the axes of keys or queries: one group is read by all heads."""
+    lead = (None,) * (array.ndim - 3)
+    return "batch", *lead, None if array.shape[-2] == 1 else "heads"
 
 
 def mamba2_on_mesh(
@@ -31,8 +38,7 @@ def mamba2_on_mesh(
         *tokens, segment_ids = arrays
         return mamba2(*tokens, segment_ids=segment_ids, implementation=implementation)[0]
 
-    # One group is read by all heads.
-    groups = ("batch", None, None if q.shape[2] == 1 else "heads")
+    groups = _groups(q)
     run = per_device(run, (groups, groups, _HEADS, _HEADS, _HEADS, ("batch",)), _HEADS)
     return run(q, k, v, g, dt, segment_ids)
 
@@ -43,12 +49,22 @@ def mamba2_from_state(
     segment_ids: Int[Array, "B T"] | None,
     implementation: Implementation | None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """`mamba2` on T tokens (q, k, v, g, dt) after `state`: the step for one token."""
-    if tokens[0].shape[1] == 1:
-        state, o = mamba2_step(state, *(x[:, 0] for x in tokens))
-        return o[:, None], state
-    return mamba2(
-        *tokens, initial_state=state, segment_ids=segment_ids, implementation=implementation
+    """`mamba2` on T tokens (q, k, v, g, dt) after `state`: the step for one token.
+
+    On a mesh of Explicit axes, rows and heads stay split as the types of the tokens say.
+    """
+
+    def advance(state, tokens, segment_ids):
+        if tokens[0].shape[1] == 1:
+            state, o = mamba2_step(state, *(x[:, 0] for x in tokens))
+            return o[:, None], state
+        return mamba2(
+            *tokens, initial_state=state, segment_ids=segment_ids, implementation=implementation
+        )
+
+    axes = (*[_groups(tokens[0])] * 2, *[_HEADS] * 3)
+    return as_typed(advance, (_STATE, axes, ("batch",)), (_HEADS, _STATE))(
+        state, tokens, segment_ids
     )
 
 
@@ -63,9 +79,8 @@ def mamba3_on_mesh(
     def run(inputs, weights, segment_ids):
         return mamba3(inputs, weights, segment_ids=segment_ids, implementation=implementation)[0]
 
-    groups = ("batch", None, None, None if inputs.q.shape[3] == 1 else "heads")
-    axes = Mamba3Inputs(groups, groups, *[_HEADS] * 5, rotation=("batch",))
-    return per_device(run, (axes, ("heads",), ("batch",)), _HEADS)(inputs, weights, segment_ids)
+    axes = (_mamba3_axes(inputs), ("heads",), ("batch",))
+    return per_device(run, axes, _HEADS)(inputs, weights, segment_ids)
 
 
 def mamba3_from_state(
@@ -75,10 +90,19 @@ def mamba3_from_state(
     segment_ids: Int[Array, "B T"] | None,
     implementation: Implementation | None,
 ) -> tuple[Float[Array, "B T H V"], Mamba3State]:
-    """`mamba3` on T tokens after `state`: the step for one token."""
-    if inputs.v.shape[1] == 1:
-        state, o = mamba3_step(state, Mamba3Inputs(*(x[:, 0] for x in inputs)), weights)
-        return o[:, None], state
-    return mamba3(
-        inputs, weights, initial_state=state, segment_ids=segment_ids, implementation=implementation
-    )
+    """`mamba3` on T tokens after `state`, as `mamba2_from_state`."""
+
+    def advance(state, inputs, weights, segment_ids):
+        if inputs.v.shape[1] == 1:
+            state, o = mamba3_step(state, Mamba3Inputs(*(x[:, 0] for x in inputs)), weights)
+            return o[:, None], state
+        options = {"segment_ids": segment_ids, "implementation": implementation}
+        return mamba3(inputs, weights, initial_state=state, **options)
+
+    axes = (_STATE, _mamba3_axes(inputs), ("heads",), ("batch",))
+    return as_typed(advance, axes, (_HEADS, _STATE))(state, inputs, weights, segment_ids)
+
+
+def _mamba3_axes(inputs: Mamba3Inputs) -> Mamba3Inputs:
+    groups = _groups(inputs.q)
+    return Mamba3Inputs(groups, groups, *[_HEADS] * 5, rotation=("batch",))
