@@ -322,7 +322,8 @@ def test_the_mesh_that_jax_makes_by_default_gives_the_gradients_of_one_device(hy
         placed = jax.device_put(params, jax.tree.map_with_path(spec, params))
         value, gradient = gradients(placed, jax.device_put(tokens(4, 6), PartitionSpec("rows")))
     np.testing.assert_allclose(value, whole, rtol=1e-5)
-    assert_gradients_close(jax.device_get(gradient), expected)
+    for x, y in zip(jax.tree.leaves(jax.device_get(gradient)), jax.tree.leaves(expected)):
+        assert np.linalg.norm(x - y) < 1e-4 * np.linalg.norm(y)
 
 
 @pytest.mark.parametrize(
