@@ -19,6 +19,7 @@ from gdn2_jax.models.session import (
     load_session,
     replace_row,
     save_session,
+    sessions_along,
     start_session,
     take_rows,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "next_token_loss",
     "replace_row",
     "save_session",
+    "sessions_along",
     "start_session",
     "take_rows",
 ]

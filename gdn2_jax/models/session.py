@@ -6,7 +6,8 @@ Of a recurrent model it has the same size after any number of tokens.
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +73,44 @@ def extend_session(
     if len(rows) != len(session.logits):
         raise ValueError(f"tokens: expected {len(session.logits)} rows, got {len(rows)}")
     return read(config, params, session.cache, np.stack(rows))
+
+
+def sessions_along(
+    config: ModelConfig,
+    params: dict,
+    tokens: Int[Array, "B T"],
+    positions: Sequence[int],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Iterator[Session]:
+    """Yields the session after each of some positions of one text, such as the prefixes of a cache.
+
+    All is read once. A program is compiled for each distance between neighbouring positions.
+
+    Args:
+      config: the model's configuration.
+      params: its parameters.
+      tokens: ids; what is behind the last position is not read.
+      positions: numbers of tokens, ascending, such as range(N, T + 1, N), or the ends of the documents
+        of a packed row.
+      segment_ids: document of each token, at least 1; None for one document. A session goes on with
+        the document of its last token.
+
+    Raises:
+      ValueError: the tokens are malformed, or the positions do not ascend from 1 to T.
+    """
+    rows = np.stack(checked_rows(np.asarray(tokens), config.vocab_size))
+    ids = np.ones_like(rows) if segment_ids is None else np.asarray(segment_ids, np.int32)
+    bounds = [0, *positions]
+    if any(a >= b for a, b in pairwise(bounds)) or bounds[-1] > rows.shape[1]:
+        raise ValueError(
+            f"positions: expected ascending ones of 1 to {rows.shape[1]}, got {list(positions)}"
+        )
+    cache = empty_cache(config, len(rows))
+    for start, stop in pairwise(bounds):
+        session = read(config, params, cache, rows[:, start:stop], ids[:, start:stop])
+        # The next span overwrites it.
+        cache = jax.tree.map(jnp.copy, session.cache)
+        yield session
 
 
 def replace_row(

@@ -6,6 +6,7 @@ from gdn2_jax.ops.gated_delta_rule_2.sharded import (
     gated_delta_rule_2_from_state,
     gated_delta_rule_2_on_mesh,
 )
+from gdn2_jax.ops.gated_delta_rule_2.states import gated_delta_rule_2_states
 from gdn2_jax.ops.mamba.mamba2 import mamba2, mamba2_step
 from gdn2_jax.ops.mamba.mamba3 import (
     Mamba3Inputs,
@@ -30,6 +31,7 @@ __all__ = [
     "gated_delta_rule_2",
     "gated_delta_rule_2_from_state",
     "gated_delta_rule_2_on_mesh",
+    "gated_delta_rule_2_states",
     "gated_delta_rule_2_step",
     "mamba2",
     "mamba2_from_state",

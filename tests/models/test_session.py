@@ -15,6 +15,7 @@ from gdn2_jax.models import (
     load_session,
     replace_row,
     save_session,
+    sessions_along,
     start_session,
     take_rows,
 )
@@ -89,6 +90,35 @@ def test_one_text_goes_on_in_several_rows(small_model):
     for row, first in enumerate((text(4, 2), text(4, 2), text(9, 1))):
         expected = alone(config, params, [*first, *tokens[row]], 4)
         np.testing.assert_array_equal(found[row], expected)
+
+
+def test_sessions_along_a_text_are_those_of_its_prefixes(small_model):
+    config, params = small_model
+    tokens = np.array([text(12, 1), text(12, 2)])
+    sessions = list(sessions_along(config, params, tokens, range(4, 13, 4)))
+    for end, session in zip((4, 8, 12), sessions, strict=True):
+        found, _ = greedy(config, params, session, 4)
+        for row in range(2):
+            expected = alone(config, params, tokens[row, :end], 4)
+            np.testing.assert_array_equal(found[row], expected)
+
+
+def test_sessions_at_the_ends_of_packed_documents_are_those_of_the_documents(small_model):
+    config, params = small_model
+    documents = [text(4, 1), text(8, 2), text(4, 3)]
+    tokens = np.concatenate(documents)[None]
+    segment_ids = np.repeat([1, 2, 3], [4, 8, 4])[None]
+    sessions = sessions_along(config, params, tokens, [4, 12, 16], segment_ids)
+    for document, session in zip(documents, sessions, strict=True):
+        (found,), _ = greedy(config, params, session, 4)
+        np.testing.assert_array_equal(found, alone(config, params, document, 4))
+
+
+@pytest.mark.parametrize("positions", [[0, 2], [2, 2], [3, 5]])
+def test_positions_that_do_not_ascend_within_the_text_are_refused(small_model, positions):
+    config, params = small_model
+    with pytest.raises(ValueError, match="^positions: expected ascending ones of 1 to 4, got "):
+        next(sessions_along(config, params, [text(4)], positions))
 
 
 @pytest.fixture(params=["recurrent", "window", "attention"])
