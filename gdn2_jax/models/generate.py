@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -226,6 +227,12 @@ def _draw(logits: Float[Array, "B vocab"], sampling: Sampling, keys) -> Int[Arra
 
 
 def _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos) -> None:
+    for name, value in {"max_new_tokens": max_new_tokens, "top_k": top_k, "eos": eos}.items():
+        try:
+            value is None or operator.index(value)
+        except TypeError:
+            hint = "; on_token may end rows by other rules" if name == "eos" else ""
+            raise ValueError(f"{name}: expected a whole number, got {value!r}{hint}") from None
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not 0 <= temperature < math.inf:

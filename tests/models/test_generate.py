@@ -201,6 +201,8 @@ def test_sampling_draws_from_the_truncated_distribution(options, expected):
         ({"prompt": [[1], [31]]}, "prompt"),
         ({"eos": 31}, "eos"),
         ({"eos": -1}, "eos"),
+        ({"eos": [3, 4]}, "eos"),
+        ({"max_new_tokens": 4.0}, "max_new_tokens"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),

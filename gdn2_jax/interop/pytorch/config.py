@@ -82,8 +82,11 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
+        if "ssm_cfg" in description:  # of mamba_ssm
+            layer = description["ssm_cfg"].get("layer", "Mamba1")
+            description.setdefault("model_type", layer.lower())
         description["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a model's configuration: {error!r}") from error
     return description
 
@@ -96,8 +99,12 @@ def check_model_type(content: Mapping[str, Any]) -> None:
     """
     model_type = content["model_type"]
     if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
+        hint = ""
+        if model_type == "mamba2":
+            hint = "; layer_from_pytorch reads its layers (there are no blocks without an MLP)"
         raise ValueError(
-            f"model_type: {model_type} is not supported, expected one of {', '.join(_MODEL_TYPES)}"
+            f"model_type: {model_type} is not supported, "
+            f"expected one of {', '.join(_MODEL_TYPES)}{hint}"
         )
 
 

@@ -193,7 +193,8 @@ def style_of(names) -> Style:
             return style
     expected = " or ".join(known.embedding for known in _NAMES.values())
     raise ValueError(
-        f"tensors: expected a language model with {expected}, got {', '.join(sorted(names)[:5])}..."
+        f"tensors: expected a language model with {expected}, got {', '.join(sorted(names)[:5])}...; "
+        "layer_from_pytorch reads single layers"
     )
 
 

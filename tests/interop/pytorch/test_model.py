@@ -393,12 +393,23 @@ def test_shapes_that_tell_no_model_are_named(tmp_path, make, name, shape, named)
         load_pretrained(tmp_path / "m.pt")
 
 
-@pytest.mark.parametrize("model_type", ["mamba2", "qwen3_next"])
-def test_a_model_that_is_not_here_is_named_before_its_tensors(tmp_path, model_type):
+@pytest.mark.parametrize(
+    ("content", "model_type", "remedy"),
+    [
+        ({"model_type": "mamba2"}, "mamba2", "; layer_from_pytorch reads its layers"),
+        ({"ssm_cfg": {"layer": "Mamba2"}}, "mamba2", "; layer_from_pytorch reads its layers"),
+        ({"ssm_cfg": {}}, "mamba1", "$"),
+        ({"model_type": "qwen3_next"}, "qwen3_next", "$"),
+    ],
+)
+def test_a_model_that_is_not_here_is_named_before_its_tensors(
+    tmp_path, content, model_type, remedy
+):
     zeros = np.zeros(2, np.float32)
     write_tensors(tmp_path, {"backbone.x": StoredTensor((2,), zeros.dtype, lambda: zeros)})
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(ValueError, match=f"^model_type: {model_type} is not supported, expected"):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    expected = f"^model_type: {model_type} is not supported, expected .*deltanet{remedy}"
+    with pytest.raises(ValueError, match=expected):
         load_pretrained(tmp_path)
 
 
