@@ -50,7 +50,6 @@ class Column(NamedTuple):
 
     Attributes:
       name: at its top.
-      key: of the row.
       style: how `format` shows the value.
       width: in characters, or that of `name` if more; negative: text stands on the left.
     """

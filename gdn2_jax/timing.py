@@ -71,7 +71,6 @@ class Event(NamedTuple):
     """Something that ran on a device.
 
     Attributes:
-      name: of the kernel or copy.
       operation: the instruction of the compiled computation that it belongs to; "" if not known.
       milliseconds: that it took.
       start: when it began, in milliseconds.

@@ -1,4 +1,8 @@
-"""Packed documents on a fixed grid of chunks: what each token may see, as masks."""
+"""Packed documents on a fixed grid of chunks: what each token may see, as masks.
+
+The kernels count values that are not finite while they load them, and `first_flaws` finds what these
+spoil. The other forms have no such count: gdn2_jax/ops/isolation.py reads their inputs once more.
+"""
 
 from typing import NamedTuple
 

@@ -130,7 +130,6 @@ class RecallSource:
 
     Attributes:
       task: what to draw.
-      seed: of the data.
       size: number of examples.
       split: 0 for training, 1 for testing.
     """

@@ -24,7 +24,6 @@ class LocalModel(NamedTuple):
     """A language model that works on several devices at once, each on a batch of its own.
 
     Attributes:
-      config: of the model.
       copies: its parameters, on each device.
     """
 

@@ -18,8 +18,6 @@ class TableColumn(NamedTuple):
 
     Attributes:
       name: in the paper.
-      task: of the harness.
-      metric: of the task.
       averaged: a share, printed in percent, that counts in the table's average.
     """
 

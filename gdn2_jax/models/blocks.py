@@ -26,7 +26,6 @@ class Block(nn.Module):
 
     Attributes:
       config: sizes and options.
-      mixer: of the block.
       decode: keep state between calls.
     """
 

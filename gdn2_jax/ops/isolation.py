@@ -5,6 +5,9 @@ Matrix products over the rows of a chunk give what a row must not read a weight 
 forget nothing, and what depends on them is set to NaN behind it: the outputs of their document from
 there on, the state where it is the last document, and all gradients of the document's tokens.
 Cotangents that are not finite are treated likewise.
+
+The Hopper kernels do not use this module. They count such values while they load them
+(gdn2_jax/pallas/segments.py); a mask made here would read all inputs once more.
 """
 
 from collections.abc import Callable

@@ -57,7 +57,6 @@ class RunFiles(NamedTuple):
       metrics: one JSON object for each logged step.
       tensorboard: the same for TensorBoard.
       plot: of the losses; a .pdf lies beside it.
-      sample: of the trained model.
       summary: the results as JSON, written last.
     """
 
@@ -75,14 +74,10 @@ class Run(NamedTuple):
     """A run that has passed all checks, ready to start or to go on. No other process can open it.
 
     Attributes:
-      config: of the run.
-      files: of the run.
       mesh: the devices.
       corpus: the data.
-      checkpoints: of the run.
       state: restored from the latest checkpoint; None if there is none.
       progress: saved with that checkpoint.
-      lock: of the directory.
     """
 
     config: TrainingConfig
@@ -222,14 +217,7 @@ def is_finished(config: TrainingConfig, directory: Path) -> bool:
 
 
 class TrainedModel(NamedTuple):
-    """What a run has learnt so far.
-
-    Attributes:
-      config: of the run.
-      params: of the model.
-      tokenizer: of the model.
-      step: of the checkpoint.
-    """
+    """What a run has learnt so far."""
 
     config: TrainingConfig
     params: Any

@@ -37,8 +37,6 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: optimizer steps taken.
-      params: of the model.
-      opt_state: of the optimizer.
       borders: of the schedule, from `schedule_borders`; not part of a checkpoint.
     """
 
@@ -53,7 +51,6 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       loss: mean cross-entropy of the batch's tokens in nats, before the update.
-      learning_rate: of the update.
       grad_norm: global norm of the gradient, before clipping.
     """
 

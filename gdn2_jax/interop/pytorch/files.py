@@ -33,8 +33,6 @@ class StoredTensor(NamedTuple):
     """A tensor whose numbers are read, or computed, when asked for.
 
     Attributes:
-      shape: of the tensor.
-      dtype: of its numbers.
       read: gives them.
     """
 

@@ -30,7 +30,6 @@ class Entry(NamedTuple):
       name: of the tensor in the state dict.
       paths: of the parameters in the tree; none where PyTorch's code never reads the tensor, which
         may be there or not.
-      layout: of the tensor.
       index: position along the parameters' leading axis, which stacks layers; None if they have
         none.
     """

@@ -48,7 +48,6 @@ class Pretrained(NamedTuple):
     """A language model.
 
     Attributes:
-      config: of the model.
       params: of the model, for `LanguageModel(config).apply({"params": params}, tokens)`.
     """
 

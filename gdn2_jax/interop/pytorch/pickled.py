@@ -31,9 +31,7 @@ class PickledTensor(NamedTuple):
 
     Attributes:
       storage: key of its storage.
-      dtype: of its numbers.
       offset: of its first number in the storage, counted in numbers.
-      shape: of the tensor.
       stride: of the tensor, counted in numbers.
     """
 
