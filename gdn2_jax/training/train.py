@@ -284,7 +284,9 @@ def _finish(run: Run, state: TrainState) -> None:
     rows = read_metrics(files.metrics)
     losses = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "validation_loss" in row]
-    summary = {"first_loss": losses[0]["loss"], **losses[-1], **(validations or [{}])[-1]}
+    # Of what the file still has, but the step: by that a run is known to be finished.
+    summary = {"first_loss": losses[0]["loss"], **losses[-1]} if losses else {}
+    summary |= (validations or [{}])[-1] | {"step": int(state.step)}
     _say(_format({name: value for name, value in summary.items() if name != "time"}))
     if text is not None:
         write_text(files.sample, text + "\n")

@@ -50,6 +50,17 @@ def test_finished_run_leaves_all_its_files(finished):
     assert files.sample.read_text()
 
 
+def test_a_run_that_lost_lines_of_its_metrics_is_finished_all_the_same(config, copy):
+    config, files = dataclasses.replace(config, sample_tokens=0), run_files(copy)
+    lines = files.metrics.read_text().splitlines(keepends=True)
+    for kept in ("".join(lines[:3]), ""):
+        files.metrics.write_text(kept)
+        files.summary.unlink()
+        train(open_run(config, copy))
+        summary = json.loads(files.summary.read_text())
+        assert summary["step"] == 8 and ("first_loss" in summary) == bool(kept)
+
+
 @pytest.mark.slow
 def test_finished_run_says_so_and_more_steps_continue_it(config, copy, capsys):
     files = run_files(copy)
