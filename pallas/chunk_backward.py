@@ -277,17 +277,18 @@ def chunk_backward(
         plgpu.commit_smem()
         plgpu.barrier_wait(pairs_ready)
 
-        def move(accumulator, i, rows):
-            """Where `rows`, takes a sum between the beginnings of block i and of the next."""
-            value = accumulator.get()
+        def move(i, rows, *accumulators):
+            """Where `rows`, takes sums between the beginnings of block i and of the next."""
             first, second = (vector(steps_tile.at[2 * i + half, channels]) for half in range(2))
-            accumulator.set(jnp.where(rows, value * first * second, value))
+            for accumulator in accumulators:
+                value = accumulator.get()
+                accumulator.set(jnp.where(rows, value * first * second, value))
 
         def by_column(accumulator):
             for i in reversed(range(_BLOCKS)):
                 at = pl.ds(BLOCK * i, BLOCK)
                 if i + 1 < _BLOCKS:
-                    move(accumulator, i, strip_row < BLOCK * (i + 1))
+                    move(i, strip_row < BLOCK * (i + 1), accumulator)
                 for part in range(2):
                     accumulator.add(pairs.at[1, at].transpose((1, 0)), k_parts.at[wg, part, at])
                     accumulator.add(pairs.at[0, at].transpose((1, 0)), q_parts.at[wg, part, at])
@@ -305,8 +306,7 @@ def chunk_backward(
             for i in range(_BLOCKS):
                 at = pl.ds(BLOCK * i, BLOCK)
                 if i:
-                    move(for_e, i - 1, strip_row >= BLOCK * i)
-                    move(for_q, i - 1, strip_row >= BLOCK * i)
+                    move(i - 1, strip_row >= BLOCK * i, for_e, for_q)
                 for part in range(2):
                     for_e.add(pairs.at[1, :, at], k_parts.at[wg, part, at])
                     for_q.add(pairs.at[0, :, at], k_parts.at[wg, part, at])
