@@ -16,6 +16,7 @@ from pydoc_data.topics import topics
 from typing import Literal, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from gdn2_jax.data import Tokenizer
 from gdn2_jax.evaluation.scoring import LocalModel, continue_prompts
@@ -205,7 +206,7 @@ def evaluate_needles(
     first = tokenizer.end_of_document if first is None else first
     examples = [
         needle_example(task, length, index, tokenizer, essays=essays, seed=seed)
-        for index in range(samples)
+        for index in tqdm(range(samples), f"{progress}, questions", disable=progress is None)
     ]
     outputs = continue_prompts(
         model,
