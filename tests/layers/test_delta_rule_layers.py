@@ -181,10 +181,10 @@ def test_outputs_and_gradients_are_those_of_the_equations(make, variant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-def test_chunkwise_form_equals_the_recurrence_over_several_chunks(make, name):
-    segment_ids = jnp.array([[0] * 30 + [1] * 100])
+def test_chunkwise_form_equals_the_recurrence_over_two_chunks(make, name):
+    segment_ids = jnp.array([[0] * 30 + [1] * 40])
     with jax.enable_x64(True):
-        x = inputs(1, 130, WIDTH)
+        x = inputs(1, 70, WIDTH)
         layer, params = make(name, x, num_value_heads=4)
 
         def run(implementation, dtype):
@@ -196,8 +196,9 @@ def test_chunkwise_form_equals_the_recurrence_over_several_chunks(make, name):
             )
 
         expected = run("recurrent", jnp.float64)
-        for dtype, bound in ((jnp.float64, 1e-10), (jnp.float32, 2e-5)):
-            assert_close(run("xla", dtype), expected, bound)
+        assert_close(run("xla", jnp.float64), expected, 1e-10)
+        if name == "kda":  # of the others tests/ops judges the rounding
+            assert_close(run("xla", jnp.float32), expected, 2e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -205,7 +206,7 @@ def test_committed_numbers_are_those_of_the_layer_and_of_the_reference(name):
     expected = json.loads(EXPECTED.read_text())[name]
     with jax.enable_x64(True):
         layer, params, x = case(name)
-        actual = layer.apply({"params": params}, x[None])[0]
+        actual = jax.jit(layer.apply)({"params": params}, x[None])[0]
         np.testing.assert_allclose(actual, expected, rtol=1e-10)
         np.testing.assert_allclose(reference(layer, params, x), expected, rtol=1e-10)
 
@@ -213,12 +214,12 @@ def test_committed_numbers_are_those_of_the_layer_and_of_the_reference(name):
 def case(name):
     """A layer with parameters and inputs that need no random numbers."""
     layer = build(name, dtype=jnp.float64, param_dtype=jnp.float64)
-    x = jnp.sin(jnp.arange(5 * WIDTH, dtype=jnp.float64)).reshape(5, WIDTH)
+    x = np.sin(np.arange(5.0 * WIDTH)).reshape(5, WIDTH)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x[None])["params"]
 
     def wave(path, leaf):
         # Sizes that float32 holds exactly, for A_log and dt_bias.
-        index = jnp.arange(math.prod(leaf.shape)) + sum(map(ord, jax.tree_util.keystr(path)))
+        index = np.arange(math.prod(leaf.shape)) + sum(map(ord, jax.tree_util.keystr(path)))
         return ((index * 37 % 64 - 32) / 64).reshape(leaf.shape).astype(leaf.dtype)
 
     return layer, jax.tree.map_with_path(wave, shapes), x
