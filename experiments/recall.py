@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -82,6 +83,8 @@ _MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} | {
 }
 _AHEAD = 3
 """Cells that compile while one runs: small ones run for a shorter time than they compile."""
+_TRACING = threading.Lock()
+"""Of a process: cells that are traced side by side would all be late, the first too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -492,7 +495,6 @@ class Programs(NamedTuple):
 
 def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
     """Traces one after another, which holds Python's lock, and compiles at once, which does not."""
-    began = time.perf_counter()
     config = model_config(cell)
     sizes = check_sizes(cell, config)
     count, study = len(cell.runs), cell.config
@@ -515,19 +517,23 @@ def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
     def shapes(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
-    make, state = submit(lambda seeds: initial_state(cell, config, seeds), seeds)
-    train_draw, batches = draws(cell.task(), study.shortest, 0)
-    state = shapes(state)
-    train, _ = submit(
-        lambda *x: train_window(cell, config, *x),
-        *(state, rates, number, shapes(batches)),
-        donate_argnums=0,
-    )
-    test = {}
-    for multiple in study.test_lengths:
-        test_draw, batches = draws(cell.task(multiple), None, 1)
-        measure, _ = submit(lambda *x: test_window(cell, config, *x), state.params, shapes(batches))
-        test[multiple] = test_draw, measure
+    with _TRACING:
+        began = time.perf_counter()
+        make, state = submit(lambda seeds: initial_state(cell, config, seeds), seeds)
+        train_draw, batches = draws(cell.task(), study.shortest, 0)
+        state = shapes(state)
+        train, _ = submit(
+            lambda *x: train_window(cell, config, *x),
+            *(state, rates, number, shapes(batches)),
+            donate_argnums=0,
+        )
+        test = {}
+        for multiple in study.test_lengths:
+            test_draw, batches = draws(cell.task(multiple), None, 1)
+            measure, _ = submit(
+                lambda *x: test_window(cell, config, *x), state.params, shapes(batches)
+            )
+            test[multiple] = test_draw, measure
     test = {multiple: tuple(f.result() for f in pair) for multiple, pair in test.items()}
     compiled = Programs(make.result(), train_draw.result(), train.result(), test, sizes, 0.0)
     return compiled._replace(seconds=time.perf_counter() - began)
