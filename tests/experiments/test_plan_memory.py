@@ -3,14 +3,15 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "plan_memory.py"
-# One mesh and one layer, which compile sooner. In a process of its own: the script sets the number
-# of devices.
+# One mesh, one layer and the recurrence, which compile sooner. In a process of its own: the script
+# sets the number of devices.
 CODE = """
 import dataclasses, sys
 sys.path.insert(0, sys.argv[1])
 import plan_memory
 from gdn2_jax.command import read_options
-model = dataclasses.replace(plan_memory.PRESETS["gdn2_tiny"], num_layers=1)
+changes = {"num_layers": 1, "implementation": "recurrent"}
+model = dataclasses.replace(plan_memory.PRESETS["gdn2_tiny"], **changes)
 plan_memory.PRESETS = {"tiny": model}
 plan_memory.meshes = lambda devices: {"data": plan_memory.MeshConfig()}
 options = ["--models", "tiny", "--devices", "1", "--length", "64", "--check", "True"]
