@@ -32,9 +32,10 @@ test-eval: .venv/.eval  ## runs the tests that need lm-evaluation-harness, some 
 types: .venv/.installed  ## checks that values have the shapes and dtypes of their annotations
 	.venv/bin/python -m pytest --jaxtyping-packages=gdn2_jax,beartype.beartype tests/annotations.py $(ARGS)
 
-lint: .venv/.installed  ## checks style
+lint: .venv/.installed  ## checks style, and types without running anything
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
 
 docs: .venv/.docs  ## builds the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict

@@ -26,6 +26,7 @@ TEST = [
     "chex",
     "einops",
     "hypothesis",
+    "pyright[nodejs]",
     "pytest",
     "pytest-timeout",
     "pytest-xdist",

@@ -91,7 +91,8 @@ def run_command(
       The exit status or a message, for `sys.exit`: what `main` returned, or one line if it raised
       an error that a user can mend. JAX_TRACEBACK_FILTERING=off shows where.
     """
-    for stream in (sys.stdout, sys.stderr):
+    streams: Any = (sys.stdout, sys.stderr)
+    for stream in streams:
         stream.reconfigure(errors="backslashreplace")
     # Orbax and what it runs log each error that is raised, with a traceback.
     for logger in ("absl", "asyncio"):

@@ -146,13 +146,10 @@ def operator_inputs(
 
     with jax.enable_x64(dtype == "float64"):
         wide = "float64" if dtype == "float64" else "float32"
-        return OperatorInputs(
-            *(jnp.asarray(x, dtype) for x in (q, k, v)),
-            jnp.asarray(g, wide),
-            *(jnp.asarray(x, dtype) for x in (b, w)),
-            jnp.asarray(state, wide) if initial_state else None,
-            None if segments is None else jnp.asarray(_segment_ids(segments, batch, length, rng)),
-        )
+        ids = None if segments is None else jnp.asarray(_segment_ids(segments, batch, length, rng))
+        q, k, v, b, w = (jnp.asarray(x, dtype) for x in (q, k, v, b, w))
+        state = jnp.asarray(state, wide) if initial_state else None
+        return OperatorInputs(q, k, v, jnp.asarray(g, wide), b, w, state, ids)
 
 
 class Comparison(NamedTuple):
@@ -219,7 +216,7 @@ def compare_with_recurrence(
     if not all(np.isfinite(x).all() for x in reference.values()):
         raise ValueError("inputs: the recurrence in float64 is not finite on them")
     bound = error_bound(inputs)
-    norms = {name: np.linalg.norm(x) for name, x in reference.items()}
+    norms: dict[str, Any] = {name: np.linalg.norm(x) for name, x in reference.items()}
     if bound >= ERROR_BOUNDS["bfloat16"]:
         for name in ("dg", "db"):
             norms[name] = max(norms[name], 1e-2 * norms["dq"])

@@ -62,7 +62,7 @@ def measure(
 
 def peak_gib(compiled: jax.stages.Compiled) -> float:
     """All memory of a call: operands, results and temporaries, shared buffers once."""
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return (total - memory.alias_size_in_bytes) / 2**30
 

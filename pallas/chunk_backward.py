@@ -21,6 +21,7 @@ those pairs do not decay, and their share of dg is zero only until it is rounded
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -354,7 +355,7 @@ def chunk_backward(
     parts_tile = tile((_WARPGROUPS, 2, *shape), bf16, _BLOCK_SWIZZLE)
     values_tile = tile((_WARPGROUPS, CHUNK, own_values), bf16, swizzle)
     square_tiles = tile((2, *square), bf16, _BLOCK_SWIZZLE)
-    per_warpgroup = {"num_barriers": _WARPGROUPS}
+    per_warpgroup: dict[str, Any] = {"num_barriers": _WARPGROUPS}
     return plgpu.kernel(
         chunk_backward_kernel,
         out_type=(

@@ -8,6 +8,7 @@ JAX's GPU interpreter runs neither wgmma with an operand in registers nor stores
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -66,7 +67,7 @@ class Accumulator:
     def __init__(self, ref, shape: tuple[int, int]):
         """Wraps an ACC ref; in interpret mode there is none."""
         self._ref = ref
-        self._value = jnp.zeros(shape, jnp.float32) if ref is None else None
+        self._value: Any = jnp.zeros(shape, jnp.float32) if ref is None else None
 
     def add(self, a, b) -> None:
         """Adds a @ b; `a` is an array or a ref, `b` a ref. Not waited for."""
@@ -159,7 +160,7 @@ def store_global(ref, value: jax.Array) -> None:
     if interpreting() or not hasattr(plgpu, "store"):
         ref[...] = value
     else:
-        plgpu.store(ref, value, optimized=False)
+        plgpu.store(ref, value, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def over_rows(column_vector: jax.Array, shape: tuple[int, int]) -> jax.Array:

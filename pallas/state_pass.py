@@ -317,7 +317,8 @@ def _run(
 
             # Inside shard_map what is loaded is typed as varying over the mesh, what the loop
             # carries as not: an accumulator forgets the mark.
-            state = mosaic.with_accumulators(through_accumulator, state.shape)
+            shape = state.shape[0], state.shape[1]
+            state = mosaic.with_accumulators(through_accumulator, shape)
             final_state.at[row, head, values][...] = lax.fori_loop(first, end, body, state)
             plgpu.wait_smem_to_gmem(0)
 

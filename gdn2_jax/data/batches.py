@@ -153,7 +153,8 @@ def _end_with_parent(worker_index: int, worker_count: int) -> None:
     """Lets a worker process end when a killed parent could not tell it to."""
 
     def wait():
-        multiprocessing.parent_process().join()
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -262,7 +262,8 @@ def _build(
         return _bar(itertools.chain(training, validation), count, description, total)
 
     if tokenizer is None:
-        texts = (part.content for part in parts("train tokenizer") if not part.held_out)
+        texts = (str(part.content) for part in parts("train tokenizer") if not part.held_out)
+        assert config.trained_vocab_size is not None
         tokenizer = train_tokenizer(texts, config.trained_vocab_size)
     tokenizer.save(directory / "tokenizer.json")
     losses = _write(parts("tokenize"), tokenizer, directory)
@@ -273,20 +274,21 @@ def _build(
 
 def _byte_counter(tokenizer: Tokenizer | None) -> Callable[[_Content], int]:
     """Returns a function that counts the bytes of text or token ids."""
-    lengths = None if tokenizer is None else tokenizer.byte_lengths()
+    # Without a tokenizer there are no token ids to count.
+    lengths = np.zeros(0, np.int32) if tokenizer is None else tokenizer.byte_lengths()
 
     def count(content: _Content) -> int:
-        return len(content.encode()) if type(content) is str else int(lengths[content].sum())
+        return len(content.encode()) if isinstance(content, str) else int(lengths[content].sum())
 
     return count
 
 
-def _bar(
-    pieces: Iterable[Piece | _Part],
+def _bar[P: (Piece, _Part)](
+    pieces: Iterable[P],
     count: Callable[[_Content], int],
     description: str,
     total: int | None = None,
-) -> Iterator[Piece | _Part]:
+) -> Iterator[P]:
     with tqdm(desc=description, total=total, unit="B", **_BAR) as bar:
         for piece in pieces:
             yield piece
@@ -309,7 +311,7 @@ def _survey(
 
         digest, size = hashlib.blake2b(digest_size=8), 0
         for content, ends in pieces():
-            digest.update(content.encode() if type(content) is str else content.tobytes())
+            digest.update(content.encode() if isinstance(content, str) else content.tobytes())
             length = count(content)
             size += length
             bar.update(length)
@@ -366,7 +368,8 @@ def _divide(
 ) -> Iterator[_Part]:
     """Yields the pieces, cut where the held-out end of a document begins."""
     documents = zip(survey.digests.tolist(), survey.sizes.tolist(), starts.tolist(), strict=True)
-    begins = True
+    begins, held_out = True, False
+    digest = size = start = position = 0
     for content, ends in pieces:
         if begins:
             digest, size, start = next(documents)
@@ -374,7 +377,7 @@ def _divide(
         stop = position + count(content)
         if not held_out and stop > start:
             cut = _place_of_byte(content, start - position, count)
-            if type(content) is str:
+            if isinstance(content, str):
                 cut = _line_start(content, cut, min(_LINE, (size - start) // 2))
             yield _Part(content[:cut], True, False, digest)
             held_out, content = True, content[cut:]

@@ -62,7 +62,7 @@ class PackedSequences:
             documents = np.arange(1, len(counts) + 1, dtype=np.int32)
             segment_ids = np.repeat(documents, counts)[:-1]
         weights = np.ones(self.sequence_length, np.float32)
-        return Batch(tokens[:-1], tokens[1:], weights, segment_ids)
+        return Batch._make((tokens[:-1], tokens[1:], weights, segment_ids))
 
     def target_bytes(self, index: int) -> float:
         """Returns the bytes of text that the targets of sequence `index` stand for.

@@ -52,9 +52,10 @@ class Questions(NamedTuple):
 class Task(Protocol):
     """What every task has; see the module."""
 
-    length: int
     kinds: ClassVar[tuple[str, ...]]
 
+    @property
+    def length(self) -> int: ...  # noqa: D102
     @property
     def vocab_size(self) -> int: ...  # noqa: D102
     @property

@@ -9,8 +9,9 @@ import sysconfig
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -171,7 +172,7 @@ def read_file(
     else:
         texts = _read_python(path)
     for text in texts:
-        yield from _pieces(text) if type(text) is str else _cut_ids(path, text, tokenizer)
+        yield from _pieces(text) if isinstance(text, str) else _cut_ids(path, text, tokenizer)
     return None
 
 
@@ -227,7 +228,7 @@ def _search(directory: Path, leave_out: Path | None) -> tuple[list[Path], str]:
     return sorted(found), ", ".join(skipped)
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> BufferedIOBase:
     return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 

@@ -49,26 +49,32 @@ class Tokenizer(Protocol):
         With `special_tokens` the names of special tokens in the text stand for these tokens;
         otherwise they are text like any other.
         """
+        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " N"]]:
         """Encodes many texts at once."""
+        ...
 
     def encode_with_bytes(
         self, texts: Sequence[str]
     ) -> list[tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"]]]:
         """Encodes many texts; returns with each one's tokens the UTF-8 bytes each token is for."""
+        ...
 
     def byte_lengths(self) -> Int32[np.ndarray, " vocab_size"]:
         """Returns the UTF-8 bytes that each token is for, as far as that holds for all texts."""
+        ...
 
     def last_cut(self, text: str) -> int:
         """Returns where `text` can end so that what follows is encoded apart, as it would be whole.
 
         The last such place near the end of `text`; 0 if there is none.
         """
+        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of the tokens; special tokens and unknown ids give no text."""
+        ...
 
     def save(self, path: str | Path) -> None:
         """Writes a file that `load_tokenizer` reads."""
@@ -87,7 +93,7 @@ class ByteTokenizer:
         """Returns the bytes of a text; the special token is called <|endoftext|>."""
         if special_tokens:
             first, *others = (self.encode(part) for part in text.split(_END_OF_DOCUMENT))
-            end = np.int32([self.end_of_document])
+            end = np.array([self.end_of_document], np.int32)
             return np.concatenate([first, *(part for ids in others for part in (end, ids))])
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 

@@ -231,9 +231,10 @@ def _words() -> tuple[list[str], list[str]]:
     from wonderwords import RandomWord
 
     words = RandomWord()
-    return tuple(
+    adjectives, nouns = (
         sorted(words.filter(include_categories=[kind])) for kind in ("adjectives", "nouns")
     )
+    return adjectives, nouns
 
 
 @functools.lru_cache(maxsize=4)

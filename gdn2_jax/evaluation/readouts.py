@@ -34,7 +34,7 @@ def token_results(
       inputs: tokens.
       targets: those that follow them.
     """
-    hidden = LanguageModel(config).apply({"params": params}, inputs, head=False)
+    hidden: Any = LanguageModel(config).apply({"params": params}, inputs, head=False)
     kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
     padding = -inputs.shape[1] % _POSITIONS
 
@@ -49,10 +49,11 @@ def token_results(
         loss = jax.nn.logsumexp(logits, axis=-1) - chosen
         return loss, jnp.argmax(logits, axis=-1) == targets
 
-    results = jax.lax.map(one, (blocks(hidden), blocks(targets)))
-    return tuple(
-        jnp.moveaxis(x, 0, 1).reshape(len(inputs), -1)[:, : inputs.shape[1]] for x in results
+    losses, right = (
+        jnp.moveaxis(x, 0, 1).reshape(len(inputs), -1)[:, : inputs.shape[1]]
+        for x in jax.lax.map(one, (blocks(hidden), blocks(targets)))
     )
+    return losses, right
 
 
 class LossByPosition(NamedTuple):
@@ -278,7 +279,7 @@ def _gates(config, params, inputs) -> dict[str, Float[Array, "layers B T H C"]]:
         mutable=["intermediates"],
         capture_intermediates=lambda module, _: module.name in wanted,
     )
-    flat = traverse_util.flatten_dict(variables["intermediates"])
+    flat: dict[Any, Any] = traverse_util.flatten_dict(variables["intermediates"])
     found = {path[-2]: value[0].astype(jnp.float32) for path, value in flat.items()}
     heads = config.mixer.num_heads
 

@@ -116,7 +116,7 @@ def _portable(config: ModelConfig) -> ModelConfig:
 
 def _tokens(batch_size: int | None, length: int) -> jax.ShapeDtypeStruct:
     if batch_size is None:
-        (batch_size,) = jax.export.symbolic_shape("batch")
+        return jax.ShapeDtypeStruct((*jax.export.symbolic_shape("batch"), length), jnp.int32)
     return jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
 
 

@@ -50,5 +50,6 @@ def advance(
     """
     variables = {"params": params, "cache": cache}
     decoder = layer.clone(parent=None, decode=True)
-    y, updated = decoder.apply(variables, x, segment_ids, mutable=["cache"])
+    results: Any = decoder.apply(variables, x, segment_ids, mutable=["cache"])
+    y, updated = results
     return y, updated["cache"]

@@ -90,7 +90,8 @@ class Mixer(nnx.Module):
             raise ValueError(f"x: expected a last axis of {self.in_features}, got {x.shape}")
         variables = {"params": _collect(self, nnx.Param)}
         if not (self.decode if decode is None else decode):
-            return self.linen.apply(variables, x, segment_ids)
+            y: Any = self.linen.apply(variables, x, segment_ids)
+            return y
         variables["cache"] = _collect(self, nnx.Cache)
         if not variables["cache"]:
             raise ValueError("decode: expected a cache, got none: call init_cache first")

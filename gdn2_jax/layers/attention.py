@@ -52,7 +52,7 @@ def _attention(
     @jax.checkpoint
     def rows(q, positions, segment_ids):
         same_segment = None
-        if segment_ids is not None:
+        if segment_ids is not None and key_segments is not None:
             same_segment = segment_ids[:, :, None] == key_segments[:, None]
         distances = positions[:, None] - key_positions[None, :]
         return attend(q, k, v, distances, same_segment, window_size)

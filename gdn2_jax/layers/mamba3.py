@@ -157,7 +157,7 @@ class Mamba3(nn.Module):
             state = Mamba3State(*state)
             return mamba3_from_state(state, inputs, weights, segment_ids, self.implementation)
 
-        names = ("phase", "state", "key", "value")
+        names: list[str] = ["phase", "state", "key", "value"]
         zeros = dict(zip(names, mamba3_initial_state(inputs), strict=True))
         return from_cached_state(self, zeros, segment_ids, inputs.v, advance)
 

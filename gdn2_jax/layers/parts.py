@@ -1,7 +1,7 @@
 """What mixers are made of: projections, parameters of heads, and the state between calls."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -46,7 +46,7 @@ def dense(
     )
 
 
-def per_head(module: Any, name: str, init: Initializer, *shape: int) -> Array:
+def per_head(module: Any, name: str, init: Callable[..., Array], *shape: int) -> Array:
     """A float32 parameter of `module`, whose first axis is the heads."""
     names = ("heads", *(None for _ in shape[1:]))
     init = partitioned(init, *names, like=module.kernel_init)
@@ -55,7 +55,7 @@ def per_head(module: Any, name: str, init: Initializer, *shape: int) -> Array:
 
 def from_cached_state(
     module: nn.Module,
-    zeros: dict[str, Any],
+    zeros: Mapping[str, Any],
     segment_ids: Int[Array, "B T"] | None,
     like: Array,
     advance: Callable[..., tuple],

@@ -1,6 +1,7 @@
 """A causal depthwise convolution over a few tokens, which keeps documents apart and decodes."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -47,7 +48,7 @@ class ShortConvolution(nn.Module):
     use_bias: bool = False
     unit_dim: int | None = None
     param_dtype: Any = jnp.float32
-    kernel_init: Initializer = _uniform_fan_in_taps
+    kernel_init: Callable[..., Array] = _uniform_fan_in_taps
     axes_like: Initializer | None = None
     decode: bool = False
 

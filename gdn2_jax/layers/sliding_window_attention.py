@@ -121,7 +121,7 @@ class SlidingWindowAttention(nn.Module):
         positions = start + jnp.arange(length, dtype=start.dtype)
         q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
         isolate = segment_ids is not None
-        past = Past(*rings, _positions_in_ring(start, first, window))
+        past = Past._make((*rings, _positions_in_ring(start, first, window)))
         if segment_ids is None:
             last = past.segment_ids[:, (first - 1) % window]
             segment_ids = jnp.broadcast_to(last[:, None], (batch, length))

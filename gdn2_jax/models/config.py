@@ -99,7 +99,7 @@ def config_from_json(fields: dict[str, Any]) -> ModelConfig:
     """
     if isinstance(fields["mixer"], str):
         fields = _nested(fields)
-    mixers = {
+    mixers: dict[str, Any] = {
         name: dataclasses.replace(MIXERS[fields[name]["kind"]], **fields[name])
         for name in ("mixer", "attention")
     }

@@ -33,7 +33,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     eos: int | None = None,
-    on_token: Callable[[np.ndarray], np.ndarray | None] | None = None,
+    on_token: Callable[[np.ndarray], np.ndarray | list[bool] | None] | None = None,
 ) -> Int[np.ndarray, "B PN"] | list[Int[np.ndarray, "L"]]:
     """Continues each row of `prompt`.
 
@@ -96,7 +96,7 @@ def continue_session(
     top_p: float | None = None,
     seed: int = 0,
     eos: int | None = None,
-    on_token: Callable[[np.ndarray], np.ndarray | None] | None = None,
+    on_token: Callable[[np.ndarray], np.ndarray | list[bool] | None] | None = None,
 ) -> tuple[list[Int[np.ndarray, "N"]], Session]:
     """Continues each row of a session; see `generate` for arguments and errors.
 
@@ -163,7 +163,7 @@ class Sampling(NamedTuple):
         every = np.iinfo(np.int32).max
         # Sums of probabilities may exceed 1 before the last one.
         top_p = math.inf if top_p is None or top_p == 1 else top_p
-        return cls(np.float32(temperature), np.int32(top_k or every), np.float32(top_p))
+        return cls._make((np.float32(temperature), np.int32(top_k or every), np.float32(top_p)))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("session",))

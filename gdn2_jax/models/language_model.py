@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
             Layers,
             variable_axes={"params": 0, "cache": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  # the stub knows ints
             length=length,
             unroll=length if config.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},

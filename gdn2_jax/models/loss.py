@@ -41,7 +41,7 @@ def next_token_loss(config: ModelConfig, params: Any, batch: Batch) -> Float[Arr
     Returns:
       sum_i weight_i (logsumexp(logits_i) - logits_i[target_i]), float32 (float64 in such models).
     """
-    hidden = LanguageModel(config).apply(
+    hidden: Any = LanguageModel(config).apply(
         {"params": params}, batch.inputs, batch.segment_ids, head=False
     )
     hidden = constrain(hidden, "batch", "sequence", None)

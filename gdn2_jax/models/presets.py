@@ -72,7 +72,7 @@ PRESETS: dict[str, ModelConfig] = {
         **shared,
         mixer=named_mixer(mixer, sizes),
         hybrid=name.startswith("swa_"),
-        attention=named_mixer("sliding_window_attention", sizes),
+        attention=SoftmaxAttention(**sizes.get(SoftmaxAttention, {})),
         mlp_dim=mlp_dim,
     )
     for name, (shared, sizes, mlp_dims) in _SCALES.items()

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,9 @@ class Session(NamedTuple):
 
 
 def start_session(
-    config: ModelConfig, params: dict, prompts: Int[Array, "B P"] | Sequence[Sequence[int]]
+    config: ModelConfig,
+    params: dict,
+    prompts: Int[Array | np.ndarray, "B P"] | Sequence[Sequence[int] | np.ndarray],
 ) -> Session:
     """Reads prompts, which may differ in length; rows do not see each other.
 
@@ -141,9 +143,9 @@ def replace_row(
 
 def take_rows(session: Session, rows: Sequence[int]) -> Session:
     """Returns a session of some rows; of one row several times, to continue it in several ways."""
-    rows = jnp.asarray(rows)
-    cache = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, rows], session.cache)
-    return Session(cache, session.logits[rows])
+    chosen = jnp.asarray(rows)
+    cache = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, chosen], session.cache)
+    return Session(cache, session.logits[chosen])
 
 
 def save_session(path: str | Path, config: ModelConfig, session: Session) -> None:
@@ -166,7 +168,7 @@ def load_session(path: str | Path, config: ModelConfig) -> Session:
       ValueError: the file is damaged, or its session is of another model.
     """
     try:
-        content = serialization.msgpack_restore(Path(path).read_bytes())
+        content: Any = serialization.msgpack_restore(Path(path).read_bytes())
         there, session = content["config"], content["session"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"path: expected a session, got {path} ({error})") from error
@@ -213,7 +215,9 @@ def empty_cache(config: ModelConfig, batch: int) -> dict:
     """The cache of rows that have read nothing."""
     model = LanguageModel(config, decode=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((batch, 1), jnp.int32))
-    cache = flatten_dict(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["cache"]))
+    cache: dict[Any, Any] = flatten_dict(
+        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["cache"])
+    )
     for path in cache:
         if path[-1] == "index":
             # As if a ring of padding were read: later a row may be longer than all others.
@@ -251,9 +255,10 @@ def read(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Session:
     """The session after some tokens."""
-    logits, updated = LanguageModel(config, decode=True).apply(
+    results: Any = LanguageModel(config, decode=True).apply(
         {"params": params, "cache": cache}, tokens, segment_ids, last_only=True, mutable=["cache"]
     )
+    logits, updated = results
     return Session(updated["cache"], logits[:, -1])
 
 

@@ -56,7 +56,7 @@ def check_dtypes(low: dict[str, Array], full: dict[str, Array]) -> jnp.dtype:
     return expected
 
 
-def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> None:
+def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless `segment_ids` is None or integers [B, T]."""
     if segment_ids is None:
         return

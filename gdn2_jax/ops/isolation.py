@@ -68,7 +68,7 @@ def isolated[Tokens, State](
 
 
 def _any_not_finite(arrays, dims: int) -> Array:
-    return sum(not_finite(x, dims) for x in jax.tree.leaves(arrays)) > 0
+    return jnp.asarray(sum(not_finite(x, dims) for x in jax.tree.leaves(arrays)) > 0)
 
 
 def _positions(x: Array) -> Array:

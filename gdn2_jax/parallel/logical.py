@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -52,7 +51,7 @@ def on_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def partitioned(init: Initializer, *names: str | None, like: Initializer | None = None) -> Callable:
+def partitioned(init: Callable, *names: str | None, like: Callable | None = None) -> Callable:
     """Names the axes of a parameter, as flax's metadata.
 
     Without logical axis rules in force the parameter is a plain array, so that a layer in someone's
@@ -88,7 +87,7 @@ def partitioned(init: Initializer, *names: str | None, like: Initializer | None 
     return initialize
 
 
-def partition_spec(names: Names) -> PartitionSpec:
+def partition_spec(names: Names) -> PartitionSpec | None:
     """Translates names of axes to mesh axes."""
     return nn.logical_to_mesh_axes(names, RULES)
 
@@ -250,11 +249,11 @@ def _axes(place: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if place is None else place if isinstance(place, tuple) else (place,)
 
 
-def _places(inputs: Any, arrays: Any, heads: int | None) -> dict[str | None, Any]:
+def _places(inputs: Any, arrays: Any, heads: int | None) -> dict[str, Any]:
     """The mesh axes that rows and heads of the arguments lie over already."""
     sizes: dict[str, set[int]] = {"batch": set(), "heads": {heads} if heads else set()}
     found: dict[str, Any] = {}
-    mesh = None
+    mesh: Any = None
 
     def visit(names, tree):
         nonlocal mesh
@@ -279,7 +278,7 @@ def _places(inputs: Any, arrays: Any, heads: int | None) -> dict[str | None, Any
     return found
 
 
-def _box_of(init: Initializer) -> nn.Partitioned | None:
+def _box_of(init: Callable) -> nn.Partitioned | None:
     """The box that an initialiser of matrices makes, if any."""
     box = jax.eval_shape(lambda: init(jax.random.key(0), (1, 1), jnp.float32))
     if not _is_box(box):

@@ -50,7 +50,7 @@ def save_checkpoint(
     """
     trees = _split(state)
     content = {"progress": progress, "checksums": _checksums(trees)}
-    items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+    items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
     items["content"] = ocp.args.JsonSave({**content, "sha256": _sha256(content)})
     step = int(state.step)
     try:
@@ -142,7 +142,7 @@ def _split(state: TrainState) -> dict[str, Any]:
 
 
 def _restore(manager, step, abstract_trees):
-    items = {
+    items: dict[str, Any] = {
         name: ocp.args.PyTreeRestore(
             tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
         )

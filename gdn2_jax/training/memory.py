@@ -104,7 +104,7 @@ def _kept(config: TrainingConfig, mesh: Mesh, model: ModelConfig) -> _Kept:
     return _Kept(activations, states)
 
 
-def _has_tokens(shape: tuple[int, ...], tokens: tuple[int, int]) -> bool:
+def _has_tokens(shape: tuple[int, ...], tokens: tuple[int, ...]) -> bool:
     """Whether [B, T] is in it; convolutions keep a few tokens more."""
     return any(
         batch == tokens[0] and 0 <= length - tokens[1] < 8

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
 from gdn2_jax.files import naming, write_text
 from gdn2_jax.rows import read_rows

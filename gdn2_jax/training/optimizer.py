@@ -32,9 +32,9 @@ def schedule_borders(config: OptimizerConfig, microsteps: int) -> Int[np.ndarray
 
 def scheduled_rate(
     config: OptimizerConfig,
-    borders: Int[Array, "3"],
+    borders: Int[Array | np.ndarray, "3"],
     accumulation: int,
-    step: Int[Array, ""],
+    step: Int[Array, ""] | int,
 ) -> Float[Array, ""]:
     """Returns the learning rate of the optimizer step s = 0, 1, ...
 

@@ -93,7 +93,7 @@ def state_shardings(config: TrainingConfig, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=lambda _: whole,
     )
-    return TrainState(whole, params, opt_state, whole)
+    return TrainState._make((whole, params, opt_state, whole))
 
 
 def train_step(
@@ -127,6 +127,7 @@ def train_step(
         total, _ = jax.lax.scan(accumulate, zeros, batch)
         loss, grads = jax.tree.map(lambda x: x / count, total)
 
+    assert state.borders is not None
     rate = scheduled_rate(config.optimizer, state.borders, count, state.step)
     with jax.named_scope("optimizer"):
         updates, opt_state = make_optimizer(config.optimizer, rate).update(
@@ -198,7 +199,7 @@ def abstract_batch(config: TrainingConfig, mesh: Mesh, *leading: int) -> Batch:
     sharding = batch_sharding(mesh, len(leading))
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    return Batch(ids, ids, weights, ids if config.data.reset_at_documents else None)
+    return Batch._make((ids, ids, weights, ids if config.data.reset_at_documents else None))
 
 
 def _initial_params(config: TrainingConfig, key: Key[Array, ""]) -> Any:

@@ -14,7 +14,7 @@ import grain
 import jax
 from tqdm import tqdm
 
-from gdn2_jax.data import train_iterator
+from gdn2_jax.data import PackedSequences, train_iterator
 from gdn2_jax.evaluation import evaluate_perplexity, sample_text
 from gdn2_jax.files import write_text
 from gdn2_jax.models import Batch
@@ -80,7 +80,7 @@ def train(run: Run, programs: Programs | None = None) -> TrainState:
     config, files = run.config, run.files
     start = 0 if run.state is None else int(run.state.step)
     with contextlib.closing(run):
-        if start >= config.steps and summarized_step(files) == start:
+        if run.state and start >= config.steps and summarized_step(files) == start:
             _say(f"{files.config.parent} is finished at step {start}; more --steps continue it")
             _list_files(run)
             return run.state
@@ -95,7 +95,7 @@ def train(run: Run, programs: Programs | None = None) -> TrainState:
         if start:
             _say(f"continuing from the checkpoint of step {start}")
         state = run.state
-        if start < config.steps:
+        if state is None or start < config.steps:
             log = MetricsLog(files.metrics, files.tensorboard, start)
             with contextlib.closing(log):
                 params = None
@@ -174,7 +174,7 @@ def _take_steps(
                     _say(f"step {step:,} of {config.steps:,}: {_abbreviate(row)}")
                     shown = now
             if validates and run.corpus.validation is not None:
-                validation = _validate(run, programs, state)
+                validation = _validate(run, programs, state, run.corpus.validation)
                 log.write({"step": step, "time": _time(), **validation})
                 _say(f"step {step:,}: {_format(validation)}")
             if saves:
@@ -262,11 +262,13 @@ def _abbreviate(row: dict[str, float]) -> str:
     return text
 
 
-def _validate(run: Run, programs: Programs, state: TrainState) -> dict[str, float]:
+def _validate(
+    run: Run, programs: Programs, state: TrainState, sequences: PackedSequences
+) -> dict[str, float]:
     result = evaluate_perplexity(
         run.config.model,
         state.params,
-        run.corpus.validation,
+        sequences,
         mesh=run.mesh,
         batch_size=run.config.microbatch_size,
         max_batches=run.config.validation_batches,

@@ -4,7 +4,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,8 +12,13 @@ from gdn2_jax.interop.pytorch.files import StoredTensor
 from gdn2_jax.interop.pytorch.layouts import Style
 from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention
 
+_Gate = Literal["silu", "sigmoid"]
 # flash-linear-attention has no GDN-2 model yet, only the layer: "gdn2" follows its KDA model.
-_MODEL_TYPES = {"gdn2": "gdn2", "kda": "kda", "gated_deltanet": "gdn"}
+_MODEL_TYPES: dict[str, Literal["gdn2", "kda", "gdn"]] = {
+    "gdn2": "gdn2",
+    "kda": "kda",
+    "gated_deltanet": "gdn",
+}
 _ARCHITECTURES = {
     "gdn2": "GDN2ForCausalLM",
     "kda": "KDAForCausalLM",
@@ -36,7 +41,7 @@ _NULLABLE = ("num_v_heads", "intermediate_size", "window_size", "hidden_ratio", 
 _ATTENTION_HEAD_DIM = 128  # In the paper's models.
 # The second is how our own checkpoints named it before.
 _OUTPUT_GATES = ("output_gate_activation", "output_gate")
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
+_ACTIVATIONS: dict[str, _Gate] = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 # Options of fla's models that ours lack, by the values that make no difference.
 _ALLOWED = {
     "use_short_conv": (True,),
@@ -181,7 +186,7 @@ def describe(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     Raises:
       ValueError: the model has an option that fla's layer lacks.
     """
-    mixer, attention = config.mixer, config.attention
+    mixer, attention = _delta_rule(config), config.attention
     content = {
         "architectures": [_ARCHITECTURES[mixer.kind]],
         "model_type": {kind: name for name, kind in _MODEL_TYPES.items()}[mixer.kind],
@@ -218,6 +223,12 @@ def describe(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     return content
 
 
+def _delta_rule(config: ModelConfig) -> DeltaRule:
+    if not isinstance(config.mixer, DeltaRule):
+        raise ValueError(f"mixer: expected a delta rule, got {config.mixer.kind!r}")  # noqa: TRY004
+    return config.mixer
+
+
 def check_style(config: ModelConfig, style: Style) -> None:
     """Checks that the style's own PyTorch code computes the same function of the weights.
 
@@ -226,8 +237,8 @@ def check_style(config: ModelConfig, style: Style) -> None:
     Raises:
       ValueError: it lacks an option of the model.
     """
-    mixer = config.mixer
-    options = {"erase_gate": "channel", "write_gate": "channel"}
+    mixer = _delta_rule(config)
+    options: dict[str, Any] = {"erase_gate": "channel", "write_gate": "channel"}
     if mixer.kind != "kda":
         options["decay_lower_bound"] = None
     if style == "paper":
@@ -299,11 +310,10 @@ def config_from_shapes(tensors: Mapping[str, StoredTensor]) -> ModelConfig:
 
 
 def _attention(content: Mapping[str, Any], complaints: list[str]) -> tuple[bool, dict[str, Any]]:
-    attention = content.get("attn")
-    if attention is None:
+    given = content.get("attn")
+    if given is None:
         return False, {}
-    if isinstance(attention, list) and len(attention) == 1:
-        attention = attention[0]
+    attention: Any = given[0] if isinstance(given, list) and len(given) == 1 else given
     layers = content.get("num_hidden_layers", 0)
     try:
         expected = {
@@ -337,15 +347,15 @@ def _attention(content: Mapping[str, Any], complaints: list[str]) -> tuple[bool,
 
 
 def _output_gate(
-    content: Mapping[str, Any], default: str | None, complaints: list[str]
-) -> str | None:
+    content: Mapping[str, Any], default: _Gate | None, complaints: list[str]
+) -> _Gate | None:
     given = {name: content[name] for name in _OUTPUT_GATES if content.get(name) is not None}
     complaints += [
         f"{name}: expected one of {', '.join(_ACTIVATIONS)}, got {value!r}"
         for name, value in given.items()
         if value not in list(_ACTIVATIONS)
     ]
-    gates = {_ACTIVATIONS.get(str(value)) for value in given.values()}
+    gates: set[_Gate | None] = {_ACTIVATIONS.get(str(value)) for value in given.values()}
     if len(gates) > 1:
         complaints.append(f"{' and '.join(given)}: expected the same, got {given}")
     return gates.pop() if gates else default
@@ -373,7 +383,7 @@ def _fla_mlp_dim(width: int, content: Mapping[str, Any]) -> int:
     return -(-int(width * (content.get("hidden_ratio") or 4) * 2 / 3) // 256) * 256
 
 
-def _dtypes(dtype: np.dtype) -> dict[str, str]:
+def _dtypes(dtype: np.dtype) -> dict[str, Any]:
     # There are no float16 parameters to train; what is loaded keeps its dtype all the same.
     param_dtype = "float32" if dtype == np.float16 else str(dtype)
     return {"dtype": str(dtype), "param_dtype": param_dtype}

@@ -3,6 +3,8 @@
 import functools
 import math
 import numbers
+from collections.abc import Callable
+from typing import Any
 
 import jax.export
 import jax.numpy as jnp
@@ -123,10 +125,11 @@ def gated_delta_rule_2(
         (opaque((q, k, v.reshape(folded), g, b, w.reshape(folded), state)), segment_ids)
     )
     starts = None if segment_ids is None else segment_starts(segment_ids)
-    definition, matrix_form = recurrent, chunkwise
+    forms: tuple[Callable, Callable] = recurrent, chunkwise
     if num_documents is not None:
-        definition, matrix_form = recurrent_by_document, chunkwise_by_document
+        forms = recurrent_by_document, chunkwise_by_document
         starts = jnp.zeros((batch, length), bool) if starts is None else starts
+    definition, matrix_form = forms
     if implementation == "recurrent":
         q, *rest = (x.astype(g.dtype) for x in arrays)
         outputs, final_state = definition(q * scale, *rest, starts)
@@ -135,8 +138,8 @@ def gated_delta_rule_2(
     elif implementation == "xla" or obstacle:
         outputs, final_state = matrix_form(*arrays, starts, scale)
     else:
-        forms = (functools.partial(form, scale=scale) for form in (hopper, matrix_form))
-        outputs, final_state = on_hopper(*forms, *arrays, starts)
+        kernels, default = (functools.partial(form, scale=scale) for form in (hopper, matrix_form))
+        outputs, final_state = on_hopper(kernels, default, *arrays, starts)
     outputs, final_state = opaque((outputs, final_state))
     final_state = final_state.reshape(-1, *final_state.shape[-3:])
     final_state = unfold_state(final_state, v.shape[2]).reshape(state_shape)
@@ -186,12 +189,13 @@ def gated_delta_rule_2_step(
 
     arrays = match_varying_axes(opaque((state, q, k, v, g, b, w)))
     if implementation == "pallas":
-        results = decode_kernel(*arrays, scale)
+        results: Any = decode_kernel(*arrays, scale)
     elif implementation is not None or obstacle:
         results = decode_xla(*arrays, scale)
     else:
-        forms = (functools.partial(form, scale=scale) for form in (decode_kernel, decode_xla))
-        results = on_hopper(*forms, *arrays)
+        forms = (decode_kernel, decode_xla)
+        kernel, default = (functools.partial(form, scale=scale) for form in forms)
+        results = on_hopper(kernel, default, *arrays)
     return opaque(results)
 
 

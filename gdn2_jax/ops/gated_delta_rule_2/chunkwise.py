@@ -11,7 +11,7 @@ from the inputs and the state at the start of each chunk, which is all that is s
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,8 @@ def chunkwise(
     # Padded rows are exact no-ops: they write nothing and do not decay the state.
     padded = [jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v, g, b, w)]
     layout = _Layout(chunk_size, span, float(scale))
-    outputs, final_state = _chunkwise(layout, *padded, initial_state, segments, None)
+    results: Any = _chunkwise(layout, *padded, initial_state, segments, None)
+    outputs, final_state = results
     return outputs[:, :length], final_state
 
 
@@ -123,7 +124,8 @@ def chunkwise_by_document(
 
     layout = _Layout(chunk_size, in_span * chunk_size, float(scale))
     inputs = map(apart, (q, k, v, g, b, w))
-    outputs, final_states = _chunkwise(layout, *inputs, initial_states, None, documents)
+    results: Any = _chunkwise(layout, *inputs, initial_states, None, documents)
+    outputs, final_states = results
     return outputs.at[rows, place].get(mode="fill", fill_value=jnp.nan), final_states
 
 
@@ -190,8 +192,8 @@ def _forward(
     starts = jnp.arange(0, q.shape[1], layout.span)
     carry = (_before_all(initial_state, documents), jnp.zeros_like(v))
     (states, outputs), before = jax.lax.scan(span_forward, carry, (starts, documents))
-    final_state = states.kept if documents is not None else states.current
-    if bad is not None:
+    final_state = states.current if states.kept is None else states.kept
+    if bad is not None and segments is not None:
         after = from_there_on(bad, segment_starts(segments))
         outputs, final_state = (
             replace(after, jnp.nan, outputs),
@@ -273,7 +275,7 @@ def _backward(layout, residuals, cotangents):
     (d_states, d_inputs), _ = jax.lax.scan(
         span_backward, carry, (starts, states, documents), reverse=True
     )
-    d_initial_state = d_states.kept if documents is not None else d_states.current
+    d_initial_state = d_states.current if d_states.kept is None else d_states.kept
     if bad is not None:
         bad = in_document(bad | reported, segment_starts(segments))
         d_inputs = (replace(bad, jnp.nan, x) for x in d_inputs)
@@ -316,7 +318,7 @@ def _enter(
 
 def _leave(states: _States, state: Float[Array, "B H K V"], document: Chunks | None) -> _States:
     """The states after a chunk that ends with `state`."""
-    if document is None:
+    if document is None or states.kept is None:
         return _States(state, None)
     return _States(state, with_state(states.kept, document.document, state))
 

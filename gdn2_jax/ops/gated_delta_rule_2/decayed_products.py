@@ -17,6 +17,7 @@ or [..., S, 4, K] with the S blocks apart.
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,7 +32,6 @@ _PAIRS = [(r, s) for r in range(BLOCK) for s in range(r)]
 # Levels of small parts share one masked product a tile of this many rows.
 _TILE = 32
 # `sum` would begin with a zero.
-_add = functools.partial(functools.reduce, operator.add)
 
 
 class Decayed(NamedTuple):
@@ -188,7 +188,11 @@ def pair_products_transpose(
         dk[s] += d_k
         for t in range(s + 1, r + 1):
             dg[t] += d_k * k[s]
-    return tuple(_join(_stack(x)) for x in (de, dq, dk, dg))
+    return _join(_stack(de)), _join(_stack(dq)), _join(_stack(dk)), _join(_stack(dg))
+
+
+def _add(rows: Sequence[Array]) -> Array:
+    return functools.reduce(operator.add, rows)
 
 
 def _block_decays(g: Float[Array, "*n 4 K"]) -> tuple[Array, Array]:

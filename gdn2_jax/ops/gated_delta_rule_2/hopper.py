@@ -7,6 +7,7 @@ backward, about 1.2 times the inputs; `jax.checkpoint` around a layer trades the
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.export
@@ -96,7 +97,8 @@ def hopper(
     if starts is not None:
         masks = segment_masks(jnp.pad(starts, ((0, 0), (0, padding))))
     q, k, v, b, w = (x.astype(jnp.bfloat16) for x in (q, k, v, b, w))
-    outputs, final_state = _hopper(scale, q, k, v, g, b, w, _transpose(initial_state), masks)
+    results: Any = _hopper(scale, q, k, v, g, b, w, _transpose(initial_state), masks)
+    outputs, final_state = results
     outputs = outputs[:, :length, :, :value_dim].astype(dtype)
     return outputs, _transpose(final_state)[..., :value_dim]
 
@@ -111,9 +113,8 @@ def _forward(scale, *arguments):
 
 
 def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
-    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps, flaws = intra_chunk_forward(
-        q, k, v, g, b, w, masks, scale=scale, save=save
-    )
+    results: Any = intra_chunk_forward(q, k, v, g, b, w, masks, scale=scale, save=save)
+    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps, flaws = results
     if masks is not None:
         decay = _carried(decay, masks)
         # NaN would reach every segment of a row through products with zero: the kernels leave it out,
@@ -128,14 +129,14 @@ def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
         lost = first_flaws(flaws, masks) <= jnp.arange(flaws.shape[-1])
         outputs = jnp.where(jnp.swapaxes(lost, 1, 2)[..., None], jnp.nan, outputs)
         final_state = jnp.where(lost[..., -1, None, None], jnp.nan, final_state)
-    inputs = q, k, v, g, b, w, masks
+    inputs = (q, k, v, g, b, w), masks
     operands = y_t, k_tail, q_gamma, a_qk_t, decay, x
     *results, _ = match_varying_axes((outputs, final_state, q))
     return tuple(results), (inputs, operands, steps, states, r_t, flaws)
 
 
 def _backward(scale, residuals, cotangents):
-    (*inputs, masks), operands, steps, states, r_t, flaws = residuals
+    ((q, k, v, g, b, w), masks), operands, steps, states, r_t, flaws = residuals
     y_t, k_tail, q_gamma, a_qk_t, decay, x = operands
     d_o, d_state = cotangents
     poison = None
@@ -149,11 +150,13 @@ def _backward(scale, residuals, cotangents):
         y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state
     )
     dq, dk, dg, db, dv, dw = chunk_backward(
-        *inputs, d_o, r_t, d_z, states, d_states, decay, steps, masks, _rows(poison), scale=scale
+        *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps),
+        *(masks, _rows(poison)),
+        scale=scale,
     )
-    if masks is not None:
+    if poison is not None:
         d_initial_state += poison[..., 0, None, None]
-    *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, inputs[0]))
+    *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, q))
     return *gradients, None
 
 

@@ -1,12 +1,11 @@
 """The Mamba-2 operator (state-space duality, arXiv 2405.21060)."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arguments import (
+    Implementation,
     as_arrays,
     check_dtypes,
     check_heads,
@@ -38,7 +37,7 @@ def mamba2(
     *,
     initial_state: Float[Array, "B H K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    implementation: Literal["xla", "recurrent"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The selective state-space recurrence of Mamba-2 over a sequence.
 

@@ -1,7 +1,8 @@
 """The Mamba-3 operator: exponential-trapezoidal steps, rotating states, one or several inputs."""
 
 import functools
-from typing import Literal, NamedTuple
+import operator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.arguments import (
+    Implementation,
     as_arrays,
     check_dtypes,
     check_heads,
@@ -104,7 +106,7 @@ def mamba3(
     *,
     initial_state: Mamba3State | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    implementation: Literal["xla", "recurrent"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H V"], Mamba3State]:
     """The recurrence of Mamba-3 over a sequence, with its skip, gate and sum over ranks.
 
@@ -196,7 +198,7 @@ def restart(state: Mamba3State, where: Bool[Array, "B"]) -> Mamba3State:
     return Mamba3State(*(jnp.where(where.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in state))
 
 
-def _step(state: Mamba3State, inputs: Mamba3Inputs, weights: Mamba3Weights):
+def _step(state: Mamba3State, inputs: Mamba3Inputs, weights: Any):
     """`mamba3_step` in one dtype, with all weights."""
     q, k, v, z, g, dt, trapezoid, rotation = inputs
     phase = wrap(state.phase + dt[..., None] * rotation[:, None])
@@ -214,7 +216,7 @@ def _step(state: Mamba3State, inputs: Mamba3Inputs, weights: Mamba3Weights):
     return Mamba3State(phase, memory, k, v), _gated_sum(o, z[:, :, None], weights)
 
 
-def _gated_sum(o, z, weights: Mamba3Weights):
+def _gated_sum(o, z, weights: Any):
     """Gate and sum over ranks: o [..., H, R, V] and z [..., H, 1, V] to [..., H, V]."""
     o_rank, z_rank = (jnp.broadcast_to(x, o.shape) for x in (weights.o_rank, weights.z_rank))
     return jnp.sum(o_rank * o * jax.nn.silu(z * z_rank), axis=-2)
@@ -287,10 +289,11 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
         turns = phase[..., -1, :]
         ends = wrap(jnp.cumsum(jax.lax.stop_gradient(turns), axis=0))
         start = jnp.pad(ends[:-1], ((1, 0), *[(0, 0)] * 3))
-        q, k = (
+        rows: Any = (
             _rotated_rows(arithmetic.operand, x, bias, start[..., None, :] + phase)
             for x, bias in ((inputs.q, weights.q_bias), (inputs.k, weights.k_bias))
         )
+        q, k = rows
         v_rows = _rows(v[..., None, :] * weights.v_rank[None, None, :, None], arithmetic.operand)
         v_rows = v_rows[:, :, :, None]
         outputs, memory = mix_chunks(
@@ -360,7 +363,7 @@ def _rotated_rows_bwd(dtype, residuals, gradients):
     (_, ranks, key_dim), groups, full = bias.shape, x.shape[-2], phase.dtype
     gradients = _differentiated_once(gradients)
     gradients = (x.reshape(*phase.shape[:4], ranks, key_dim) for x in gradients)
-    gradient = sum(rotate(x, -phase[..., None, :]) for x in gradients).astype(dtype)
+    gradient = operator.add(*(rotate(x, -phase[..., None, :]) for x in gradients)).astype(dtype)
     gradient = jax.lax.optimization_barrier(gradient)
     wide = gradient.astype(full)
     of_phase = turn_gradient(_unrotated(x, bias, full), wide, phase.shape[-1])

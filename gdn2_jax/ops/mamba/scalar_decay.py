@@ -21,7 +21,7 @@ sums over all pairs of a chunk are one product with a constant matrix of zeros a
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,7 @@ def mix_chunks(
         to_end = jnp.where(here == last[..., None], to_end, -jnp.inf)
         total = jnp.where(before == last, total, -jnp.inf)
     between = jnp.where(np.tri(chunk_size, k=-1, dtype=bool), between, -jnp.inf)
-    q, k = (tuple(x[:, :, :, None] for x in pair) for pair in (q, k))
+    q, k = ((x[:, :, :, None], y[:, :, :, None]) for x, y in (q, k))
     weights = jnp.exp(between) * weight[..., None, :]
     weights = jnp.where(np.eye(chunk_size, dtype=bool), own[..., None], weights)
     pairs = dot("rk,sk->rs", q[0], k[0]).astype(full)
@@ -195,7 +195,7 @@ def _carried(
     The gradient of the decay is taken from q and its gradient, which are there, rather than from
     the result, unless the heads share q.
     """
-    carried = _product(arithmetic, "rk,kv->rv", q, states)
+    carried: Any = _product(arithmetic, "rk,kv->rv", q, states)
     return jnp.exp(decay) * carried.astype(decay.dtype)
 
 
@@ -209,7 +209,7 @@ def _carried_bwd(arithmetic, residuals, gradient):
     of_q, of_states = _product_bwd(arithmetic, "rk,kv->rv", (q, states), decayed)
     terms = of_q.astype(decay.dtype) * q
     if q.shape[3] < decay.shape[3]:
-        carried = _product(arithmetic, "rk,kv->rv", q, states)
+        carried: Any = _product(arithmetic, "rk,kv->rv", q, states)
         terms = decayed * carried.astype(decay.dtype)
     return of_q, of_states, jnp.sum(terms, axis=-1, keepdims=True)
 
@@ -278,7 +278,8 @@ def _pass_states_fwd(state, written, decay, turns):
 
 def _pass_states_bwd(residuals, gradients):
     states, state, decay, turns = residuals
-    gradient, of_written = _accumulate(*gradients, decay, reverse=True)
+    of_state, of_states = gradients
+    gradient, of_written = _accumulate(of_state, of_states, decay, reverse=True)
     wide, after = (x.astype(decay.dtype) for x in (states, of_written))
     of_decay = jnp.sum(wide * after, (-2, -1))
     if turns is None:

@@ -105,4 +105,4 @@ def mamba3_from_state(
 
 def _mamba3_axes(inputs: Mamba3Inputs) -> Mamba3Inputs:
     groups = _groups(inputs.q)
-    return Mamba3Inputs(groups, groups, *[_HEADS] * 5, rotation=("batch",))
+    return Mamba3Inputs._make((groups, groups, *[_HEADS] * 5, ("batch",)))
