@@ -65,7 +65,7 @@ def start_session(
 
 
 def extend_session(
-    config: ModelConfig, params: dict, session: Session, tokens: Int[Array, "B T"]
+    config: ModelConfig, params: dict, session: Session, tokens: Int[Array | np.ndarray, "B T"]
 ) -> Session:
     """Reads as many tokens more in each row; compiled once for each T.
 
@@ -80,9 +80,9 @@ def extend_session(
 def sessions_along(
     config: ModelConfig,
     params: dict,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     positions: Sequence[int],
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> Iterator[Session]:
     """Yields the session after each of some positions of one text, such as the prefixes of a cache.
 
@@ -116,7 +116,11 @@ def sessions_along(
 
 
 def replace_row(
-    config: ModelConfig, params: dict, session: Session, row: int, prompt: Sequence[int]
+    config: ModelConfig,
+    params: dict,
+    session: Session,
+    row: int,
+    prompt: Sequence[int] | np.ndarray,
 ) -> Session:
     """Starts a row anew with another prompt; the other rows stay as they are.
 

@@ -118,7 +118,7 @@ def test_sessions_at_the_ends_of_packed_documents_are_those_of_the_documents(hyb
 def test_positions_that_do_not_ascend_within_the_text_are_refused(hybrid_model, positions):
     config, params = hybrid_model
     with pytest.raises(ValueError, match="^positions: expected ascending ones of 1 to 4, got "):
-        next(sessions_along(config, params, [text(4)], positions))
+        next(sessions_along(config, params, np.array([text(4)]), positions))
 
 
 @pytest.fixture(params=["recurrent", "window", "attention"])

@@ -21,7 +21,7 @@ def gated_delta_rule_2_states(
     initial_state: Float[Array, "B Hv K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B T/every Hv K V"]]:
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B N Hv K V"]]:
     """`gated_delta_rule_2` with the state after every so many tokens.
 
     A loop over spans of `every` tokens, as fast as the operator where these fill the device.
@@ -41,8 +41,8 @@ def gated_delta_rule_2_states(
       implementation: as there.
 
     Returns:
-      Outputs, and the states after tokens `every`, 2 `every`, ..., T, of which the last is the final
-      state. Both are differentiable in every array.
+      Outputs, and the N = T / every states after tokens `every`, 2 `every`, ..., T, of which the last
+      is the final state. Both are differentiable in every array.
 
     Raises:
       ValueError: as there, or `every` does not divide T.
