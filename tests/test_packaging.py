@@ -54,7 +54,7 @@ def test_core_install_requires_only_jax_flax_and_jaxtyping():
 
 
 @pytest.mark.slow
-def test_installs_and_runs_in_an_empty_environment_with_the_core_dependencies(tmp_path):
+def test_sdist_and_its_wheel_run_in_an_empty_environment_with_the_core_dependencies(tmp_path):
     source, executable = tmp_path / "source", tmp_path / "venv" / "bin" / "python"
     # A copy, because building leaves files behind.
     source.mkdir()
@@ -63,8 +63,15 @@ def test_installs_and_runs_in_an_empty_environment_with_the_core_dependencies(tm
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / file, source)
     venv.create(tmp_path / "venv", with_pip=True)
-    install = [executable, "-m", "pip", "install", "--quiet", ".", "-c", "constraints.txt"]
-    subprocess.run(install, check=True, cwd=source)
+    install = [executable, "-m", "pip", "install", "--quiet", "-c", source / "constraints.txt"]
+    # Outside the environment, which shall hold the dependencies alone.
+    subprocess.run([*install, "setuptools>=77", "--target", tmp_path / "tools"], check=True)
+    build = f"import setuptools.build_meta as build; build.build_sdist({str(tmp_path)!r})"
+    python(build, executable, cwd=source, env={"PYTHONPATH": str(tmp_path / "tools")})
+    shutil.rmtree(source / "gdn2_jax")
+    # pip makes the wheel from the sdist, which therefore holds all that a wheel needs.
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    subprocess.run([*install, sdist], check=True)
     code = """
 import importlib.util
 import gdn2_jax, gdn2_jax.layers, gdn2_jax.models, gdn2_jax.testing, gdn2_jax.pallas.mosaic
@@ -77,4 +84,4 @@ assert all(row.passed for row in rows)
 print(gdn2_jax.__file__, gdn2_jax.pallas.mosaic.__file__)
 """
     printed = python(code, executable, cwd=tmp_path)
-    assert all(str(tmp_path) in path for path in printed.split())
+    assert all(str(tmp_path / "venv") in path for path in printed.split())
