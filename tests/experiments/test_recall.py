@@ -322,7 +322,9 @@ def test_the_report_takes_the_best_rate_and_gives_the_range_over_seeds(script, t
         (">", [0.1, 0.2, 0.3, 0.4, 0.4, 0.4, 0.65], "held"),
     ],
 )
-def test_a_comparison_is_held_where_seeds_are_apart_or_many_lean_one_way(script, relation, second, verdict):
+def test_a_comparison_is_held_where_seeds_are_apart_or_many_lean_one_way(
+    script, relation, second, verdict
+):
     report = load("report")
     values = {"gdn2": [0.5, 0.6, 0.7], "kda": second}
     mixers = {name: {1e-3: [{"accuracy": x} for x in xs]} for name, xs in values.items()}
