@@ -9,6 +9,7 @@ suite runs with XLA's own flags.
 import contextlib
 import os
 import resource
+import signal
 from pathlib import Path
 
 import jax
@@ -22,6 +23,9 @@ FLAGS = (
 given = os.environ.get("XLA_FLAGS", "")
 if "device_count" not in given:
     os.environ["XLA_FLAGS"] = " ".join((given, *FLAGS))
+# In the background of a script a process ignores Ctrl-C, and so do the commands that it starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
