@@ -18,7 +18,12 @@ def naming(place: Path | str) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file as a whole: if that fails, the path holds what it held before.
+    """Writes a UTF-8 file as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file as a whole: if that fails, the path holds what it held before.
 
     Raises:
       OSError: it cannot be written; the message names it.
@@ -26,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
     # Several processes may write the same file of a cache.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         raise _named(error, path) from error

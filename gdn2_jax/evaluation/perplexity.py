@@ -31,6 +31,12 @@ class Perplexity(NamedTuple):
     bits_per_byte: float
     tokens: int
 
+    @classmethod
+    def of(cls, total: float, tokens: int, num_bytes: float) -> "Perplexity":
+        """Takes the sum of the tokens' losses, their number, and the bytes they stand for."""
+        loss = total / tokens
+        return cls(loss, exponential(loss), total / math.log(2) / num_bytes, tokens)
+
 
 def evaluate_perplexity(
     config: ModelConfig,
@@ -72,9 +78,13 @@ def evaluate_perplexity(
     for batch in batches:
         sums.append(summed_losses(params, put_batch(mesh, batch)))
     total, tokens = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    loss = total / tokens
-    bits_per_byte = total / math.log(2) / excerpt.target_bytes()
-    return Perplexity(float(loss), float(np.exp(loss)), float(bits_per_byte), int(tokens))
+    return Perplexity.of(float(total), int(tokens), float(excerpt.target_bytes()))
+
+
+def exponential(loss: float) -> float:
+    """The perplexity of a loss; infinity where it is too large for a number."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
 
 
 def lower_evaluation(

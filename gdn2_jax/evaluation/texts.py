@@ -1,13 +1,12 @@
 """How well a model predicts texts of any length, read in windows."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from gdn2_jax.data import Tokenizer
-from gdn2_jax.evaluation.perplexity import Perplexity
+from gdn2_jax.evaluation.perplexity import Perplexity, exponential
 from gdn2_jax.evaluation.scoring import LocalModel, score_tokens
 
 
@@ -119,11 +118,9 @@ def text_perplexity(
     means = np.bincount(bins, losses)[found] / sizes[found]
     total = float(losses.sum())
     num_bytes = sum(len(text.encode()) for text in texts)
-    loss = total / len(losses)
-    bits_per_byte = total / math.log(2) / num_bytes
     return TextPerplexity(
-        Perplexity(loss, math.exp(loss), bits_per_byte, len(losses)),
-        math.exp(total / max(1, sum(len(text.split()) for text in texts))),
+        Perplexity.of(total, len(losses), num_bytes),
+        exponential(total / max(1, sum(len(text.split()) for text in texts))),
         (2**found).tolist(),
         means.tolist(),
         sizes[found].tolist(),

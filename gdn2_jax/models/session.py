@@ -5,7 +5,6 @@ Of a recurrent model it has the same size after any number of tokens.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.files import write_bytes
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.language_model import LanguageModel
 
@@ -146,7 +146,14 @@ def replace_row(
 
 
 def take_rows(session: Session, rows: Sequence[int]) -> Session:
-    """Returns a session of some rows; of one row several times, to continue it in several ways."""
+    """Returns a session of some rows; of one row several times, to continue it in several ways.
+
+    Raises:
+      ValueError: there is no such row.
+    """
+    count = len(session.logits)
+    if not rows or not all(0 <= row < count for row in rows):
+        raise ValueError(f"rows: expected some of 0 to {count - 1}, got {list(rows)}")
     chosen = jnp.asarray(rows)
     cache = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, chosen], session.cache)
     return Session(cache, session.logits[chosen])
@@ -154,11 +161,8 @@ def take_rows(session: Session, rows: Sequence[int]) -> Session:
 
 def save_session(path: str | Path, config: ModelConfig, session: Session) -> None:
     """Writes a session, as a whole or not at all."""
-    path = Path(path)
     content = {"config": _identity(config), "session": jax.device_get(session)._asdict()}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(serialization.msgpack_serialize(content))
-    os.replace(temporary, path)
+    write_bytes(Path(path), serialization.msgpack_serialize(content))
 
 
 def load_session(path: str | Path, config: ModelConfig) -> Session:

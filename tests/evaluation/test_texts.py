@@ -79,6 +79,13 @@ def test_losses_are_those_of_the_windows(hybrid, stride):
     assert result.losses[5] == pytest.approx(np.mean(chosen), abs=1e-5)
 
 
+def test_a_long_text_without_spaces_is_one_word_of_infinite_perplexity(hybrid):
+    model = on_local_devices(*hybrid, jax.local_devices()[:2])
+    result = text_perplexity(model, BYTES, ["q" * 300], length=40, batch_size=2)
+    assert result.total.loss * 300 > math.log(1.7e308)
+    assert result.word_perplexity == math.inf and math.isfinite(result.total.perplexity)
+
+
 def test_texts_without_tokens_are_refused(hybrid):
     model = on_local_devices(*hybrid, jax.local_devices()[:1])
     with pytest.raises(ValueError, match="^texts: expected at least one token, got none"):

@@ -161,6 +161,9 @@ def test_what_does_not_fit_is_named(any_model):
     session = start_session(config, params, [text(3), text(3)])
     with pytest.raises(ValueError, match="^row: expected 0 to 1, got 2$"):
         replace_row(config, params, session, 2, text(3))
+    for rows in ([0, 2], [-1], []):
+        with pytest.raises(ValueError, match="^rows: expected some of 0 to 1, got "):
+            take_rows(session, rows)
     with pytest.raises(ValueError, match="^tokens: expected 2 rows, got 1$"):
         extend_session(config, params, session, jnp.zeros((1, 3), jnp.int32))
     if config.mixer.cache_grows:
