@@ -171,6 +171,11 @@ class Cell(NamedTuple):
         return sorted({seed for _, seed in self.runs})
 
     @property
+    def seed_of_run(self) -> np.ndarray:
+        """The place of each run's seed in `seeds`."""
+        return np.array([self.seeds.index(seed) for _, seed in self.runs])
+
+    @property
     def name(self) -> str:
         """What people read."""
         size = "".join(f" {key}={value}" for key, value in self.size.items())
@@ -438,7 +443,6 @@ def train_window(
         0.0, 1.0, max(1, int(study.warmup * study.steps)), study.steps
     )
     kinds, documents = len(cell.task().kinds), study.shortest is not None
-    seed_of_run = np.array([cell.seeds.index(seed) for _, seed in cell.runs])
 
     def step(state, rate, share, batch):
         def loss(params):
@@ -451,7 +455,7 @@ def train_window(
 
     def steps_of_all(carry, batch):
         state, number = carry
-        batch = jax.tree.map(lambda x: x[seed_of_run], batch)
+        batch = jax.tree.map(lambda x: x[cell.seed_of_run], batch)
         every_run = jax.vmap(step, in_axes=(0, 0, None, 0))
         state, measured = every_run(state, rates, schedule(number + 1), batch)
         return (state, number + 1), measured
@@ -463,10 +467,9 @@ def train_window(
 def test_window(cell: Cell, config: ModelConfig, params: Any, batches: Batches) -> Measured:
     """The means over batches that nothing is learnt from."""
     kinds = len(cell.task().kinds)
-    seed_of_run = np.array([cell.seeds.index(seed) for _, seed in cell.runs])
 
     def measure(_, batch):
-        batch = jax.tree.map(lambda x: x[seed_of_run], batch)
+        batch = jax.tree.map(lambda x: x[cell.seed_of_run], batch)
         return None, jax.vmap(lambda *x: answer(config, kinds, False, *x)[1])(params, batch)
 
     measured = jax.lax.scan(measure, None, batches)[1]

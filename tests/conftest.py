@@ -37,6 +37,24 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture(scope="session")
+def hybrid_config():
+    """A tiny hybrid model of bytes."""
+    from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention
+
+    return ModelConfig(
+        vocab_size=257,
+        d_model=16,
+        num_layers=2,
+        mixer=DeltaRule(num_heads=1, head_dim=16),
+        hybrid=True,
+        attention=SoftmaxAttention(num_heads=1, window_size=8),
+        mlp_dim=32,
+        dtype="float32",
+        implementation="recurrent",
+    )
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Frees the memory maps of compiled programs, of which a process may hold 65,530.

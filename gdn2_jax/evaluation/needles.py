@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gdn2_jax.data import Tokenizer
 from gdn2_jax.evaluation.scoring import LocalModel, continue_prompts
+from gdn2_jax.evaluation.tables import contains
 
 NEW_TOKENS = 128
 """Tokens of each answer; they count in the length."""
@@ -133,12 +134,12 @@ def needle_example(
     def count(size: int) -> int:
         return 1 + len(tokenizer.encode(prompt(size)))
 
-    size = _largest(count, length - NEW_TOKENS)
-    return NeedleExample(prompt(size), values[asked], count(size))
+    size, tokens = _largest(count, length - NEW_TOKENS)
+    return NeedleExample(prompt(size), values[asked], tokens)
 
 
-def _largest(count: Callable[[int], int], most: int) -> int:
-    """The greatest size of which no more than `most` are counted."""
+def _largest(count: Callable[[int], int], most: int) -> tuple[int, int]:
+    """The greatest size of which no more than `most` are counted, and its count."""
     size, counted = 1, count(1)
     if counted > most:
         raise ValueError(
@@ -159,7 +160,7 @@ def _largest(count: Callable[[int], int], most: int) -> int:
         else:
             size, counted = guess, found
         step = (most - counted) / rate
-    return size
+    return size, counted
 
 
 class NeedleScore(NamedTuple):
@@ -223,7 +224,7 @@ def evaluate_needles(
 def needles_found(outputs: Sequence[str], answers: Sequence[str]) -> float:
     """Returns the share of outputs that contain their answers; case does not count."""
     pairs = zip(outputs, answers, strict=True)
-    return float(np.mean([answer.lower() in output.lower() for output, answer in pairs]))
+    return float(np.mean([contains(output, [answer]) for output, answer in pairs]))
 
 
 @functools.cache

@@ -9,7 +9,6 @@ import jax
 import pytest
 
 from gdn2_jax.data.tokenizer import ByteTokenizer
-from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention
 from gdn2_jax.training import TrainingConfig, run_files
 from gdn2_jax.training.checkpoint import open_checkpoints, save_checkpoint
 from gdn2_jax.training.run import save_config
@@ -34,21 +33,10 @@ def command(capsys):
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
+def run(tmp_path_factory, hybrid_config):
     """A run's directory, as train.py leaves it before the first step, and its parameters."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    model = ModelConfig(
-        vocab_size=257,
-        d_model=16,
-        num_layers=2,
-        mixer=DeltaRule(num_heads=1, head_dim=16),
-        hybrid=True,
-        attention=SoftmaxAttention(num_heads=1, window_size=8),
-        mlp_dim=16,
-        dtype="float32",
-        implementation="recurrent",
-    )
-    config = TrainingConfig(model=model, steps=1, global_batch_size=8)
+    config = TrainingConfig(model=hybrid_config, steps=1, global_batch_size=8)
     state = jax.jit(lambda: initial_state(config))()
     files = run_files(directory)
     checkpoints = open_checkpoints(files.checkpoints, 1)

@@ -31,7 +31,6 @@ BLOCK = 4
 _PAIRS = [(r, s) for r in range(BLOCK) for s in range(r)]
 # Levels of small parts share one masked product a tile of this many rows.
 _TILE = 32
-# `sum` would begin with a zero.
 
 
 class Decayed(NamedTuple):
@@ -192,6 +191,7 @@ def pair_products_transpose(
 
 
 def _add(rows: Sequence[Array]) -> Array:
+    # `sum` would begin with a zero.
     return functools.reduce(operator.add, rows)
 
 
