@@ -20,7 +20,7 @@ def residual_dtype(config: ModelConfig) -> Any:
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)).
+    """x + mixer(norm(x)), then x + mlp(norm(x)) unless `config.mlp_dim` is None.
 
     The stream `x` and the norms are float32, the branches run in `config.dtype`.
 
@@ -50,6 +50,8 @@ class Block(nn.Module):
         mixed = mixer(norm("mixer_norm", x), segment_ids)
         x += checkpoint_name(mixed, "mixer_output").astype(x.dtype)
         x = constrain(x, "batch", "sequence", None)
+        if config.mlp_dim is None:
+            return x
         mlp = SwiGLU(
             config.mlp_dim,
             dtype=config.dtype,

@@ -28,7 +28,7 @@ class ModelConfig:
       hybrid: `mixer` on even layers, `attention` on odd ones.
       attention: of the odd layers of a hybrid.
       context_length: tokens that full attention's cache holds in decoding; `generate` sets it.
-      mlp_dim: hidden width of the SwiGLU MLP.
+      mlp_dim: hidden width of the SwiGLU MLP; None for blocks without one, as in Mamba-2's models.
       norm_epsilon: epsilon of every RMSNorm.
       dtype: dtype of the matrix products.
       param_dtype: dtype of the parameters (A_log and dt_bias are always float32).
@@ -54,7 +54,7 @@ class ModelConfig:
     hybrid: bool = False
     attention: SoftmaxAttention = dataclasses.field(default_factory=SoftmaxAttention)
     context_length: int = 4096
-    mlp_dim: int
+    mlp_dim: int | None
     norm_epsilon: float = 1e-5
     dtype: Literal["bfloat16", "float16", "float32", "float64"] = "bfloat16"
     param_dtype: Literal["bfloat16", "float32", "float64"] = "float32"
@@ -89,7 +89,7 @@ class ModelConfig:
             for field, mixer in self.mixers.items()
             for name, size in mixer.tensor_axes.items()
         }
-        return {"mlp_dim": self.mlp_dim} | axes
+        return axes if self.mlp_dim is None else {"mlp_dim": self.mlp_dim} | axes
 
 
 def config_from_json(fields: dict[str, Any]) -> ModelConfig:

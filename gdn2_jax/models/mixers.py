@@ -272,7 +272,8 @@ def named_mixer(name: str, sizes: dict[type, dict[str, Any]]) -> Mixer:
 
 def depth_scaled(config: "ModelConfig") -> Initializer:
     """Of the projections back to the stream: narrower, the more layers add to it."""
-    return fan_in_uniform(math.sqrt(2 * config.num_layers))
+    branches = 1 if config.mlp_dim is None else 2
+    return fan_in_uniform(math.sqrt(branches * config.num_layers))
 
 
 def _shared(config: "ModelConfig", decode: bool, name: str | None) -> dict[str, Any]:

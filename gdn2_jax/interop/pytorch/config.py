@@ -10,6 +10,7 @@ import numpy as np
 
 from gdn2_jax.interop.pytorch.files import StoredTensor
 from gdn2_jax.interop.pytorch.layouts import Style
+from gdn2_jax.interop.pytorch.mamba2_config import mamba2_config
 from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention
 
 _Gate = Literal["silu", "sigmoid"]
@@ -103,18 +104,15 @@ def check_model_type(content: Mapping[str, Any]) -> None:
       ValueError: it is of another.
     """
     model_type = content["model_type"]
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        hint = ""
-        if model_type == "mamba2":
-            hint = "; layer_from_pytorch reads its layers (there are no blocks without an MLP)"
+    known = (*_MODEL_TYPES, "mamba2")
+    if model_type not in known:
         raise ValueError(
-            f"model_type: {model_type} is not supported, "
-            f"expected one of {', '.join(_MODEL_TYPES)}{hint}"
+            f"model_type: {model_type} is not supported, expected one of {', '.join(known)}"
         )
 
 
 def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> ModelConfig:
-    """Returns the configuration that the config.json of a checkpoint in fla's style describes.
+    """Returns the configuration that the config.json of a checkpoint describes.
 
     The output gate of GDN-2 is the sigmoid of fla's layer where the file names none.
 
@@ -127,6 +125,8 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
         leave the model's function as it is; all are named.
     """
     check_model_type(content)
+    if content["model_type"] == "mamba2":
+        return mamba2_config(content, _WITHOUT_EFFECT, _dtypes(dtype))
     kind = _MODEL_TYPES[content["model_type"]]
     complaints = [
         f"{name}: expected {allowed[0]!r}, got {content[name]!r}"

@@ -1,13 +1,15 @@
 """Which PyTorch tensor holds which of our parameters, and how its numbers lie in it."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from gdn2_jax.models import ModelConfig
 
 Style = Literal["paper", "fla"]
+# Those that are read but not written, too: of whole Mamba-2 models.
+Naming = Style | Literal["transformers", "mamba_ssm"]
 Path = tuple[str, ...]
 
 
@@ -108,7 +110,12 @@ _LAYERS: dict[str, list[Entry]] = {
     "attention": _linears("q_proj", "k_proj", "v_proj", "o_proj"),
 }
 # The paper's repository publishes one recurrent mixer.
-MIXERS: dict[Style, tuple[str, ...]] = {"paper": ("gdn2",), "fla": ("gdn2", "kda", "gdn")}
+MIXERS: dict[Naming, tuple[str, ...]] = {
+    "paper": ("gdn2",),
+    "fla": ("gdn2", "kda", "gdn"),
+    "transformers": ("mamba2",),
+    "mamba_ssm": ("mamba2",),
+}
 
 
 def layer_entries(mixer: str) -> list[Entry]:
@@ -121,20 +128,25 @@ def layer_entries(mixer: str) -> list[Entry]:
     return _LAYERS[mixer]
 
 
-def model_entries(config: ModelConfig, style: Style) -> list[Entry]:
+def model_entries(config: ModelConfig, style: Naming) -> list[Entry]:
     """Returns the tensors of a language model, in the order of its layers.
 
     Raises:
       ValueError: there is no such style, or it has no such model.
     """
     if style not in MIXERS:
-        raise ValueError(f"style: expected one of {', '.join(MIXERS)}, got {style!r}")
+        raise ValueError(f"style: expected one of {', '.join(get_args(Style))}, got {style!r}")
     if config.mixer.kind not in MIXERS[style]:
         raise ValueError(
             f"mixer: expected one of {', '.join(MIXERS[style])}, whose PyTorch names the {style} "
             f"style has, got {config.mixer.kind!r}"
         )
     names = _NAMES[style]
+    if (config.mlp_dim is None) != (not names.mlp):
+        expected = "a number" if names.mlp else None
+        raise ValueError(
+            f"mlp_dim: expected {expected}, as in the {style} style, got {config.mlp_dim}"
+        )
     entries = [Entry(names.embedding, (("embed", "embedding"),), _SAME)]
     for i in range(config.num_layers):
         attention = config.hybrid and i % 2 == 1
@@ -156,16 +168,23 @@ class _Names(NamedTuple):
     embedding: str
     layers: str
     mixer_norm: str
+    mixer: str
     mlp_norm: str
     mlp: dict[str, str]
     final_norm: str
 
 
-_NAMES: dict[Style, _Names] = {
+def _mamba2_names(embedding: str) -> _Names:
+    mixer, final_norm = ("norm.weight", "mixer"), "backbone.norm_f.weight"
+    return _Names(embedding, "backbone.layers", *mixer, "", {}, final_norm)
+
+
+_NAMES: dict[Naming, _Names] = {
     "paper": _Names(
         "transformer.wte.weight",
         "transformer.h",
         "norm_1.weight",
+        "attn",
         "norm_2.weight",
         {"gate_proj": "mlp.swiglu.w1", "up_proj": "mlp.swiglu.w2", "down_proj": "mlp.swiglu.w3"},
         "transformer.ln_f.weight",
@@ -174,18 +193,27 @@ _NAMES: dict[Style, _Names] = {
         "model.embeddings.weight",
         "model.layers",
         "attn_norm.weight",
+        "attn",
         "mlp_norm.weight",
         {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
         "model.norm.weight",
     ),
+    # The former is flash-linear-attention's for Mamba-2, too.
+    "transformers": _mamba2_names("backbone.embeddings.weight"),
+    "mamba_ssm": _mamba2_names("backbone.embedding.weight"),
 }
 
 
-def style_of(names) -> Style:
+def embedding_name(style: Naming) -> str:
+    """Returns the name of the embedding's tensor."""
+    return _NAMES[style].embedding
+
+
+def style_of(names) -> Naming:
     """Returns the style in which a whole model's tensors are named.
 
     Raises:
-      ValueError: neither style's embedding is among the names.
+      ValueError: no style's embedding is among the names.
     """
     for style, known in _NAMES.items():
         if known.embedding in names:
@@ -197,7 +225,7 @@ def style_of(names) -> Style:
     )
 
 
-def _block_entries(config: ModelConfig, style: Style, attention: bool) -> list[Entry]:
+def _block_entries(config: ModelConfig, style: Naming, attention: bool) -> list[Entry]:
     names = _NAMES[style]
     if not attention:
         mixer = layer_entries(config.mixer.kind)
@@ -213,11 +241,13 @@ def _block_entries(config: ModelConfig, style: Style, attention: bool) -> list[E
         Entry(names.mixer_norm, (("mixer_norm", "scale"),), _VECTOR),
         *(
             Entry(
-                f"attn.{entry.name}", tuple(("mixer", *path) for path in entry.paths), entry.layout
+                f"{names.mixer}.{entry.name}",
+                tuple(("mixer", *path) for path in entry.paths),
+                entry.layout,
             )
             for entry in mixer
         ),
-        Entry(names.mlp_norm, (("mlp_norm", "scale"),), _VECTOR),
+        *([Entry(names.mlp_norm, (("mlp_norm", "scale"),), _VECTOR)] if names.mlp else []),
         *(
             Entry(f"{theirs}.weight", (("mlp", ours, "kernel"),), _LINEAR)
             for ours, theirs in names.mlp.items()

@@ -38,7 +38,8 @@ from gdn2_jax.interop.pytorch.files import (
     unwrapped,
     write_tensors,
 )
-from gdn2_jax.interop.pytorch.layouts import Style, model_entries, style_of
+from gdn2_jax.interop.pytorch.layouts import Style, embedding_name, model_entries, style_of
+from gdn2_jax.interop.pytorch.mamba2_config import is_tied
 from gdn2_jax.models import LanguageModel, ModelConfig
 
 _EMBEDDING, _HEAD = "model.embeddings.weight", "lm_head.weight"
@@ -61,11 +62,14 @@ def load_pretrained(
     config: ModelConfig | None = None,
     sharding: Sharding | dict[str, Any] | None = None,
 ) -> Pretrained:
-    """Loads a PyTorch checkpoint of either style, one stacked parameter at a time.
+    """Loads a PyTorch checkpoint, one stacked parameter at a time.
+
+    Of the paper's repository, of flash-linear-attention (GDN-2, KDA, Gated DeltaNet), or of Mamba-2 in
+    mamba_ssm's, transformers' or flash-linear-attention's layout. Mamba-2 is only read.
 
     Args:
-      path: a directory or file for `open_tensors`. A checkpoint in the style of fla has its
-        config.json beside it.
+      path: a directory or file for `open_tensors`. All checkpoints but those of the paper's
+        repository have their config.json beside them.
       config: of the model; if None, that of the config.json, or what the shapes of the paper's
         style tell (attention then has heads of width 128 and windows of 2048, as in the paper).
       sharding: of every parameter, or a tree of them as `gdn2_jax.parallel.param_shardings` gives;
@@ -162,13 +166,13 @@ def _open(path: Path, config: ModelConfig | None) -> tuple[ModelConfig, dict[Lea
         if config is None and description_file.is_file():
             check_model_type(read_description(description_file))
         raise
-    if config is None and style == "fla":
-        description = read_description(description_file)
-        config = config_from_description(description, tensors[_EMBEDDING].dtype)
-        if description.get("tie_word_embeddings"):
-            tensors.setdefault(_HEAD, tensors[_EMBEDDING])
-    elif config is None:
+    if config is None and style == "paper":
         config = config_from_shapes(tensors)
+    elif config is None:
+        description, embedding = read_description(description_file), tensors[embedding_name(style)]
+        config = config_from_description(description, embedding.dtype)
+        if is_tied(description):
+            tensors.setdefault(_HEAD, embedding)
     entries = model_entries(config, style)
     shapes = leaf_shapes(_abstract_params(config), entries)
     return config, leaves_of_tensors(tensors, entries, shapes)

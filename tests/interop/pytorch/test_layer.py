@@ -10,7 +10,7 @@ from flax import nnx
 from gdn2_jax import GatedDeltaNet2
 from gdn2_jax.interop import nnx as nnx_mixers
 from gdn2_jax.interop.pytorch import layer_from_pytorch, layer_to_pytorch
-from gdn2_jax.layers import Attention, GatedDeltaNet, KimiDeltaAttention, Mamba2, Mamba3
+from gdn2_jax.layers import Attention, GatedDeltaNet, KimiDeltaAttention, Mamba3
 
 WIDTH, HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM, TAPS = 12, 2, 4, 8, 4, 4
 OPTIONS = {
@@ -91,64 +91,6 @@ def test_layer_computes_what_the_pytorch_layer_does(output_gate):
     actual = jax.jit(layer.apply)({"params": params}, x[None])[0]
     expected = pytorch_layer(tensors, x.astype(np.float64), output_gate)
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
-
-
-MAMBA2 = {"num_heads": 4, "head_dim": 4, "state_dim": 3, "num_groups": 2}
-MAMBA2_SHAPES = {
-    "in_proj.weight": (2 * 16 + 2 * 6 + 4, WIDTH),
-    "conv1d.weight": (16 + 2 * 6, 1, TAPS),
-    "conv1d.bias": (16 + 2 * 6,),
-    "A_log": (4,),
-    "D": (4,),
-    "dt_bias": (4,),
-    "norm.weight": (16,),
-    "out_proj.weight": (WIDTH, 16),
-}
-
-
-def mamba2_layer(p, u, norm_groups):
-    """Mamba-2 as mamba_ssm and transformers have it: z, x, B, C, dt, one head at a time."""
-    p = {name: array.astype(np.float64) for name, array in p.items()}
-    steps, groups, state_dim, heads, head_dim = len(u), 2, 3, 4, 4
-    z, conv, dt = np.split(u @ p["in_proj.weight"].T, [16, 16 + 28], axis=-1)
-    padded = np.pad(conv, ((TAPS - 1, 0), (0, 0)))
-    taps = p["conv1d.weight"][:, 0]
-    conv = np.stack([(padded[t : t + TAPS].T * taps).sum(-1) for t in range(steps)])
-    conv = (conv + p["conv1d.bias"]) * sigmoid(conv + p["conv1d.bias"])
-    x, b, c = np.split(conv, [16, 22], axis=-1)
-    dt = np.logaddexp(0, dt + p["dt_bias"])
-    y = np.zeros((steps, 16))
-    for head in range(heads):
-        group = head // (heads // groups) * state_dim
-        channels = slice(head * head_dim, (head + 1) * head_dim)
-        state = np.zeros((head_dim, state_dim))
-        for t in range(steps):
-            decay = np.exp(-np.exp(p["A_log"][head]) * dt[t, head])
-            write = np.outer(dt[t, head] * x[t, channels], b[t, group : group + state_dim])
-            state = decay * state + write
-            y[t, channels] = state @ c[t, group : group + state_dim]
-            y[t, channels] += p["D"][head] * x[t, channels]
-    y = (y * z * sigmoid(z)).reshape(steps, norm_groups, -1)
-    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5)
-    return y.reshape(steps, 16) * p["norm.weight"] @ p["out_proj.weight"].T
-
-
-@pytest.mark.parametrize(("norm_groups", "theirs"), [(None, 2), (1, 1)], ids=["mamba_ssm", "hf"])
-def test_mamba2_computes_what_the_pytorch_layer_does_and_goes_back(norm_groups, theirs):
-    tensors = random_tensors(MAMBA2_SHAPES)
-    x = np.random.default_rng(2).normal(size=(7, WIDTH)).astype(np.float32)
-    layer = Mamba2(**MAMBA2, norm_groups=norm_groups, implementation="recurrent")
-    prefix = "backbone.layers.0.mixer."
-    params = layer_from_pytorch(
-        layer, {prefix + name: tensor for name, tensor in tensors.items()}, prefix=prefix
-    )
-    actual = jax.jit(layer.apply)({"params": params}, x[None])[0]
-    expected = mamba2_layer(tensors, x.astype(np.float64), theirs)
-    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
-    back = layer_to_pytorch(layer, params)
-    assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(back[name], tensor)
 
 
 def test_names_of_wrapped_modules_and_tensors_that_nothing_reads_are_understood(random_params):
