@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-Implementation = Literal["pallas", "xla", "recurrent"]
+Implementation = Literal["pallas", "triton", "xla", "recurrent"]
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 """What an operator takes for arrays that need no full precision."""
@@ -96,12 +96,12 @@ def check_no_kernel(implementation: str | None) -> None:
     """`check_implementation` for an operator without a GPU kernel.
 
     Raises:
-      NotImplementedError: "pallas" is asked for.
+      NotImplementedError: "pallas" or "triton" is asked for.
     """
     check_implementation(implementation)
-    if implementation == "pallas":
+    if implementation in ("pallas", "triton"):
         raise NotImplementedError(
-            'implementation="pallas": this operator has no GPU kernel; use "xla"'
+            f'implementation="{implementation}": this operator has no GPU kernel; use "xla"'
         )
 
 

@@ -5,6 +5,7 @@ Every check is made twice, over memory that was filled with NaN in between, and 
 
 import functools
 import itertools
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import jax
@@ -45,9 +46,11 @@ class Shape(NamedTuple):
     heads: int = 1
     segments: int | None = None
     dtype: str = "bfloat16"
+    implementation: str = "pallas"
 
     def __str__(self):
-        return f"T{self.length}-K{self.key_dim}-V{self.value_dim}x{self.value_heads // self.heads}"
+        group = self.value_heads // self.heads
+        return f"{self.implementation}-T{self.length}-K{self.key_dim}-V{self.value_dim}x{group}"
 
 
 SHAPES = (
@@ -59,6 +62,24 @@ SHAPES = (
     Shape(64, 128, 128, heads=2, value_heads=2, dtype="float16"),
     Shape(17, 64, 128, heads=2, value_heads=2),
 )
+TRITON_SHAPES = [
+    x._replace(implementation="triton")
+    for x in (
+        *SHAPES[:3],
+        Shape(130, 64, 64, value_heads=3, segments=3, dtype="float32"),
+        Shape(67, 96, 40, heads=2, value_heads=2, segments=9),
+        Shape(70, 256, 256),
+        Shape(70, 192, 256, dtype="float32"),
+        Shape(17, 16, 32, heads=2, value_heads=2, dtype="float16"),
+    )
+]
+NEEDS_TRITON = pytest.mark.skipif(not find_spec("jax_triton"), reason="needs jax-triton")
+ALL_SHAPES = [*SHAPES, *(pytest.param(x, marks=NEEDS_TRITON) for x in TRITON_SHAPES)]
+
+
+def both_implementations(index: int) -> list:
+    """The same shape for each implementation."""
+    return [SHAPES[index], pytest.param(TRITON_SHAPES[index], marks=NEEDS_TRITON)]
 
 
 def stacked(shape: Shape, first_seed: int):
@@ -101,20 +122,20 @@ def both(implementation, arrays, segment_ids, cotangents):
     return dict(zip(TENSORS, (*results, *pullback(cotangents)), strict=True))
 
 
-def alone(arrays, segment_ids):
+def alone(implementation, arrays, segment_ids):
     *six, state = arrays
     return gated_delta_rule_2(
-        *six, initial_state=state, segment_ids=segment_ids, implementation="pallas"
+        *six, initial_state=state, segment_ids=segment_ids, implementation=implementation
     )
 
 
 @functools.cache
 def programs(shape: Shape):
     arrays, segment_ids, cotangents, _ = stacked(shape, 0)
-    kernels = jax.jit(functools.partial(both, "pallas"))
+    kernels, forward = (jax.jit(functools.partial(f, shape.implementation)) for f in (both, alone))
     return (
         kernels.lower(arrays, segment_ids, cotangents).compile(),
-        jax.jit(alone).lower(arrays, segment_ids).compile(),
+        forward.lower(arrays, segment_ids).compile(),
     )
 
 
@@ -165,7 +186,7 @@ def errors_by_row(outputs, reference):
 
 
 @pytest.mark.parametrize("first_seed", [0, 1000])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", ALL_SHAPES, ids=str)
 def test_every_gate_and_key_meets_the_contract_twice_bit_by_bit(shape, first_seed):
     arrays, segment_ids, cotangents, bounds = stacked(shape, first_seed)
     kernels, forward = programs(shape)
@@ -199,10 +220,18 @@ def test_every_gate_and_key_meets_the_contract_twice_bit_by_bit(shape, first_see
 
 
 @pytest.mark.parametrize(
-    "key_dim, value_dim, dtype",
-    [(128, 128, "bfloat16"), (64, 128, "float16"), (128, 64, "bfloat16")],
+    "key_dim, value_dim, dtype, implementation",
+    [
+        (128, 128, "bfloat16", "pallas"),
+        (64, 128, "float16", "pallas"),
+        (128, 64, "bfloat16", "pallas"),
+        pytest.param(128, 128, "bfloat16", "triton", marks=NEEDS_TRITON),
+        pytest.param(40, 256, "float32", "triton", marks=NEEDS_TRITON),
+    ],
 )
-def test_steps_meet_the_contract_for_every_gate_and_key_twice_bit_by_bit(key_dim, value_dim, dtype):
+def test_steps_meet_the_contract_for_every_gate_and_key_twice_bit_by_bit(
+    key_dim, value_dim, dtype, implementation
+):
     shape = Shape(20, key_dim, value_dim, heads=2, value_heads=4, dtype=dtype)
     arrays, _, _, bounds = stacked(shape, 0)
 
@@ -214,7 +243,7 @@ def test_steps_meet_the_contract_for_every_gate_and_key_twice_bit_by_bit(key_dim
 
     run = jax.jit(
         functools.partial(
-            steps, functools.partial(gated_delta_rule_2_step, implementation="pallas")
+            steps, functools.partial(gated_delta_rule_2_step, implementation=implementation)
         )
     )
     first = run(arrays)
@@ -234,9 +263,9 @@ def test_steps_meet_the_contract_for_every_gate_and_key_twice_bit_by_bit(key_dim
 CUTS = (1, 2, 7, 8, 9, 15, 16, 17, 40, 63, 64, 65, 100, 127, 128, 150, 199)
 
 
-def test_no_bit_of_the_past_depends_on_the_future():
+@pytest.mark.parametrize("shape", both_implementations(0), ids=str)
+def test_no_bit_of_the_past_depends_on_the_future(shape):
     """Row i of the batch has other inputs from token CUTS[i] on, and no cotangents from there on."""
-    shape = SHAPES[0]
     kernels, _ = programs(shape)
     arrays, _, cotangents, _ = stacked(shape, 0)
     others, *_ = stacked(shape, 5000)
@@ -271,8 +300,8 @@ def test_no_bit_of_the_past_depends_on_the_future():
         ("v", np.inf),
     ],
 )
-def test_a_nan_stays_in_its_document(where, value):
-    shape = SHAPES[1]
+@pytest.mark.parametrize("shape", both_implementations(1), ids=str)
+def test_a_nan_stays_in_its_document(shape, where, value):
     kernels, _ = programs(shape)
     arrays, _, (d_outputs, d_state), _ = stacked(shape, 0)
     ends = np.array([70, 90, shape.length])  # documents of 70, 20 and the rest

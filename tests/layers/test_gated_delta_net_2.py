@@ -367,7 +367,7 @@ def test_layer_maps_over_an_outer_axis(make):
         ({"decay_lower_bound": -6.0}, "decay_lower_bound"),
         ({"decay_lower_bound": 0.0}, "decay_lower_bound"),
         ({"output_gate": "swish"}, "output_gate"),
-        ({"implementation": "triton"}, "implementation"),
+        ({"implementation": "cuda"}, "implementation"),
     ],
 )
 def test_malformed_attributes_are_named(options, named):

@@ -325,7 +325,7 @@ def test_initial_parameters_fill_their_documented_ranges():
         ("mamba2", {"state_dim": 0}, "state_dim"),
         ("mamba2", {"conv_size": 0}, "conv_size"),
         ("mamba2", {"num_groups": 3}, "num_groups"),
-        ("mamba2", {"implementation": "triton"}, "implementation"),
+        ("mamba2", {"implementation": "cuda"}, "implementation"),
         ("mamba3", {"head_dim": 0}, "head_dim"),
         ("mamba3", {"num_groups": 3}, "num_groups"),
         ("mamba3", {"state_dim": 7}, "state_dim"),

@@ -32,7 +32,7 @@ SIZES["attention"] = SoftmaxAttention(num_heads=2)
         ("param_dtype", "float64"),
         ("loss_blocks", 0),
         ("remat", "some"),
-        ("implementation", "triton"),
+        ("implementation", "cuda"),
     ],
 )
 def test_an_impossible_field_is_named(field, value):

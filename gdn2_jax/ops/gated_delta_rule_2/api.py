@@ -30,6 +30,7 @@ from gdn2_jax.ops.gated_delta_rule_2.decode_step import (
 )
 from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper, on_hopper, why_not_hopper
 from gdn2_jax.ops.gated_delta_rule_2.recurrent import recurrent, recurrent_by_document
+from gdn2_jax.ops.gated_delta_rule_2.triton.form import decode_triton, triton, why_not_triton
 
 
 def gated_delta_rule_2(
@@ -78,11 +79,12 @@ def gated_delta_rule_2(
       num_documents: N, the most documents that a row holds. If given, states are those of documents,
         [B, N, Hv, K, V], in the order of their first tokens: `initial_state` before them and the
         result after them. A document that a row does not hold keeps its state; outputs of documents
-        beyond the N-th are NaN. Not served by "pallas".
+        beyond the N-th are NaN. Not served by "pallas" and "triton".
       implementation: "pallas" (Hopper GPU kernels; K = 64 or 128, a multiple of 64 value channels a
-        key head, bf16 or fp16 beside a fp32 g), "xla" (chunkwise, any backend), "recurrent" (the
-        definition, token by token), or None for the kernels on a Hopper GPU
-        where they serve, else "xla".
+        key head, bf16 or fp16 beside a fp32 g), "triton" (kernels for NVIDIA GPUs of compute
+        capability 8.0 or more, by jax-triton; K up to 256, any dtypes but fp64; chosen by name only),
+        "xla" (chunkwise, any backend), "recurrent" (the definition, token by token), or None for
+        "pallas" on a Hopper GPU where it serves, else "xla".
 
     Returns:
       Outputs of `v`'s shape and dtype, and the state after the last token (of each document, with
@@ -104,11 +106,12 @@ def gated_delta_rule_2(
     batch, length, key_heads, key_dim = q.shape
     check_segment_ids(segment_ids, (batch, length))
     scale = _resolve_scale(scale, key_dim)
-    obstacle = why_not_hopper(q, k, v, g, b, w)
+    why_not = why_not_triton if implementation == "triton" else why_not_hopper
+    obstacle = why_not(q, k, v, g, b, w)
     if num_documents is not None:
         obstacle = "the kernels keep no states of documents (num_documents)"
-    if implementation == "pallas" and obstacle:
-        raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
+    if implementation in ("pallas", "triton") and obstacle:
+        raise NotImplementedError(f'implementation="{implementation}": {obstacle}; use "xla"')
     if implementation != "recurrent" and jax.export.is_symbolic_dim(length):
         raise NotImplementedError(
             f'q: only implementation="recurrent" takes a symbolic length, got {q.shape}'
@@ -135,6 +138,8 @@ def gated_delta_rule_2(
         outputs, final_state = definition(q * scale, *rest, starts)
     elif implementation == "pallas":
         outputs, final_state = hopper(*arrays, starts, scale)
+    elif implementation == "triton":
+        outputs, final_state = triton(*arrays, starts, scale)
     elif implementation == "xla" or obstacle:
         outputs, final_state = matrix_form(*arrays, starts, scale)
     else:
@@ -183,13 +188,16 @@ def gated_delta_rule_2_step(
     state, q, k, v, g, b, w = as_arrays((state, q, k, v, g, b, w))
     _check_inputs(q, k, v, g, b, w, "state", state, "B")
     scale = _resolve_scale(scale, q.shape[-1])
-    obstacle = why_not_decode_kernel(q, k, v, g, b, w)
-    if implementation == "pallas" and obstacle:
-        raise NotImplementedError(f'implementation="pallas": {obstacle}; use "xla"')
+    why_not = why_not_triton if implementation == "triton" else why_not_decode_kernel
+    obstacle = why_not(q, k, v, g, b, w)
+    if implementation in ("pallas", "triton") and obstacle:
+        raise NotImplementedError(f'implementation="{implementation}": {obstacle}; use "xla"')
 
     arrays = match_varying_axes(opaque((state, q, k, v, g, b, w)))
     if implementation == "pallas":
         results: Any = decode_kernel(*arrays, scale)
+    elif implementation == "triton":
+        results = decode_triton(*arrays, scale)
     elif implementation is not None or obstacle:
         results = decode_xla(*arrays, scale)
     else:

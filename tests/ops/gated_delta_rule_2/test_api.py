@@ -158,7 +158,7 @@ BAD_INPUTS = {
         {"segment_ids": array(2, 5)},
         "segment_ids: .*integer.*float32",
     ),
-    "unknown implementation": ({"implementation": "triton"}, "implementation: .*xla.*'triton'"),
+    "unknown implementation": ({"implementation": "cuda"}, "implementation: .*xla.*'cuda'"),
     "infinite scale": ({"scale": float("inf")}, "scale: .*finite.*inf"),
     "array scale": ({"scale": array(2)}, "scale: .*number"),
 }
@@ -226,9 +226,10 @@ def test_float64_inputs_need_a_float64_log_decay_and_state():
             gated_delta_rule_2(*inputs[:6], initial_state=inputs[6].astype(jnp.float32))
 
 
-def test_pallas_says_that_it_cannot_serve_here():
+@pytest.mark.parametrize("kernels", ["pallas", "triton"])
+def test_kernels_say_that_they_cannot_serve_here(kernels):
     inputs = draw()
-    with pytest.raises(NotImplementedError, match="pallas"):
-        gated_delta_rule_2(*inputs[:6], implementation="pallas")
-    with pytest.raises(NotImplementedError, match="pallas"):
-        gated_delta_rule_2_step(**step_arrays(inputs), implementation="pallas")
+    with pytest.raises(NotImplementedError, match=f'"{kernels}": .*; use "xla"'):
+        gated_delta_rule_2(*inputs[:6], implementation=kernels)
+    with pytest.raises(NotImplementedError, match=f'"{kernels}": .*; use "xla"'):
+        gated_delta_rule_2_step(**step_arrays(inputs), implementation=kernels)

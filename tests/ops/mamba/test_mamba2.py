@@ -171,7 +171,7 @@ BAD = {
         r"initial_state: .*\(2, 4, 6, 5\).*\(2, 4, 5, 6\)",
     ),
     "segment ids of floats": ({"segment_ids": np.ones((2, 5))}, "segment_ids: .*integer"),
-    "implementation": ({"implementation": "triton"}, "implementation: .*xla.*'triton'"),
+    "implementation": ({"implementation": "cuda"}, "implementation: .*xla.*'cuda'"),
 }
 
 

@@ -1,0 +1,1 @@
+"""The operator as Triton kernels, launched by jax-triton; only what runs them imports triton."""

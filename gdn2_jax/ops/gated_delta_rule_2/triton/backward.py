@@ -1,0 +1,249 @@
+"""The backward: the pass over the states' gradients, then everything inside a chunk.
+
+In the symbols of `forward`, with dO and dS' given (arXiv 2605.22791, eqs. 49-82, rearranged):
+
+    dR = A^T dO + Kt dS'    dS = D dS' + Qg^T dO - Y^T dR
+
+and for every chunk by itself
+
+    dz = X^T dR    dA = tril(dO R^T)    dE = -stril(dz R^T)
+    d(e exp(G)) = -dz S^T    dQg = dO S^T    dKt = R dS'^T    dD = rowsum(S * dS')
+
+The gradient of g is a sum over all exponents that it enters: nothing cancels, however strong gates are.
+"""
+
+import triton
+import triton.language as tl
+
+from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import (
+    chunk_segments,
+    decay_to_middle,
+    first_row,
+    level_pairs,
+    load_log2_decay,
+    load_operand,
+    load_rows,
+    load_square,
+    load_state,
+    rows_after,
+    rows_to_middle,
+    rows_up_to,
+    store_rows,
+    store_square,
+    store_state,
+    sum_rows,
+)
+
+
+@triton.jit
+def state_pass_backward(
+    y,
+    k_tail,
+    q_gamma,
+    read,
+    decay,
+    d_o,
+    d_final_state,
+    T,
+    H,
+    d_residual,
+    d_states,
+    d_initial_state,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    ALL_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program a key head and block of value channels; writes dR in fp32 and each chunk's dS'."""
+    index = tl.program_id(0)
+    chunks = tl.cdiv(T, C)
+    head, batch = index % H, index // H
+    channel = tl.arange(0, ALL_K)
+    value_channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    operand = y.dtype.element_ty
+    d_state = load_state(d_final_state, index, channel, value_channel, K, V)
+    for step in range(chunks):
+        chunk = chunks - 1 - step
+        row, count = first_row(batch, chunk, head, T, H, C)
+        at = index * chunks + chunk
+        store_state(d_states, at, channel, value_channel, d_state, K, V)
+        d_out = load_rows(d_o, row, count, H, value_channel, V, C).to(operand)
+        # k^T dS vanishes by cancellation where keys repeat: dS and dR keep more than an operand's digits.
+        k_ = load_rows(k_tail, row, count, H, channel, K, C)
+        d_r = tl.dot(k_, d_state, input_precision=PRECISION)
+        read_ = tl.trans(load_square(read, at, C))
+        d_r = tl.dot(read_, d_out, d_r, input_precision=PRECISION)
+        store_rows(d_residual, row, count, H, value_channel, d_r, V, C)
+        total = tl.load(decay + at.to(tl.int64) * K + channel, mask=channel < K, other=0.0)
+        d_state *= total[:, None]
+        q_ = tl.trans(load_operand(q_gamma, row, count, H, channel, K, C))
+        d_state = tl.dot(q_, d_out, d_state, input_precision=PRECISION)
+        y_ = tl.trans(load_rows(y, row, count, H, channel, K, C))
+        d_state -= tl.dot(y_, d_r, input_precision=PRECISION)
+    store_state(d_initial_state, index, channel, value_channel, d_state, K, V)
+
+
+@triton.jit
+def value_backward(
+    v,
+    w,
+    segment,
+    inverse,
+    d_o,
+    residual,
+    d_residual,
+    T,
+    H,
+    dv,
+    dw,
+    dz,
+    d_erase,
+    d_read,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program a chunk and key head: what sums over value channels, and their gradients."""
+    index = tl.program_id(0)
+    chunks = tl.cdiv(T, C)
+    chunk, head, batch = index % chunks, index // chunks % H, index // (chunks * H)
+    row, count = first_row(batch, chunk, head, T, H, C)
+    here, _, _ = chunk_segments(segment, batch, chunk, T, C)
+    operand = residual.dtype.element_ty
+    x = tl.trans(load_square(inverse, index, C))
+    erase_pairs = tl.zeros((C, C), tl.float32)
+    read_pairs = tl.zeros((C, C), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        channel = first + tl.arange(0, BLOCK_V)
+        d_r = load_rows(d_residual, row, count, H, channel, V, C)
+        d_value = tl.dot(x, d_r, input_precision=PRECISION)
+        value = load_rows(v, row, count, H, channel, V, C)
+        write = load_rows(w, row, count, H, channel, V, C)
+        store_rows(dv, row, count, H, channel, write * d_value, V, C)
+        store_rows(dw, row, count, H, channel, value * d_value, V, C)
+        store_rows(dz, row, count, H, channel, d_value, V, C)
+        r = tl.trans(load_operand(residual, row, count, H, channel, V, C))
+        d_out = load_rows(d_o, row, count, H, channel, V, C).to(operand)
+        read_pairs = tl.dot(d_out, r, read_pairs, input_precision=PRECISION)
+        erase_pairs -= tl.dot(d_value, r.to(tl.float32), input_precision=PRECISION)
+    i = tl.arange(0, C)
+    same = here[:, None] == here[None, :]
+    strict = i[:, None] > i[None, :]
+    store_square(d_erase, index, tl.where(same & strict, erase_pairs, 0.0), C)
+    lower = i[:, None] >= i[None, :]
+    store_square(d_read, index, tl.where(same & lower, read_pairs, 0.0), C)
+
+
+@triton.jit
+def key_backward(
+    q,
+    k,
+    g,
+    b,
+    segment,
+    d_o,
+    residual,
+    dz,
+    states,
+    d_states,
+    d_erase,
+    d_read,
+    T,
+    H,
+    dq,
+    dk,
+    dg,
+    db,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program a chunk, key head and block of key channels: gradients of q, k, g and b."""
+    index = tl.program_id(0)
+    chunks = tl.cdiv(T, C)
+    chunk, head, batch = index % chunks, index // chunks % H, index // (chunks * H)
+    row, count = first_row(batch, chunk, head, T, H, C)
+    here, before, last = chunk_segments(segment, batch, chunk, T, C)
+    operand = residual.dtype.element_ty
+    channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    i = tl.arange(0, C)
+
+    # Through the state: gradients of e exp(G), Qg, Kt and D.
+    d_e_gamma = tl.zeros((C, BLOCK_K), tl.float32)
+    d_q_gamma = tl.zeros((C, BLOCK_K), tl.float32)
+    d_k_tail = tl.zeros((C, BLOCK_K), tl.float32)
+    d_total = tl.zeros((BLOCK_K,), tl.float32)
+    for first in range(0, V, BLOCK_V):
+        value_channel = first + tl.arange(0, BLOCK_V)
+        state = load_state(states, index, channel, value_channel, K, V)
+        d_state = load_state(d_states, index, channel, value_channel, K, V)
+        d_total += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1)
+        r = load_operand(residual, row, count, H, value_channel, V, C)
+        d_k_tail = tl.dot(r, tl.trans(d_state), d_k_tail, input_precision=PRECISION)
+        state = tl.trans(state)
+        d_out = load_rows(d_o, row, count, H, value_channel, V, C).to(operand)
+        d_q_gamma = tl.dot(d_out, state, d_q_gamma, input_precision=PRECISION)
+        d_value = load_rows(dz, row, count, H, value_channel, V, C)
+        d_e_gamma -= tl.dot(d_value, state.to(tl.float32), input_precision=PRECISION)
+
+    log_decay = load_log2_decay(g, row, count, H, channel, K, C)
+    key = load_rows(k, row, count, H, channel, K, C)
+    erase = load_rows(b, row, count, H, channel, K, C) * key
+    query = load_rows(q, row, count, H, channel, K, C) * SCALE
+    reads = (here == before).to(tl.float32)[:, None]
+    factor = tl.exp2(sum_rows(rows_up_to(C), log_decay, PARTS)) * reads
+    d_erase_row = d_e_gamma * factor
+    d_query = d_q_gamma * factor
+    d_exponent = erase * d_erase_row + query * d_query
+    d_decay = sum_rows(tl.trans(rows_up_to(C)), d_exponent, PARTS)
+    writes = (here == last).to(tl.float32)[:, None]
+    factor = tl.exp2(sum_rows(rows_after(C), log_decay, PARTS)) * writes
+    d_key = d_k_tail * factor
+    d_decay += sum_rows(tl.trans(rows_after(C)), key * d_key, PARTS)
+    total = tl.exp2(tl.sum(log_decay, axis=0)) * d_total
+    d_decay += tl.where(before == last, total, 0.0)[None, :]
+
+    # Through pairs of rows. Rows of a pair with themselves do not decay.
+    all_erase = load_square(d_erase, index, C)
+    all_read = load_square(d_read, index, C)
+    diagonal = tl.where(i[:, None] == i[None, :], all_read, 0.0)
+    diagonal = tl.sum(diagonal, axis=1)[:, None]
+    d_query += diagonal * key
+    d_key += diagonal * query
+    for level in range(LEVELS):
+        factor = decay_to_middle(log_decay, level, C, PARTS)
+        pairs = level_pairs(level, C)
+        erase_pairs = tl.where(pairs, all_erase, 0.0)
+        read_pairs = tl.where(pairs, all_read, 0.0).to(operand)
+        left_e = (erase * factor).to(operand)
+        left_q = (query * factor).to(operand)
+        right = (key * factor).to(operand)
+        # Along a row of repeated keys dE telescopes, so its entries must not be rounded.
+        d_left_e = tl.dot(erase_pairs, right.to(tl.float32), input_precision=PRECISION)
+        d_left_q = tl.dot(read_pairs, right, input_precision=PRECISION)
+        erase_pairs = tl.trans(erase_pairs.to(operand))
+        d_right = tl.dot(erase_pairs, left_e, input_precision=PRECISION)
+        d_right = tl.dot(tl.trans(read_pairs), left_q, d_right, input_precision=PRECISION)
+        d_left_e *= factor
+        d_left_q *= factor
+        d_right *= factor
+        d_erase_row += d_left_e
+        d_query += d_left_q
+        d_key += d_right
+        d_exponent = erase * d_left_e + query * d_left_q + key * d_right
+        d_decay += sum_rows(tl.trans(rows_to_middle(level, C)), d_exponent, PARTS)
+
+    store_rows(dg, row, count, H, channel, d_decay, K, C)
+    store_rows(dq, row, count, H, channel, d_query * SCALE, K, C)
+    store_rows(db, row, count, H, channel, d_erase_row * key, K, C)
+    gate = load_rows(b, row, count, H, channel, K, C)
+    store_rows(dk, row, count, H, channel, d_key + gate * d_erase_row, K, C)

@@ -1,0 +1,354 @@
+"""The operator by Triton kernels: what they serve, and the custom_vjp around them.
+
+The forward keeps the kernels' own intermediates for the backward, as `hopper` does.
+"""
+
+import functools
+import importlib.util
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from gdn2_jax.ops.arguments import match_varying_axes
+from gdn2_jax.ops.gated_delta_rule_2.decode_step import decode_xla
+from gdn2_jax.ops.isolation import isolated
+from gdn2_jax.ops.precision import HIGHEST, arithmetic_for, finite_log_decay
+
+_MAX_CHANNELS = 256
+_CHUNK = 64
+_MIN_TILE = 16
+_DECODE_VALUES = 32
+
+
+class Plan(NamedTuple):
+    """How the kernels are cut and compiled.
+
+    Attributes:
+      block_k: key channels that a program of the kernels inside chunks holds at a time.
+      block_v: value channels that it holds at a time.
+      warps: its warps.
+      state_block_v: value channels of a program that passes over the states.
+      state_warps: its warps.
+      state_stages: chunks whose loads it has in flight.
+    """
+
+    block_k: int
+    block_v: int
+    warps: int
+    state_block_v: int
+    state_warps: int
+    state_stages: int
+
+    def intra(self) -> dict[str, int]:
+        """Constants and options of the kernels inside chunks."""
+        return {
+            "BLOCK_K": self.block_k,
+            "BLOCK_V": self.block_v,
+            "num_warps": self.warps,
+            "num_stages": 1,
+        }
+
+    def states(self) -> dict[str, int]:
+        """Constants and options of the passes over the states."""
+        return {
+            "BLOCK_V": self.state_block_v,
+            "num_warps": self.state_warps,
+            "num_stages": self.state_stages,
+        }
+
+
+def plan(key_dim: int, value_dim: int, half: bool) -> Plan:
+    """The plan for a size of heads, bf16 operands or fp32 ones."""
+    del half
+    block_k, block_v = min(32, _tile(key_dim)), min(64, _tile(value_dim))
+    return Plan(block_k, block_v, 4, min(32, _tile(value_dim)), 4, 2)
+
+
+def why_not_triton(q, k, v, g, b, w) -> str | None:
+    """What keeps the kernels from serving these inputs ([B, *T, heads, channels]), or None."""
+    for name, array in {"q": q, "k": k, "v": v, "g": g, "b": b, "w": w}.items():
+        if array.dtype == jnp.float64:
+            return f"the kernels take {name} in at most float32, got float64"
+        if any(map(jax.export.is_symbolic_dim, array.shape)):
+            return f"the kernels take no symbolic shapes, got {array.shape} for {name}"
+    if q.shape[-1] > _MAX_CHANNELS:
+        return f"the kernels take up to {_MAX_CHANNELS} channels in q, got {q.shape[-1]}"
+    for module in ("triton", "jax_triton"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed (pip install gdn2-jax[triton])"
+    if not _attached():
+        return (
+            "the kernels need an NVIDIA GPU of compute capability 8.0 or more, and none is attached"
+        )
+    return None
+
+
+def _attached() -> bool:
+    """Whether a local GPU can run the kernels; what compiles them asks it for its kind."""
+    capabilities = (getattr(device, "compute_capability", None) for device in jax.local_devices())
+    return any(isinstance(x, str) and x[:1].isdigit() and float(x) >= 8 for x in capabilities)
+
+
+def triton(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    g: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    w: Float[Array, "B T H V"],
+    initial_state: Float[Array, "B H K V"],
+    starts: Bool[Array, "B T"] | None,
+    scale: float,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Outputs (in v's dtype) and final state (fp32); arguments as in `chunkwise`.
+
+    Matrix products read bf16 where all inputs but g are bf16 or fp16, and TF32 where a sum would cancel;
+    else they read fp32 in three TF32 products.
+    """
+
+    def run(tokens, state):
+        results: Any = _triton(scale, *tokens, state, segment)
+        return results
+
+    if starts is None:
+        segment = jnp.zeros(q.shape[:2], jnp.int32)
+    else:
+        segment = jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+        g = finite_log_decay(g)
+    return isolated(run, (q, k, v, g, b, w), initial_state, starts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def decode_triton(state, q, k, v, g, b, w, scale: float):
+    """`decode_xla` by a Triton kernel, for inputs that `why_not_triton` lets pass.
+
+    It updates the state's buffer in place where the caller donates it.
+    """
+    results: Any = _joined(functools.partial(_run_decode, scale))(state, q, k, v, g, b, w)
+    return results
+
+
+def _decode_forward(*arguments):
+    return decode_triton(*arguments), arguments[:-1]
+
+
+def _decode_backward(scale, arrays, cotangents):
+    return jax.vjp(functools.partial(decode_xla, scale=scale), *arrays)[1](cotangents)
+
+
+decode_triton.defvjp(_decode_forward, _decode_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _triton(scale, *arguments):
+    return _joined(functools.partial(_run_forward, scale, False))(*arguments)[:2]
+
+
+def _forward(scale, *arguments):
+    outputs, final_state, *saved = _joined(functools.partial(_run_forward, scale, True))(*arguments)
+    *inputs, _, segment = arguments
+    return (outputs, final_state), (*inputs, segment, *saved)
+
+
+def _backward(scale, residuals, cotangents):
+    gradients = _joined(functools.partial(_run_backward, scale))(*residuals, *cotangents)
+    return *gradients, None
+
+
+_triton.defvjp(_forward, _backward)
+
+
+def _joined(run):
+    """`run`, arrays [B, ...] in, arrays [B, ...] out, with a rule by which a mapped axis joins the batch."""
+
+    @jax.custom_batching.custom_vmap
+    def call(*arrays):
+        return run(*arrays)
+
+    @call.def_vmap
+    def _(axis_size, mapped, *arrays):
+        def join(x, is_mapped):
+            x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = call(*map(join, arrays, mapped))
+        split = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
+        return split, (True,) * len(split)
+
+    return call
+
+
+def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
+    """Outputs and final state, and, if `save`, what the backward reads beside the inputs."""
+    from gdn2_jax.ops.gated_delta_rule_2.triton import forward
+
+    (batch, length, heads, key_dim), value_dim = q.shape, v.shape[-1]
+    chunks = -(-length // _CHUNK)
+    operand, constants = _arithmetic(q, k, v, b, w)
+    cut = plan(key_dim, value_dim, operand == jnp.bfloat16)
+    like = functools.partial(jax.ShapeDtypeStruct, dtype=operand)
+    square = (batch, heads, chunks, _CHUNK, _CHUNK)
+    y, u, k_tail, q_gamma, read, inverse, decay = _launch(
+        forward.intra_chunk_forward,
+        (q, k, v, g, b, w, segment, length, heads),
+        (
+            *(like(q.shape), like(v.shape), like(q.shape), like(q.shape), like(square)),
+            _fp32(square),
+            _fp32((batch, heads, chunks, key_dim)),
+        ),
+        (batch * heads * chunks,),
+        constants,
+        **cut.intra(),
+        SCALE=scale,
+    )
+    outputs, final_state, *saved = _launch(
+        forward.state_pass_forward,
+        (y, u, k_tail, q_gamma, read, decay, initial_state, length, heads),
+        (
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            _fp32(initial_state.shape),
+            like(v.shape if save else (batch,)),
+            like((batch, heads, chunks, key_dim, value_dim) if save else (batch,)),
+        ),
+        (batch * heads, -(-value_dim // cut.state_block_v)),
+        constants,
+        **cut.states(),
+        SAVE=save,
+    )
+    results = outputs, final_state, y, k_tail, q_gamma, read, inverse, decay, *saved
+    *results, _ = match_varying_axes((*(results if save else results[:2]), q))
+    return tuple(results)
+
+
+def _run_backward(scale, *arrays):
+    """Gradients of q, k, v, g, b, w and the initial state."""
+    from gdn2_jax.ops.gated_delta_rule_2.triton import backward
+
+    q, k, v, g, b, w, segment, y, k_tail, q_gamma, read, inverse, decay, *rest = arrays
+    residual, states, d_o, d_final_state = rest
+    (batch, length, heads, key_dim), value_dim = q.shape, v.shape[-1]
+    chunks = -(-length // _CHUNK)
+    operand, constants = _arithmetic(q, k, v, b, w)
+    cut = plan(key_dim, value_dim, operand == jnp.bfloat16)
+    d_residual, d_states, d_initial_state = _launch(
+        backward.state_pass_backward,
+        (y, k_tail, q_gamma, read, decay, d_o, d_final_state, length, heads),
+        (
+            _fp32(v.shape),
+            jax.ShapeDtypeStruct(states.shape, operand),
+            _fp32(d_final_state.shape),
+        ),
+        (batch * heads, -(-value_dim // cut.state_block_v)),
+        constants,
+        **cut.states(),
+    )
+    dv, dw, dz, d_erase, d_read = _launch(
+        backward.value_backward,
+        (v, w, segment, inverse, d_o, residual, d_residual, length, heads),
+        (_like(v), _like(w), _fp32(v.shape), _fp32(inverse.shape), _fp32(inverse.shape)),
+        (batch * heads * chunks,),
+        constants,
+        **cut.intra(),
+    )
+    dq, dk, dg, db = _launch(
+        backward.key_backward,
+        (
+            *(q, k, g, b, segment, d_o, residual, dz, states, d_states, d_erase, d_read),
+            *(length, heads),
+        ),
+        tuple(map(_like, (q, k, g, b))),
+        (batch * heads * chunks, -(-key_dim // cut.block_k)),
+        constants,
+        **cut.intra(),
+        SCALE=scale,
+    )
+    *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, q))
+    return tuple(gradients)
+
+
+def _run_decode(scale, state, *arrays):
+    from gdn2_jax.ops.gated_delta_rule_2.triton import decode
+
+    batch, heads, key_dim, value_dim = state.shape
+    block_v = min(_DECODE_VALUES, _tile(value_dim))
+    constants = {"K": key_dim, "V": value_dim, "ALL_K": _tile(key_dim), "BLOCK_V": block_v}
+    results = _launch(
+        decode.decode_step,
+        (state, *arrays, heads // arrays[0].shape[1]),
+        (_like(state), _like(arrays[2])),
+        (batch * heads, -(-value_dim // block_v)),
+        constants,
+        num_warps=4,
+        num_stages=1,
+        SCALE=scale,
+        input_output_aliases={0: 0},
+    )
+    *results, _ = match_varying_axes((*results, arrays[0]))
+    return tuple(results)
+
+
+def _arithmetic(q, k, v, b, w) -> tuple[jnp.dtype, dict[str, Any]]:
+    """The operands' dtype, and the constants that follow from it and from the sizes."""
+    half = arithmetic_for((q, k, v, b, w), jnp.dtype(jnp.float32)).precision != HIGHEST
+    constants = {
+        "K": q.shape[-1],
+        "V": v.shape[-1],
+        "C": _CHUNK,
+        "LEVELS": _CHUNK.bit_length() - 1,
+        "ALL_K": _tile(q.shape[-1]),
+        "PRECISION": "tf32" if half else "tf32x3",
+        "PARTS": 2 if half else 3,
+    }
+    return jnp.dtype(jnp.bfloat16 if half else jnp.float32), constants
+
+
+def _launch(kernel, arguments, outputs, grid, constants, **options):
+    """Runs a kernel with those of the constants and options that it takes."""
+    taken = {*kernel.arg_names, "num_warps", "num_stages", "input_output_aliases"}
+    options = {name: x for name, x in (constants | options).items() if name in taken}
+    return call_kernel(kernel, arguments, outputs, grid, **options)
+
+
+def call_kernel(
+    kernel: Any,
+    arguments: tuple[ArrayLike, ...],
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    grid: tuple[int, ...],
+    **options: Any,
+) -> tuple[Array, ...]:
+    """Runs a Triton kernel by jax-triton.
+
+    Args:
+      kernel: takes pointers to the arrays among the arguments and the integers, in their order, then
+        pointers to the outputs, then constants.
+      arguments: arrays and integers.
+      outputs: what the kernel writes.
+      grid: number of programs along each axis.
+      **options: the constants, and what `jax_triton.triton_call` takes.
+    """
+    import jax_triton
+
+    # jax-triton 0.4 has another name for it.
+    parameters = inspect.signature(jax_triton.triton_call).parameters
+    name = "out_type" if "out_type" in parameters else "out_shape"
+    return jax_triton.triton_call(
+        *arguments, kernel=kernel, grid=grid, **{name: outputs}, **options
+    )
+
+
+def _fp32(shape) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _tile(channels: int) -> int:
+    """The smallest size of a tile that holds these channels: a power of two from 16."""
+    return max(_MIN_TILE, 1 << (channels - 1).bit_length())

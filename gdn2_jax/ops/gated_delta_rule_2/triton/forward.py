@@ -1,0 +1,172 @@
+"""The forward: everything inside a chunk that needs no state, then the pass over the states.
+
+With G the running sum of the log-decay, e = b * k, z = w * v (arXiv 2605.22791, eqs. 18-25):
+
+    E = stril(e exp(G_r - G_s) k^T)    X = (I + E)^-1    A = tril(scale q exp(G_r - G_s) k^T)
+    Y = X (e exp(G))    U = X z    Qg = scale q exp(G)    Kt = k exp(G_C - G)    D = exp(G_C)
+
+and from chunk to chunk: R = U - Y S, O = Qg S + A R, S' = D S + Kt^T R.
+"""
+
+import triton
+import triton.language as tl
+
+from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import (
+    chunk_segments,
+    decay_to_middle,
+    first_row,
+    level_pairs,
+    load_log2_decay,
+    load_operand,
+    load_rows,
+    load_square,
+    load_state,
+    rows_after,
+    rows_up_to,
+    store_rows,
+    store_square,
+    store_state,
+    sum_rows,
+    unit_lower_inverse,
+)
+
+
+@triton.jit
+def intra_chunk_forward(
+    q,
+    k,
+    v,
+    g,
+    b,
+    w,
+    segment,
+    T,
+    H,
+    y,
+    u,
+    k_tail,
+    q_gamma,
+    read,
+    inverse,
+    decay,
+    SCALE: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One program a chunk and key head; y, u, Kt, Qg, A in the operands' dtype, X and D in fp32."""
+    index = tl.program_id(0)
+    chunks = tl.cdiv(T, C)
+    chunk, head, batch = index % chunks, index // chunks % H, index // (chunks * H)
+    row, count = first_row(batch, chunk, head, T, H, C)
+    here, before, last = chunk_segments(segment, batch, chunk, T, C)
+    same = here[:, None] == here[None, :]
+    reads = (here == before).to(tl.float32)[:, None]
+    writes = (here == last).to(tl.float32)[:, None]
+    operand = y.dtype.element_ty
+    i = tl.arange(0, C)
+
+    erase_pairs = tl.zeros((C, C), tl.float32)
+    read_pairs = tl.zeros((C, C), tl.float32)
+    diagonal = tl.zeros((C,), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        channel = first + tl.arange(0, BLOCK_K)
+        log_decay = load_log2_decay(g, row, count, H, channel, K, C)
+        key = load_rows(k, row, count, H, channel, K, C)
+        erase = load_rows(b, row, count, H, channel, K, C) * key
+        query = load_rows(q, row, count, H, channel, K, C) * SCALE
+        diagonal += tl.sum(query * key, axis=1)
+        for level in range(LEVELS):
+            factor = decay_to_middle(log_decay, level, C, PARTS)
+            pairs = level_pairs(level, C)
+            right = tl.trans((key * factor).to(operand))
+            product = tl.dot((erase * factor).to(operand), right, input_precision=PRECISION)
+            erase_pairs += tl.where(pairs, product, 0.0)
+            product = tl.dot((query * factor).to(operand), right, input_precision=PRECISION)
+            read_pairs += tl.where(pairs, product, 0.0)
+    read_pairs += tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0)
+    store_square(read, index, tl.where(same, read_pairs, 0.0), C)
+    x = unit_lower_inverse(tl.where(same, erase_pairs, 0.0), LEVELS, PRECISION)
+    store_square(inverse, index, x, C)
+
+    for first in range(0, K, BLOCK_K):
+        channel = first + tl.arange(0, BLOCK_K)
+        log_decay = load_log2_decay(g, row, count, H, channel, K, C)
+        gamma = tl.exp2(sum_rows(rows_up_to(C), log_decay, PARTS)) * reads
+        tail = tl.exp2(sum_rows(rows_after(C), log_decay, PARTS)) * writes
+        key = load_rows(k, row, count, H, channel, K, C)
+        store_rows(k_tail, row, count, H, channel, key * tail, K, C)
+        query = load_rows(q, row, count, H, channel, K, C) * SCALE
+        store_rows(q_gamma, row, count, H, channel, query * gamma, K, C)
+        erase = load_rows(b, row, count, H, channel, K, C) * key * gamma
+        product = tl.dot(x, erase, input_precision=PRECISION)
+        store_rows(y, row, count, H, channel, product, K, C)
+        total = tl.exp2(tl.sum(log_decay, axis=0))
+        total = tl.where(before == last, total, 0.0)
+        tl.store(decay + index.to(tl.int64) * K + channel, total, mask=channel < K)
+    for first in range(0, V, BLOCK_V):
+        channel = first + tl.arange(0, BLOCK_V)
+        value = load_rows(v, row, count, H, channel, V, C)
+        value *= load_rows(w, row, count, H, channel, V, C)
+        product = tl.dot(x, value, input_precision=PRECISION)
+        store_rows(u, row, count, H, channel, product, V, C)
+
+
+@triton.jit
+def state_pass_forward(
+    y,
+    u,
+    k_tail,
+    q_gamma,
+    read,
+    decay,
+    initial_state,
+    T,
+    H,
+    o,
+    final_state,
+    residual,
+    states,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    ALL_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """One program a key head and block of value channels, over all chunks in turn.
+
+    Writes R and the state before each chunk, in the operands' dtype, if SAVE.
+    """
+    index = tl.program_id(0)
+    chunks = tl.cdiv(T, C)
+    head, batch = index % H, index // H
+    channel = tl.arange(0, ALL_K)
+    value_channel = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    operand = y.dtype.element_ty
+    state = load_state(initial_state, index, channel, value_channel, K, V)
+    for chunk in range(chunks):
+        row, count = first_row(batch, chunk, head, T, H, C)
+        at = index * chunks + chunk
+        low = state.to(operand)
+        y_ = load_operand(y, row, count, H, channel, K, C)
+        r = load_rows(u, row, count, H, value_channel, V, C)
+        r -= tl.dot(y_, low, input_precision=PRECISION)
+        r_low = r.to(operand)
+        q_ = load_operand(q_gamma, row, count, H, channel, K, C)
+        out = tl.dot(q_, low, input_precision=PRECISION)
+        out = tl.dot(load_square(read, at, C), r_low, out, input_precision=PRECISION)
+        store_rows(o, row, count, H, value_channel, out, V, C)
+        if SAVE:
+            store_rows(residual, row, count, H, value_channel, r, V, C)
+            store_state(states, at, channel, value_channel, state, K, V)
+        total = tl.load(decay + at.to(tl.int64) * K + channel, mask=channel < K, other=0.0)
+        k_ = load_operand(k_tail, row, count, H, channel, K, C)
+        state = tl.dot(tl.trans(k_), r_low, state * total[:, None], input_precision=PRECISION)
+    store_state(final_state, index, channel, value_channel, state, K, V)
