@@ -21,7 +21,6 @@ import hashlib
 import html
 import json
 import lzma
-import os
 import re
 import shutil
 import subprocess
@@ -37,6 +36,8 @@ from gdn2_jax.command import run_command
 
 import numpy as np
 from tqdm import tqdm
+
+from gdn2_jax.files import replacing
 
 DEBIAN = """
 anarchism=15.3-3 debian-handbook=11.20220922 debian-policy=4.6.2.0 debian-reference-en=2.100
@@ -335,9 +336,9 @@ def unpack(directory: Path) -> None:
     """Writes the .npy files from the .xz files, many at once."""
 
     def one(path: Path) -> None:
-        with lzma.open(path) as file, path.with_suffix(".part").open("wb") as to:
+        new = replacing(path.with_suffix(""))
+        with new as temporary, lzma.open(path) as file, temporary.open("wb") as to:
             shutil.copyfileobj(file, to, 2**20)
-        os.replace(path.with_suffix(".part"), path.with_suffix(""))
 
     packed = sorted(directory.glob("*.npy.xz"))
     if not packed:

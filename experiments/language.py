@@ -16,28 +16,23 @@ prints the table and draws STUDY.png and STUDY_gates.png beside it; so does the 
 """
 
 import dataclasses
+import functools
 import math
-import multiprocessing
-import os
-import queue
 import shutil
-import signal
 import statistics
 import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdn2_jax.command import out_of_memory, run_command
+from gdn2_jax.command import run_command
 
 import jax
 import numpy as np
 import tyro
 from absl import flags
-from recall import commit, visible_gpus
 
 from gdn2_jax.data import DataConfig, Excerpt, load_tokenizer, prepare
 from gdn2_jax.evaluation.readouts import (
@@ -54,6 +49,7 @@ from gdn2_jax.training import (
     CheckpointError,
     DivergenceError,
     OptimizerConfig,
+    Programs,
     StoppedError,
     TrainingConfig,
     compile_programs,
@@ -62,6 +58,7 @@ from gdn2_jax.training import (
     train,
 )
 from gdn2_jax.training.metrics import read_metrics
+from gdn2_jax.workers import Worker, share, source_commit, worker_devices
 
 HERE = Path(__file__).parent
 STUDIES = HERE / "language"
@@ -132,7 +129,7 @@ class Spec(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What all workers know.
+    """What all processes know.
 
     Attributes:
       directory: of the runs and logs.
@@ -232,15 +229,22 @@ def _loss(row: dict) -> float:
     return math.inf if value is None else value
 
 
-# --- one run, in a worker -----------------------------------------------------------------------
+# --- one run, in a process ----------------------------------------------------------------------
 
 
-def run_one(run: Spec, programs, job: Job) -> dict:
-    """Trains a model, or goes on, and reads out what it has learnt; returns its line.
+def compile_run(run: Spec) -> Programs:
+    """Compiles what a run needs."""
+    flags.FLAGS.mark_as_parsed()
+    return compile_programs(run.config, make_mesh(run.config.mesh))
 
-    Raises:
-      StoppedError: if a signal has stopped it.
+
+def run_one(run: Spec, programs: Programs, worker: Worker, job: Job) -> dict | None:
+    """Trains a model, or goes on, and reads out what it has learnt.
+
+    Returns:
+      The run's line; None if it was stopped.
     """
+    worker.report("started")
     directory = job.directory / run.key
     config, study = run.config, job.study
     row = {
@@ -258,6 +262,10 @@ def run_one(run: Spec, programs, job: Job) -> dict:
     }
     try:
         params = train(open_run(config, directory), programs).params
+    except StoppedError:
+        return None
+    except CheckpointError as error:
+        raise ValueError(error) from error
     except DivergenceError as error:
         shutil.rmtree(directory)
         return row | {"diverged": str(error)}
@@ -309,46 +317,6 @@ def read_out(run: Spec, params, job: Job) -> dict:
         batch = np.stack([some[i].inputs for i in range(min(8, len(some)))])
         results["gates"] = gate_statistics(config.model, params, batch)._asdict()
     return results
-
-
-def worker(number: int, waiting, messages, job: Job) -> None:
-    """Trains what `waiting` yields, up to a None; compiles each run while the last one trains."""
-    log = (job.directory / f"worker-{number}.log").open("a", buffering=1)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers in order
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    flags.FLAGS.mark_as_parsed()
-    jax.config.update("jax_compilation_cache_dir", str(job.directory / "programs"))
-    pool = ThreadPoolExecutor(1)
-
-    def take(timeout: float | None) -> tuple[Spec | None, Future | None] | None:
-        """The next run, which begins to compile; None if there is none yet."""
-        try:
-            run = waiting.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        if run is None:
-            return None, None
-        return run, pool.submit(compile_programs, run.config, make_mesh(run.config.mesh))
-
-    run, programs = take(None)
-    while run is not None:
-        following = None
-        try:
-            compiled = programs.result()
-            following = take(0.1)
-            messages.put({"type": "started", "run": run.key})
-            messages.put({"type": "row", "row": run_one(run, compiled, job)})
-        except StoppedError:
-            break
-        except (jax.errors.JaxRuntimeError, ValueError, OSError, CheckpointError) as error:
-            reason = out_of_memory(error) or f"{type(error).__name__}: {error}"
-            messages.put({"type": "failed", "run": run.key, "message": reason.splitlines()[0]})
-        run, programs = following or take(None)
-    messages.close()
-    messages.join_thread()
-    os._exit(0)  # does not wait for a compilation that nobody needs any more
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -416,7 +384,8 @@ def main(arguments: list[str]) -> int | str:
         stores = prepared.validation.store, prepared.train.store
         pairs, counts = count_in_training(*stores, prepared.tokenizer.vocab_size)
         np.savez(directory / "pairs.npz", pairs=pairs, counts=counts)
-    failed = work(Job(directory, study, commit()), data, rows_file, devices, deadline)
+    job = Job(directory, study, source_commit())
+    failed = work(job, data, rows_file, worker_devices(devices), deadline)
     rows = finished_runs(rows_file)
     left = [run.key for run in specs(study, data, rows) if run.key not in {r["run"] for r in rows}]
     if rows:
@@ -429,89 +398,42 @@ def main(arguments: list[str]) -> int | str:
 
 
 def work(
-    job: Job, data: DataConfig, rows_file: Path, devices: int | None, deadline: float
+    job: Job, data: DataConfig, rows_file: Path, devices: list[str], deadline: float
 ) -> list[str]:
     """Runs the study on all devices until it ends or time does; returns what failed."""
-    gpus = visible_gpus()
-    if gpus:
-        # Runs compile while others train, and the clock is short: cuBLAS' own choices.
-        flags_ = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-        os.environ.setdefault("XLA_FLAGS", flags_)
-    count = devices or max(1, len(gpus))
-    context = multiprocessing.get_context("spawn")
-    waiting, messages = context.Queue(), context.Queue()
-    workers = []
-    for number in range(count):
-        if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-        process = context.Process(target=worker, args=(number, waiting, messages, job), daemon=True)
-        process.start()
-        workers.append(process)
     rows, failed, began = finished_runs(rows_file), [], time.time()
     given = {row["run"] for row in rows}
-    running, stopped = 0, []
 
-    def stop(*_) -> None:
-        for process in workers if not stopped else ():
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGTERM)
-        stopped.append(time.time())
+    def next_run() -> Spec | None:
+        run = next((run for run in specs(job.study, data, rows) if run.key not in given), None)
+        given.update([run.key] if run else [])
+        return run
 
-    def give() -> int:
-        """Hands out runs: each process trains one and compiles another."""
-        handed = 0
-        for run in specs(job.study, data, rows):
-            if running + handed < 2 * count and run.key not in given:
-                given.add(run.key)
-                waiting.put(run)
-                handed += 1
-        return handed
-
-    handlers = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        running += give()
-        while running and any(process.is_alive() for process in workers):
-            if time.time() > deadline and not stopped:
-                stop()
-            if stopped and time.time() > stopped[0] + 60:
-                break
-            try:
-                message = messages.get(timeout=1)
-            except queue.Empty:
-                continue
-            if message["type"] == "started":
-                print(f"[{time.time() - began:.0f} s] started {message['run']}", flush=True)
-                continue
-            running -= 1
-            if message["type"] == "failed":
-                failed.append(f"{message['run']}: {message['message']}")
-                print(f"failed: {failed[-1]}", flush=True)
-            else:
-                row = message["row"]
-                rows.append(row)
-                append_row(rows_file, row)
-                value = (
-                    "diverged" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-                )
-                print(
-                    f"[{time.time() - began:.0f} s] finished {row['run']}: {value} bits per byte, "
-                    f"{row.get('tokens_per_second', 0):,} tokens/s",
-                    flush=True,
-                )
-            if not stopped:
-                running += give()
-    finally:
-        for _ in workers:
-            waiting.put(None)
-        waiting.cancel_join_thread()
-        for process in workers:
-            process.join(timeout=30)
-            if process.is_alive():
-                process.kill()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if running and not stopped:
-        failed.append(f"a worker died, see {job.directory}/worker-*.log")
+    for kind, run, value in share(
+        next_run,
+        compile_run,
+        functools.partial(run_one, job=job),
+        devices=devices,
+        deadline=deadline,
+        in_hand=2,
+        programs=job.directory / "programs",
+        logs=job.directory,
+    ):
+        at = f"[{time.time() - began:.0f} s]"
+        if kind == "progress":
+            print(f"{at} {value} {run.key}", flush=True)
+        elif kind == "failed":
+            failed.append(f"{run.key}: {value}; see {job.directory}/worker-*.log")
+            print(f"failed: {failed[-1]}", flush=True)
+        elif value is not None:
+            rows.append(value)
+            append_row(rows_file, value)
+            loss = value["bits_per_byte"]
+            print(
+                f"{at} finished {run.key}: {'diverged' if loss is None else f'{loss:.4f}'} "
+                f"bits per byte, {value.get('tokens_per_second', 0):,} tokens/s",
+                flush=True,
+            )
     return failed
 
 

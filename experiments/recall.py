@@ -10,38 +10,36 @@ as many processes as there are GPUs, small ones first, the first study's first. 
 twice, so accuracies are those of the training batches, each before its own update.
 
 --directory gets STUDY.jsonl, to which each run's row is appended, and the checkpoints of unfinished
-cells. Runs whose finished row lies there or in experiments/results/recall are skipped. After --minutes
-or SIGTERM all cells stop, record what they have as unfinished rows and go on from there next time.
+cells. Runs whose finished row lies there or in experiments/results/recall are skipped. After --minutes,
+SIGTERM or Ctrl-C all cells stop and record what they have as unfinished rows. They go on from there
+next time.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
-import queue
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from gdn2_jax.command import run_command
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 
 from gdn2_jax.data.recall import TASKS, Questions, Task, draw, draw_rows, questions
+from gdn2_jax.files import replacing
 from gdn2_jax.models import (
     DeltaRule,
     LanguageModel,
@@ -53,6 +51,7 @@ from gdn2_jax.models import (
 )
 from gdn2_jax.rows import append_row, read_rows
 from gdn2_jax.timing import Event, device_events
+from gdn2_jax.workers import Message, Worker, share, source_commit, worker_devices
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE / "recall"
@@ -81,10 +80,9 @@ _MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} | {
     "num_heads",
     "head_dim",
 }
-_AHEAD = 3
-"""Cells that compile while one runs: small ones run for a shorter time than they compile."""
 _TRACING = threading.Lock()
 """Of a process: cells that are traced side by side would all be late, the first too."""
+_COMPILING = ThreadPoolExecutor()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -366,12 +364,12 @@ class Batches(NamedTuple):
 
     Attributes:
       tokens: of each row.
-      segment_ids: document of each token.
+      segment_ids: document of each token; None where a row is one document.
       asked: questions of each row.
     """
 
     tokens: jax.Array
-    segment_ids: jax.Array
+    segment_ids: jax.Array | None
     asked: Questions
 
 
@@ -394,7 +392,7 @@ def draw_batches(
     kinds = np.concatenate([np.zeros((count, whole), int), turns], axis=1).reshape(-1)
     places = [np.flatnonzero(kinds == kind) for kind in range(len(documents))]
     lengths = task.length // np.array(documents)[kinds]
-    segment_ids = jnp.arange(task.length) // lengths[:, None]
+    segment_ids = jnp.arange(task.length) // lengths[:, None] if len(documents) > 1 else None
 
     def of_seed(seed):
         rows = [start * batch + place for place in places]
@@ -409,10 +407,10 @@ def draw_batches(
     return jax.vmap(of_seed, out_axes=1)(seeds)
 
 
-def answer(config: ModelConfig, kinds: int, documents: bool, params: Any, batch: Batches):
-    """The loss of one run's batch, and a `Measured` of it; rows are one document if not `documents`."""
-    asked, segment_ids = batch.asked, batch.segment_ids if documents else None
-    hidden = LanguageModel(config).apply({"params": params}, batch.tokens, segment_ids, head=False)
+def answer(config: ModelConfig, kinds: int, params: Any, batch: Batches):
+    """The loss of one run's batch, and a `Measured` of it."""
+    asked, inputs = batch.asked, (batch.tokens, batch.segment_ids)
+    hidden = LanguageModel(config).apply({"params": params}, *inputs, head=False)
     at = {"indices_are_sorted": True, "unique_indices": True, "mode": "promise_in_bounds"}
     hidden = jax.vmap(lambda x, positions: x.at[positions].get(**at))(hidden, asked.positions)
     kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
@@ -442,11 +440,11 @@ def train_window(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, 1.0, max(1, int(study.warmup * study.steps)), study.steps
     )
-    kinds, documents = len(cell.task().kinds), study.shortest is not None
+    kinds = len(cell.task().kinds)
 
     def step(state, rate, share, batch):
         def loss(params):
-            return answer(config, kinds, documents, params, batch)
+            return answer(config, kinds, params, batch)
 
         gradients, measured = jax.grad(loss, has_aux=True)(state.params)
         updates, moments = optimizer(study).update(gradients, state.optimizer, state.params)
@@ -470,7 +468,7 @@ def test_window(cell: Cell, config: ModelConfig, params: Any, batches: Batches) 
 
     def measure(_, batch):
         batch = jax.tree.map(lambda x: x[cell.seed_of_run], batch)
-        return None, jax.vmap(lambda *x: answer(config, kinds, False, *x)[1])(params, batch)
+        return None, jax.vmap(lambda *x: answer(config, kinds, *x)[1])(params, batch)
 
     measured = jax.lax.scan(measure, None, batches)[1]
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), measured)
@@ -496,7 +494,7 @@ class Programs(NamedTuple):
     seconds: float
 
 
-def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
+def compile_cell(cell: Cell, pool: Executor = _COMPILING) -> Programs:
     """Traces one after another, which holds Python's lock, and compiles at once, which does not."""
     config = model_config(cell)
     sizes = check_sizes(cell, config)
@@ -546,40 +544,26 @@ def compile_cell(cell: Cell, pool: ThreadPoolExecutor) -> Programs:
 
 
 class Job(NamedTuple):
-    """What all workers know.
+    """What all processes know.
 
     Attributes:
-      directory: of the checkpoints.
-      deadline: in seconds since the epoch.
+      directory: of the rows and checkpoints.
       commit: of the sources.
       profile: measure the GPU's share of the time after each cell.
       checkpoint_seconds: between checkpoints.
     """
 
     directory: Path
-    deadline: float
     commit: str
     profile: bool = False
     checkpoint_seconds: float = 120.0
 
 
-def run_cell(
-    cell: Cell,
-    programs: Programs,
-    job: Job,
-    report: Callable[[dict], None],
-    stopped: Callable[[], bool] = lambda: False,
-    waited: float = 0.0,
-) -> bool:
-    """Trains a cell's runs, from its checkpoint if there is one; returns whether it is finished.
+def run_cell(cell: Cell, programs: Programs, worker: Worker, job: Job) -> list[dict[str, Any]]:
+    """Trains a cell's runs, from its checkpoint if there is one.
 
-    Args:
-      cell: what to run.
-      programs: of it.
-      job: limits.
-      report: takes messages: "progress" after each window, "rows" at the end.
-      stopped: whether to stop for another reason than the deadline.
-      waited: seconds for which the device stood still for the compiler.
+    Returns:
+      A row for each run; none if it was stopped before the first window.
     """
     study = cell.config
     rates = jnp.array([rate for rate, _ in cell.runs], jnp.float32)
@@ -594,7 +578,7 @@ def run_cell(
     tokens = study.window * cell.batch * cell.length * len(cell.runs)
     saved = time.perf_counter()
     end, solved = -(-study.steps // study.window), False
-    while not (solved or len(curves) == end or stopped() or time.time() > job.deadline):
+    while not (solved or len(curves) == end or worker.stopped()):
         began = time.perf_counter()
         start = jnp.int32(len(curves) * study.window)
         state, measured = programs.train(state, rates, start, programs.draw(start))
@@ -603,11 +587,8 @@ def run_cell(
         curves.append(measured)
         accuracy = measured.accuracy.mean(axis=-1)
         solved = bool(accuracy.min() >= study.solved)
-        report(
+        worker.report(
             {
-                "type": "progress",
-                "cell": cell.name,
-                "runs": len(cell.runs),
                 "step": len(curves) * study.window,
                 "steps": end * study.window,
                 "accuracy": [float(accuracy.min()), float(accuracy.max())],
@@ -673,17 +654,16 @@ def run_cell(
                 "seconds": round(seconds, 2),
                 "tokens_per_second": round(tokens * len(curves) / seconds),
                 "compile_seconds": round(programs.seconds, 1),
-                "waited_seconds": round(waited, 1),
+                "waited_seconds": round(worker.waited, 1),
                 "device": jax.devices()[0].device_kind,
                 "jax": jax.__version__,
                 "commit": job.commit,
                 "settings": cell.settings,
             }
         )
-    report({"type": "rows", "cell": cell.name, "rows": rows, "finished": finished})
     if finished:
         path.unlink(missing_ok=True)
-    return finished
+    return rows
 
 
 def profile(events: list[Event], compiled: str, milliseconds: float) -> dict[str, Any]:
@@ -705,9 +685,8 @@ def save(path: Path, state: State, curves: list[Measured], seconds: float) -> No
     arrays = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     for name in Measured._fields:
         arrays[name] = np.stack([getattr(window, name) for window in curves])
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, seconds=seconds, **arrays)
-    os.replace(file.name, path)
 
 
 def load(path: Path, like: State) -> tuple[State, list[Measured], float]:
@@ -721,151 +700,66 @@ def load(path: Path, like: State) -> tuple[State, list[Measured], float]:
         return state, curves, float(arrays["seconds"])
 
 
-def work(
-    take: Callable[[], Cell | None],
-    job: Job,
-    report: Callable[[dict], None],
-    stopped: Callable[[], bool] = lambda: False,
-) -> None:
-    """Runs the cells that `take` gives until there are none, compiling the next while one runs."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(tempfile.gettempdir()) / "gdn2_jax_recall"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    ahead, pool = ThreadPoolExecutor(_AHEAD), ThreadPoolExecutor()
-    following: collections.deque[tuple[Cell, concurrent.futures.Future]] = collections.deque()
-
-    def over() -> bool:
-        return stopped() or time.time() > job.deadline
-
-    def look_ahead() -> None:
-        while len(following) < _AHEAD and not over() and (cell := take()):
-            following.append((cell, ahead.submit(compile_cell, cell, pool)))
-
-    look_ahead()
-    while following and not over():
-        (cell, programs), began = following.popleft(), time.perf_counter()
-        try:
-            while not (programs.done() or over()):
-                concurrent.futures.wait([programs], timeout=1.0)
-            if over():
-                break
-            compiled, waited = programs.result(), time.perf_counter() - began
-            look_ahead()
-            run_cell(cell, compiled, job, report, stopped, waited)
-        except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-            # Such as too little memory: the other cells can still run.
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:500]
-            report({"type": "failed", "cell": cell.name, "message": message})
-            look_ahead()
-    ahead.shutdown(wait=False, cancel_futures=True)
-    pool.shutdown(wait=False, cancel_futures=True)
-
-
-def worker(waiting, messages, stop, job: Job) -> None:
-    """`work` in a process of its own."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the parent stops its workers in order
-
-    def take() -> Cell | None:
-        try:
-            return waiting.get(timeout=0.5)
-        except queue.Empty:
-            return None
-
-    work(take, job, messages.put, stop.is_set)
-    messages.close()
-    messages.join_thread()
-    os._exit(0)  # does not wait for a compilation that nobody needs any more
-
-
 # --- the command --------------------------------------------------------------------------------
 
 
 def main(arguments: list[str]) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
-    try:
-        waiting, job, devices = parse(arguments)
-    except ValueError as error:
-        return f"recall.py: {error}"
+    waiting, job, devices, deadline = parse(arguments)
     total = sum(len(cell.runs) for cell in waiting)
     print(f"{total} runs in {len(waiting)} cells on {len(devices)} devices", flush=True)
-    context = multiprocessing.get_context("spawn")
-    cells_queue, messages, stop = context.Queue(), context.Queue(), context.Event()
-    for cell in waiting:
-        cells_queue.put(cell)
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    workers = []
-    for device in devices[: len(waiting)]:
-        if device:
-            os.environ["CUDA_VISIBLE_DEVICES"] = device
-        process = context.Process(target=worker, args=(cells_queue, messages, stop, job))
-        process.start()
-        workers.append(process)
-    progress = Progress(waiting)
-    try:
-        for message in receive(messages, workers, job.deadline):
-            if message["type"] == "rows":
-                for row in message["rows"]:
-                    append_row(job.directory / f"{row['study']}.jsonl", row)
-            progress.update(message)
-    except KeyboardInterrupt:
-        stop.set()
-        return "recall.py: interrupted; start again to continue"
-    cells_queue.cancel_join_thread()
+    progress, following = Progress(waiting), iter(waiting)
+    for message in share(
+        lambda: next(following, None),
+        compile_cell,
+        functools.partial(run_cell, job=job),
+        devices=devices,
+        deadline=deadline,
+        in_hand=4,  # small cells run for a shorter time than they compile
+        programs=Path(tempfile.gettempdir()) / "gdn2_jax_recall",
+    ):
+        for row in message.value if message.kind == "done" else ():
+            append_row(job.directory / f"{row['study']}.jsonl", row)
+        progress.update(message)
     progress.line()
-    if progress.failed or any(process.exitcode for process in workers):
-        return f"recall.py: failed: {'; '.join(progress.failed) or 'a worker died'}"
+    if progress.failed:
+        return f"recall.py: failed: {'; '.join(progress.failed)}"
     if progress.finished < total:
         return "recall.py: stopped; start again to continue"
     return 0
 
 
-def receive(messages, workers: list, deadline: float) -> Iterator[dict]:
-    """Messages until all workers have ended; a while after the deadline the last are ended."""
-    while True:
-        alive = any(process.is_alive() for process in workers)
-        try:
-            yield messages.get(timeout=1.0 if alive else 0.1)
-        except queue.Empty:
-            if not alive:
-                return
-        if time.time() > deadline + 40:
-            for process in workers:
-                process.kill()
-
-
 class Progress:
-    """Prints what the workers report, one line every few seconds."""
+    """Prints what the processes report, one line every few seconds."""
 
     def __init__(self, waiting: list[Cell], seconds: float = 10.0):
         """Counts what there is to do."""
         self.finished, self.failed, self._seconds, self._printed = 0, [], seconds, 0.0
         self._total = sum(len(cell.runs) for cell in waiting)
         self._tokens = sum(cell.cost for cell in waiting)
-        self._cost = {cell.name: cell.cost for cell in waiting}
         self._active: dict[str, dict] = {}
 
-    def update(self, message: dict) -> None:
-        """Takes a worker's message."""
-        if message["type"] == "progress":
-            self._active[message["cell"]] = message
-            self._tokens -= message["tokens"]
+    def update(self, message: Message) -> None:
+        """Takes a message of a cell."""
+        name, value = message.job.name, message.value
+        if message.kind == "progress":
+            self._active[name] = value
+            self._tokens -= value["tokens"]
             if time.monotonic() - self._printed > self._seconds:
                 self.line()
             return
-        self._active.pop(message["cell"], None)
-        if message["type"] == "failed":
-            self.failed.append(f"{message['cell']}: {message['message']}")
+        self._active.pop(name, None)
+        if message.kind == "failed":
+            self.failed.append(f"{name}: {value}")
             print(f"failed: {self.failed[-1]}", flush=True)
-            return
-        rows = message["rows"]
-        self.finished += len(rows) * message["finished"]
-        if rows:
+        elif rows := value:
+            finished = rows[0]["finished"]
+            self.finished += len(rows) * finished
             best = max(rows, key=lambda row: row["accuracy"])
             left = rows[0]["all_steps"] - rows[0]["steps"]
             self._tokens -= left * rows[0]["batch"] * rows[0]["length"] * len(rows)
             print(
-                f"{'finished' if message['finished'] else 'stopped '} {message['cell']}: "
+                f"{'finished' if finished else 'stopped '} {name}: "
                 f"{best['accuracy']:.3f} at {best['learning_rate']:g}, "
                 f"{sum(row['accuracy'] > 0.9 for row in rows)} of {len(rows)} runs above 0.9, "
                 f"{rows[0]['steps']} steps, {rows[0]['tokens_per_second'] / 1e6:.2f}M tokens/s, "
@@ -888,9 +782,8 @@ class Progress:
         print(f"[{self.finished}/{self._total} runs] {' | '.join(parts)}", flush=True)
 
 
-def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
-    """The cells to run, in order, what their workers know, and the devices to run them on."""
-    import tyro
+def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str], float]:
+    """The cells to run, in order, what all know, the devices to run them on, and the deadline."""
 
     def command(
         studies: tyro.conf.Positional[tuple[str, ...]],
@@ -941,37 +834,9 @@ def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str]]:
         rows = merged_rows(*{folder / f"{name}.jsonl" for folder in (RESULTS, directory)})
         finished = {row["run"] for row in rows if row["finished"]}
         waiting += cells(name, read_study(name, **changes), finished)
-    gpus = visible_gpus()
-    if gpus:
-        # The clock is short: cuBLAS' own choice instead of trying every kernel for every product.
-        flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-        os.environ.setdefault("XLA_FLAGS", flags)
-    count = devices or max(1, len(gpus))
-    names = [gpus[i % len(gpus)] if gpus else "" for i in range(count)]
-    return waiting, Job(directory, began + 60 * minutes, commit(), profile), names
-
-
-def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may say for one process; found without JAX, which would take them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    if not shutil.which("nvidia-smi"):
-        return []
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    count = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
-    return [str(i) for i in range(count)]
-
-
-def commit() -> str:
-    """Of the sources: $GDN2_JAX_COMMIT, which a copy of a working tree needs, or else git's."""
-    given = os.environ.get("GDN2_JAX_COMMIT")
-    if given or not shutil.which("git"):
-        return given or "unknown"
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    job = Job(directory, source_commit(), profile)
+    return waiting, job, worker_devices(devices), began + 60 * minutes
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command("recall.py", lambda: main(sys.argv[1:])))

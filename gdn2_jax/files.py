@@ -17,26 +17,32 @@ def naming(place: Path | str) -> Iterator[None]:
         raise _named(error, place) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file as `write_bytes` does."""
-    write_bytes(path, text.encode())
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the path of a temporary file, which replaces the file at `path` at the end.
 
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file as a whole: if that fails, the path holds what it held before.
+    After an error `path` holds what it held before.
 
     Raises:
-      OSError: it cannot be written; the message names it.
+      OSError: the file cannot be written; the message names `path`.
     """
     # Several processes may write the same file of a cache.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
+        if error.filename is not None and str(error.filename) != str(temporary):
+            raise
         raise _named(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file as a whole; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(text.encode())
 
 
 def _named(error: OSError, place: Path | str) -> OSError:

@@ -1,11 +1,12 @@
 """Tokenized documents on disk, read through memory maps."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
+
+from gdn2_jax.files import replacing
 
 
 class TokenStore:
@@ -118,11 +119,10 @@ class StoreWriter:
 
 
 def _reorder(path, dtype, offsets, order):
-    old, new = _map(path, dtype), path.with_suffix(".reordered")
-    with new.open("wb") as file:
+    old = _map(path, dtype)
+    with replacing(path) as temporary, temporary.open("wb") as file:
         for document in order:
             file.write(old[offsets[document] : offsets[document + 1]].tobytes())
-    os.replace(new, path)
 
 
 def _map(path, dtype):

@@ -17,7 +17,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
-from gdn2_jax.files import write_bytes
+from gdn2_jax.files import replacing
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.language_model import LanguageModel
 
@@ -162,7 +162,8 @@ def take_rows(session: Session, rows: Sequence[int]) -> Session:
 def save_session(path: str | Path, config: ModelConfig, session: Session) -> None:
     """Writes a session, as a whole or not at all."""
     content = {"config": _identity(config), "session": jax.device_get(session)._asdict()}
-    write_bytes(Path(path), serialization.msgpack_serialize(content))
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(serialization.msgpack_serialize(content))
 
 
 def load_session(path: str | Path, config: ModelConfig) -> Session:

@@ -3,9 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import queue
-import sys
-import threading
 import types
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.data import DataConfig
+from gdn2_jax.workers import Message, Worker
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "language.py"
 
@@ -20,14 +18,12 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "language.py"
 def load(name):
     specification = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
     module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module  # language.py imports recall.py by its name
     specification.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def script():
-    load("recall")
     return load("language")
 
 
@@ -122,26 +118,22 @@ def test_a_variant_changes_its_gates_only(script):
     assert script.model_config("gdn2_negative", "tiny", 300).mixer.allow_negative_eigenvalues
 
 
-def work(script, study, tmp_path, monkeypatch, run_one, devices=2):
-    """The study on threads in place of processes; returns what failed and the rows."""
+def work(script, study, tmp_path, monkeypatch, run_one):
+    """The study without processes; returns what failed and the rows."""
 
-    class Thread(threading.Thread):
-        pid, exitcode = None, 0
+    def share(next_job, prepare, run, *, in_hand, **_):
+        in_hands = []
+        while True:
+            while len(in_hands) < 2 * in_hand and (job := next_job()):
+                in_hands.append(job)
+            if not in_hands:
+                return
+            yield Message("progress", in_hands[0], "started")
+            yield run_one(in_hands.pop(0))
 
-    class Queue(queue.Queue):
-        cancel_join_thread = close = join_thread = lambda self: None
-
-    def worker(number, waiting, messages, job):
-        while (run := waiting.get()) is not None:
-            messages.put({"type": "started", "run": run.key})
-            messages.put(run_one(run))
-
-    context = types.SimpleNamespace(Queue=Queue, Process=Thread)
-    monkeypatch.setattr(script.multiprocessing, "get_context", lambda kind: context)
-    monkeypatch.setattr(script, "worker", worker)
-    monkeypatch.setattr(script, "visible_gpus", list)
+    monkeypatch.setattr(script, "share", share)
     job = script.Job(tmp_path, study, "commit")
-    failed = script.work(job, DATA, tmp_path / "rows.jsonl", devices, float("inf"))
+    failed = script.work(job, DATA, tmp_path / "rows.jsonl", ["", ""], float("inf"))
     return failed, script.finished_runs(tmp_path / "rows.jsonl")
 
 
@@ -151,12 +143,13 @@ def test_all_runs_are_done_once_and_those_that_failed_again(script, study, tmp_p
     def run_one(run):
         done.append(run.key)
         if run.model == "kda" and run.phase == "final" and len(done) < 9:
-            return {"type": "failed", "run": run.key, "message": "out of memory"}
-        return {"type": "row", "row": rows_of(script, [run])[0]}
+            return Message("failed", run, "out of memory")
+        return Message("done", run, rows_of(script, [run])[0])
 
     failed, rows = work(script, study, tmp_path, monkeypatch, run_one)
     assert len(done) == len(set(done)) == 8 and len(rows) == 6
-    assert [text.partition(": ")[2] for text in failed] == ["out of memory"] * 2
+    assert all("final" in text and ": out of memory; see " in text for text in failed)
+    assert len(failed) == 2
     # A killed process leaves a part of a line.
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"run": "gdn')
@@ -231,7 +224,8 @@ def test_a_run_gives_a_line_with_all_readouts(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "open_run", lambda config, directory: directory)
     monkeypatch.setattr(script, "train", train)
-    row = script.run_one(run, None, script.Job(tmp_path, study, "commit"))
+    worker = Worker(lambda message: None, lambda: False, 0.0)
+    row = script.run_one(run, None, worker, script.Job(tmp_path, study, "commit"))
     row = json.loads(json.dumps(row))
     assert (row["bits_per_byte"], row["tokens_per_second"], row["tokens"]) == (2.0, 9, 64)
     assert row["position"]["ends"][-1] == 8 * 32 and len(row["position"]["losses"]) == 32

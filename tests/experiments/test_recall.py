@@ -5,7 +5,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.data.recall import Mqar, draw, draw_rows
+from gdn2_jax.workers import Worker
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "recall.py"
 
@@ -56,15 +56,9 @@ def compiled(script, tiny):
         return cell, script.compile_cell(cell, pool)
 
 
-def job(script, directory, seconds=600.0):
-    return script.Job(directory, time.time() + seconds, "commit")
-
-
-def run(script, compiled, directory, **options):
-    messages = []
-    finished = script.run_cell(*compiled, job(script, directory), messages.append, **options)
-    assert messages[-1]["type"] == "rows" and messages[-1]["finished"] == finished
-    return messages[-1]["rows"]
+def run(script, compiled, directory, stopped=lambda: False):
+    worker = Worker(lambda message: None, stopped, 0.0)
+    return script.run_cell(*compiled, worker, script.Job(directory, "commit"))
 
 
 class OptimisingPool(ThreadPoolExecutor):
@@ -127,7 +121,7 @@ def test_no_batch_is_drawn_twice_and_batches_do_not_depend_on_the_window(script,
     later = script.draw_batches(task, None, 2, 2, 0, seeds, jnp.int32(1))
     np.testing.assert_array_equal(first.tokens[1], later.tokens[0])
     assert len(np.unique(np.asarray(first.tokens).reshape(8, -1), axis=0)) == 8
-    assert not first.segment_ids.any()
+    assert first.segment_ids is None
 
 
 def test_half_of_the_rows_hold_shorter_sequences_in_turn(script):
@@ -153,7 +147,7 @@ def test_short_sequences_are_learnt_from_and_not_counted(script, tiny):
     params = jax.tree.map(lambda x: x[0], script.initial_state(cell, config, seeds).params)
     batch = script.draw_batches(task, 8, 64, 1, 0, seeds, jnp.int32(0))
     mixed, whole = (
-        script.answer(config, 2, True, params, part)
+        script.answer(config, 2, params, part)
         for part in (
             jax.tree.map(lambda x: x[0, 0], batch),
             jax.tree.map(lambda x: x[0, 0, :32], batch),
@@ -218,13 +212,6 @@ def test_the_task_gives_the_vocabulary_where_sizes_vary_it(script):
         assert script.model_config(cell).vocab_size == cell.size["vocab_size"]
 
 
-def test_the_named_commit_wins_over_the_copys(script, monkeypatch):
-    monkeypatch.setenv("GDN2_JAX_COMMIT", "abc")
-    assert script.commit() == "abc"
-    monkeypatch.delenv("GDN2_JAX_COMMIT")
-    assert script.commit() not in ("abc", "")
-
-
 def test_every_study_can_be_read(script):
     for path in script.STUDIES.glob("*.toml"):
         assert script.cells(path.stem, script.read_study(path.stem), set())
@@ -241,7 +228,8 @@ def test_every_study_can_be_read(script):
 def test_a_mistake_on_the_command_line_ends_with_one_clear_message(
     script, arguments, message, tmp_path
 ):
-    assert message in script.main([*arguments, "--directory", str(tmp_path)])
+    with pytest.raises(ValueError, match=message):
+        script.main([*arguments, "--directory", str(tmp_path)])
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 """Files of tensors: safetensors, .pt and .bin, one or many, read and written a tensor at a time."""
 
 import contextlib
+import errno
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from gdn2_jax.files import naming, write_text
+from gdn2_jax.files import replacing, write_text
 from gdn2_jax.interop.pytorch.pickled import list_pickled, read_pickled, write_pickled
 
 FileFormat = Literal["safetensors", "bin"]
@@ -256,15 +256,13 @@ def _write_file(path: Path, tensors, under, on_tensor) -> None:
         on_tensor(name, tensors[name])
         return np.asarray(tensors[name].read(), order="C")
 
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         if path.suffix in _PICKLED:
             numbers = {
                 name: (tensor.shape, tensor.dtype, functools.partial(read, name))
                 for name, tensor in tensors.items()
             }
-            with naming(path):
-                write_pickled(temporary, numbers, under)
+            write_pickled(temporary, numbers, under)
         else:
             from safetensors import SafetensorError
             from safetensors.numpy import save_file
@@ -276,11 +274,8 @@ def _write_file(path: Path, tensors, under, on_tensor) -> None:
             try:
                 save_file(arrays, temporary, metadata={"format": "pt"})
             except SafetensorError as error:  # of a full disk, too
-                raise OSError(f"{path} cannot be written: {error}") from error
+                raise OSError(errno.EIO, str(error), str(temporary)) from error
             temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _shards(tensors: Mapping[str, StoredTensor], limit: int) -> Iterator[dict[str, StoredTensor]]:

@@ -1,0 +1,253 @@
+"""Processes that share the jobs of an experiment, one process a GPU.
+
+A process runs its jobs one after another. Meanwhile it prepares, that is compiles, the next ones. The
+parent hands out the jobs and collects results. It starts no JAX backend, which would take the GPUs.
+"""
+
+import collections
+import concurrent.futures
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from gdn2_jax.command import out_of_memory
+
+import jax
+
+_GRACE = 40
+"""Seconds that a process has to end its job after it was told to stop."""
+
+
+class Worker(NamedTuple):
+    """What a job knows of the process that runs it.
+
+    Attributes:
+      report: sends the parent a message of the kind "progress".
+      stopped: whether the job must end now.
+      waited: seconds for which the process did nothing but wait until the job was prepared.
+    """
+
+    report: Callable[[Any], None]
+    stopped: Callable[[], bool]
+    waited: float
+
+
+class Message(NamedTuple):
+    """What has become of a job.
+
+    Attributes:
+      kind: "done" or "failed" is a job's last message.
+      job: from `next_job`.
+      value: what the job reported, its result, or a line that says why it failed.
+    """
+
+    kind: Literal["progress", "done", "failed"]
+    job: Any
+    value: Any
+
+
+class _Process(NamedTuple):
+    process: Any
+    connection: Any
+    jobs: collections.deque
+
+
+def share(
+    next_job: Callable[[], Any],
+    prepare: Callable[[Any], Any],
+    run: Callable[[Any, Any, Worker], Any],
+    *,
+    devices: Sequence[str],
+    deadline: float,
+    in_hand: int,
+    programs: Path,
+    logs: Path | None = None,
+) -> Iterator[Message]:
+    """Runs jobs in processes until there are no more, the deadline passes, or SIGTERM or SIGINT comes.
+
+    All jobs that run are then told to stop. If a process dies, the job that it ran has failed; other
+    processes take over what it had in hand.
+
+    Args:
+      next_job: gives a job, or None if there is none now; asked again after each message.
+      prepare: job -> what `run` needs; called in threads.
+      run: job, prepared, worker -> result. None says that SIGTERM has stopped it, and ends the
+        process. A ValueError, OSError, NotImplementedError or JaxRuntimeError of `run` or
+        `prepare` means that this job has failed.
+      devices: from `worker_devices`: a process each, started when there is a job for it.
+      deadline: in seconds since the epoch.
+      in_hand: jobs of a process: one runs, the others are prepared. At least 2.
+      programs: directory of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another.
+      logs: directory that gets the output of each process, worker-0.log and so on; None: they share
+        that of the parent.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: list[_Process] = []
+    returned: collections.deque = collections.deque()
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(programs)}
+    if any(devices):
+        # The clock is short: cuBLAS' own choice instead of trying every kernel for every product.
+        flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        environment["XLA_FLAGS"] = flags
+
+    def start() -> _Process:
+        number = len(workers)
+        if devices[number]:
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]
+        log = logs and logs / f"worker-{number}.log"
+        ours, theirs = context.Pipe()
+        arguments = (theirs, prepare, run, in_hand, log)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        workers.append(_Process(process, ours, collections.deque()))
+        return workers[-1]
+
+    def living() -> list[_Process]:
+        return [worker for worker in workers if not worker.connection.closed]
+
+    def hand_out() -> None:
+        while True:
+            worker = min(living(), key=lambda worker: len(worker.jobs), default=None)
+            if len(workers) < len(devices) and (worker is None or worker.jobs):
+                worker = None  # start one
+            elif worker is None or len(worker.jobs) == in_hand:
+                return
+            job = returned.popleft() if returned else next_job()
+            if job is None:
+                return
+            worker = worker or start()
+            worker.jobs.append(job)
+            try:
+                worker.connection.send(job)
+            except OSError:
+                pass  # it has died, and will be noticed below
+
+    def stop(*_) -> None:
+        nonlocal deadline
+        deadline = min(deadline, time.time())
+
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    told = False
+    try:
+        while True:
+            if time.time() < deadline:
+                hand_out()
+            elif not told:
+                told = True
+                for worker in living():
+                    worker.process.terminate()
+            elif time.time() > deadline + _GRACE:
+                for worker in living():
+                    worker.process.kill()
+            if not any(worker.jobs for worker in living()):
+                return
+            known = {worker.connection: worker for worker in living()}
+            for connection in multiprocessing.connection.wait(known, timeout=1.0):
+                jobs = known[connection].jobs
+                try:
+                    kind, value = connection.recv()
+                except (EOFError, OSError):
+                    connection.close()
+                    if jobs and time.time() < deadline:
+                        yield Message("failed", jobs.popleft(), "its process died")
+                        returned.extend(jobs)
+                else:
+                    yield Message(kind, jobs[0] if kind == "progress" else jobs.popleft(), value)
+    finally:
+        for worker in living():
+            worker.connection.close()
+            worker.process.terminate()
+        for worker in workers:
+            worker.process.join(_GRACE)
+            worker.process.kill()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _work(connection, prepare: Callable, run: Callable, in_hand: int, log: Path | None) -> None:
+    """A process: runs the jobs that come until the connection is closed or SIGTERM comes."""
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its processes in order
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    if log is not None:
+        with log.open("a") as file:
+            for output in (1, 2):
+                os.dup2(file.fileno(), output)
+    pool = concurrent.futures.ThreadPoolExecutor(in_hand - 1)
+    following: collections.deque = collections.deque()
+
+    def look(wait: bool) -> None:
+        while wait or connection.poll(0.1):
+            job, wait = connection.recv(), False
+            following.append((job, pool.submit(prepare, job)))
+
+    def report(value: Any) -> None:
+        connection.send(("progress", value))
+
+    try:
+        while not stop.is_set():
+            look(wait=not following)
+            (job, prepared), began = following.popleft(), time.perf_counter()
+            while not (prepared.done() or stop.is_set()):
+                concurrent.futures.wait([prepared], timeout=1.0)
+            if stop.is_set():
+                break
+            waited = time.perf_counter() - began
+            look(wait=False)
+            try:
+                result = run(job, prepared.result(), Worker(report, stop.is_set, waited))
+                connection.send(("done", result))
+                if result is None:
+                    break
+            except (jax.errors.JaxRuntimeError, ValueError, OSError, NotImplementedError) as error:
+                short = out_of_memory(error) if isinstance(error, RuntimeError) else None
+                line = short or f"{type(error).__name__}: {error}"
+                connection.send(("failed", line.splitlines()[0][:500]))
+    except (EOFError, ConnectionError):
+        pass  # there are no more jobs, or the parent has died
+    sys.stdout.flush()
+    os._exit(0)  # does not wait for a compilation that nobody needs any more
+
+
+def worker_devices(count: int | None) -> list[str]:
+    """Returns the CUDA_VISIBLE_DEVICES of each process, "" without GPUs.
+
+    Found without JAX, which would take the GPUs. Of those that the parent's CUDA_VISIBLE_DEVICES
+    names, if it is set.
+
+    Args:
+      count: number of processes; None: one a GPU, or one without GPUs.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = [name for name in visible.split(",") if name]
+    elif shutil.which("nvidia-smi"):
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        found = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+        gpus = [str(i) for i in range(found)]
+    else:
+        gpus = []
+    gpus = gpus or [""]
+    return [gpus[i % len(gpus)] for i in range(count or len(gpus))]
+
+
+def source_commit() -> str:
+    """Returns $GDN2_JAX_COMMIT, which a copy of a working tree needs, or else git's commit."""
+    given = os.environ.get("GDN2_JAX_COMMIT")
+    if given or not shutil.which("git"):
+        return given or "unknown"
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,91 @@
+"""Processes that share jobs: what is run where, and what becomes of a job that fails or is stopped."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from gdn2_jax.workers import share, source_commit, worker_devices
+
+JOBS = """
+import os, time
+
+def prepare(job):
+    if job == "unfit":
+        raise ValueError("job: expected another,\\ngot this")
+    return f"prepared {job}"
+
+def run(job, prepared, worker):
+    if job == "deadly":
+        os._exit(1)
+    if job == "endless":
+        worker.report("started")
+        while not worker.stopped():
+            time.sleep(0.02)
+        return "stopped"
+    return prepared, os.environ["CUDA_VISIBLE_DEVICES"]
+"""
+
+
+@pytest.fixture
+def messages(tmp_path, monkeypatch):
+    """A function of jobs: the messages about them."""
+    (tmp_path / "jobs_of_test_workers.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    # `share` sets them for its processes.
+    for name in ("CUDA_VISIBLE_DEVICES", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "")
+    import jobs_of_test_workers as jobs
+
+    def call(next_job, devices=("7",), deadline=float("inf")):
+        options = {"devices": devices, "deadline": deadline, "in_hand": 2, "programs": tmp_path}
+        return share(next_job, jobs.prepare, jobs.run, logs=tmp_path, **options)
+
+    return call
+
+
+def of(*jobs):
+    following = iter(jobs)
+    return lambda: next(following, None)
+
+
+def test_a_dead_process_fails_its_job_and_leaves_the_others_to_another(messages, tmp_path):
+    jobs = of("deadly", "a", "b", "unfit", "c")
+    found = {job: (kind, value) for kind, job, value in messages(jobs, devices=("3", "5"))}
+    assert found.pop("deadly") == ("failed", "its process died")
+    assert found.pop("unfit") == ("failed", "ValueError: job: expected another,")
+    assert found == {job: ("done", (f"prepared {job}", "5")) for job in "abc"}
+    assert (tmp_path / "worker-1.log").exists()
+
+
+def test_jobs_may_follow_from_results_and_stop_at_a_signal_and_the_deadline(messages):
+    waiting, found = ["first"], []
+    handler = signal.getsignal(signal.SIGTERM)
+    for kind, job, value in messages(lambda: waiting.pop() if waiting else None):
+        found.append((kind, job, value))
+        if job == "first":
+            waiting.extend(["never", "endless"])
+        elif kind == "progress":
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert found == [
+        ("done", "first", ("prepared first", "7")),
+        ("progress", "endless", "started"),
+        ("done", "endless", "stopped"),
+    ]
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not list(messages(of("a"), deadline=time.time()))
+
+
+def test_processes_share_the_gpus_that_the_parent_may_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert worker_devices(None) == ["2", "5"] and worker_devices(3) == ["2", "5", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert worker_devices(None) == [""] and worker_devices(2) == ["", ""]
+
+
+def test_the_named_commit_wins_over_the_copys(monkeypatch):
+    monkeypatch.setenv("GDN2_JAX_COMMIT", "abc")
+    assert source_commit() == "abc"
+    monkeypatch.delenv("GDN2_JAX_COMMIT")
+    assert source_commit() not in ("abc", "")
