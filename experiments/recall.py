@@ -74,6 +74,7 @@ MIXERS: dict[str, Mixer] = {
     "mamba2": StateSpace(kind="mamba2"),
     "mamba3": StateSpace(kind="mamba3"),
     "attention": SoftmaxAttention(kind="attention"),
+    "attention_conv": SoftmaxAttention(kind="attention", conv_size=4),
 }
 """What a study names. The sizes are those of the study."""
 _MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} | {

@@ -18,6 +18,7 @@ from gdn2_jax.layers.local_attention import (
 )
 from gdn2_jax.layers.parts import dense
 from gdn2_jax.layers.rotary import PERIOD, rotate
+from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.parallel import as_typed, axis_size, per_device
 
 
@@ -35,6 +36,8 @@ class SlidingWindowAttention(nn.Module):
       num_heads: number of heads, each of width D / num_heads.
       window_size: number of keys a query sees, its own included.
       rope_theta: base of the rotary frequencies.
+      conv_size: tokens seen by a short convolution of the queries, keys and values before rotary, as
+        in the delta rule's layers; None for no convolution.
       dtype: as in `GatedDeltaNet2`.
       param_dtype: dtype of the kernels.
       kernel_init: initialiser of the query, key and value kernels; its names of axes count as in
@@ -46,6 +49,7 @@ class SlidingWindowAttention(nn.Module):
     num_heads: int
     window_size: int = 2048
     rope_theta: float = 10000.0
+    conv_size: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = fan_in_uniform()
@@ -62,8 +66,10 @@ class SlidingWindowAttention(nn.Module):
         batch, length, width = x.shape
 
         q, k, v = (
-            dense(self, name, width)(x).reshape(batch, length, self.num_heads, -1)
-            for name in ("q_proj", "k_proj", "v_proj")
+            self._convolved(name, dense(self, f"{name}_proj", width)(x), segment_ids).reshape(
+                batch, length, self.num_heads, -1
+            )
+            for name in "qkv"
         )
         if self.decode:
             o = self._attend_and_cache(q, k, v, segment_ids)
@@ -77,6 +83,18 @@ class SlidingWindowAttention(nn.Module):
         init = self.out_kernel_init
         o_proj = dense(self, "o_proj", width, ("heads", "embed"), kernel_init=init)
         return o_proj(o.reshape(batch, length, width))
+
+    def _convolved(self, name: str, x: Array, segment_ids: Array | None) -> Float[Array, "B T D"]:
+        if self.conv_size is None:
+            return x
+        convolution = ShortConvolution(
+            self.conv_size,
+            param_dtype=self.param_dtype,
+            axes_like=self.kernel_init,
+            decode=self.decode,
+            name=f"{name}_conv1d",
+        )
+        return convolution(x, segment_ids)
 
     def _attend_on_mesh(self, q, k, v, segment_ids) -> Float[Array, "B T N H"]:
         split = axis_size("sequence") > 1
@@ -142,7 +160,7 @@ class SlidingWindowAttention(nn.Module):
         return attend(q, keys, values, -1 - after[None], same_segment, window, isolate), rings
 
     def _check_attributes(self, width: int) -> None:
-        check_attributes(self, "window_size")
+        check_attributes(self, "window_size", "conv_size")
         if self.num_heads < 1 or width % self.num_heads or width // self.num_heads % 2:
             raise ValueError(
                 f"num_heads: expected to divide the width {width} into heads of even width, "

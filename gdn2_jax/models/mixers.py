@@ -200,6 +200,7 @@ class SoftmaxAttention:
       num_heads: heads, which divide the model's width.
       window_size: keys that a query of sliding-window attention sees, its own included.
       rope_theta: base of the rotary frequencies.
+      conv_size: tokens seen by a short convolution of queries, keys and values; none if None.
 
     Raises:
       ValueError: a field has a value that no model can have; the message names the field.
@@ -209,6 +210,7 @@ class SoftmaxAttention:
     num_heads: int = 18
     window_size: int = 2048
     rope_theta: float = 10000.0
+    conv_size: int | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -218,6 +220,7 @@ class SoftmaxAttention:
         shared = _shared(config, decode, name) | {
             "num_heads": self.num_heads,
             "rope_theta": self.rope_theta,
+            "conv_size": self.conv_size,
             "out_kernel_init": depth_scaled(config),
         }
         if self.cache_grows:

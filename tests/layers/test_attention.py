@@ -34,7 +34,26 @@ def reference(params, x, segment_ids, theta=10000.0):
     """One row [T, D], a query and a head at a time."""
     steps, width = x.shape
     half = width // HEADS // 2
-    q, k, v = ((x @ params[f"{name}_proj"]["kernel"]).reshape(steps, HEADS, -1) for name in "qkv")
+
+    def projected(name):
+        y = x @ params[f"{name}_proj"]["kernel"]
+        if f"{name}_conv1d" not in params:
+            return y
+        taps = params[f"{name}_conv1d"]["kernel"][::-1]
+        return jax.nn.silu(
+            jnp.stack(
+                [
+                    sum(
+                        tap * y[t - lag]
+                        for lag, tap in enumerate(taps)
+                        if t >= lag and segment_ids[t - lag] == segment_ids[t]
+                    )
+                    for t in range(steps)
+                ]
+            )
+        )
+
+    q, k, v = (projected(name).reshape(steps, HEADS, -1) for name in "qkv")
 
     def rotated(u, t):
         angles = t * theta ** (-np.arange(half) / half)
@@ -56,15 +75,17 @@ def reference(params, x, segment_ids, theta=10000.0):
     return o @ params["o_proj"]["kernel"]
 
 
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("documents", "conv_size"), [(False, None), (True, None), (False, 3), (True, 3)]
+)
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 2e-5)])
 def test_outputs_and_gradients_are_those_of_the_equations(
-    make, queries_at_once, documents, dtype, bound
+    make, queries_at_once, documents, conv_size, dtype, bound
 ):
     segment_ids = np.array([0, 0, 1, 1, 1, 2, 3]) * documents
     with jax.enable_x64(True):
         x = inputs(7, WIDTH, dtype=dtype)
-        layer, params = make(x[None], dtype=dtype, param_dtype=dtype)
+        layer, params = make(x[None], dtype=dtype, param_dtype=dtype, conv_size=conv_size)
 
         def run(params, x):
             ids = segment_ids[None] if documents else None
@@ -95,12 +116,12 @@ def test_outputs_are_those_of_a_window_as_long_as_the_sequence(make, queries_at_
     )
 
 
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("documents", "conv_size"), [(False, None), (True, None), (True, 3)])
 def test_decoding_equals_the_full_forward_while_the_cache_has_room(
-    make, queries_at_once, documents
+    make, queries_at_once, documents, conv_size
 ):
     x = inputs(2, 15, WIDTH)
-    layer, params = make(x)
+    layer, params = make(x, conv_size=conv_size)
     segment_ids = None
     if documents:
         segment_ids = jnp.array([[1] * 5 + [2] * 10, [1] * 6 + [2] + [3] * 8])

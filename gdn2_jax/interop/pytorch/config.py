@@ -249,6 +249,11 @@ def check_style(config: ModelConfig, style: Style) -> None:
                 f"{name}: expected {only!r}, as the {style} style's {mixer.kind} layer has no "
                 f"other, got {getattr(mixer, name)!r}"
             )
+    if config.hybrid and config.attention.conv_size is not None:
+        raise ValueError(
+            f"attention.conv_size: expected None, as the {style} style's attention has no "
+            f"convolution, got {config.attention.conv_size}"
+        )
     theirs = {"gdn2": {"paper": "silu", "fla": "sigmoid"}[style], "kda": "sigmoid", "gdn": "silu"}
     own = mixer.output_gate or {"gdn2": "silu", "kda": "sigmoid", "gdn": "silu"}[mixer.kind]
     if own != theirs[mixer.kind]:

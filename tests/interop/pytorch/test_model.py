@@ -359,6 +359,13 @@ def test_models_that_pytorch_has_not_are_refused(tmp_path, make, style, options,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_hybrid_whose_attention_has_a_convolution_is_refused(tmp_path):
+    attention = SoftmaxAttention(num_heads=2, window_size=8, conv_size=4)
+    config = dataclasses.replace(config_of(hybrid=True), attention=attention)
+    with pytest.raises(ValueError, match=r"attention.conv_size: expected None, .*got 4"):
+        save_pretrained(tmp_path / "m.pt", config, {})
+
+
 @pytest.mark.parametrize("style", ["fla", "paper"])
 def test_parameters_of_another_model_are_not_saved(tmp_path, make, style):
     config, params = make(output_gate="sigmoid")
