@@ -22,12 +22,11 @@ import shutil
 import statistics
 import sys
 import time
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdn2_jax.command import run_command
+from gdn2_jax.command import read_study, run_command
 
 import jax
 import numpy as np
@@ -143,20 +142,6 @@ class Job(NamedTuple):
 
 
 # --- what there is to do ------------------------------------------------------------------------
-
-
-def read_study(name: str, tokens: int | None = None) -> Study:
-    """Reads experiments/language/NAME.toml.
-
-    Raises:
-      ValueError: if there is no such study.
-    """
-    path = STUDIES / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.toml")))
-        raise ValueError(f"study: expected one of {known}, got {name!r}")
-    values = tomllib.loads(path.read_text())
-    return Study(**values | ({"tokens": tokens} if tokens else {}))
 
 
 def model_config(name: str, scale: str, vocab_size: int) -> ModelConfig:
@@ -322,45 +307,44 @@ def read_out(run: Spec, params, job: Job) -> dict:
 # --- the command --------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line.
+
+    Attributes:
+      study: name of a file in experiments/language.
+      corpus: directory that build_corpus.py filled.
+      models: instead of the study's.
+      tokens: of a run with all tokens; None: as the study says.
+      devices: number of processes, one a GPU; all GPUs if None.
+      minutes: after which to stop.
+      directory: of unfinished runs; runs/language/STUDY unless given.
+      results: of the rows, the table and the figures.
+      table: print the table and draw, and do no more.
+    """
+
+    study: tyro.conf.Positional[str]
+    corpus: Path = Path("runs/corpus")
+    models: tuple[str, ...] = ()
+    tokens: int | None = None
+    devices: int | None = None
+    minutes: float = float("inf")
+    directory: Path | None = None
+    results: Path = RESULTS
+    table: bool = False
+
+
 def main(arguments: list[str]) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
-
-    def command(
-        study: tyro.conf.Positional[str],
-        corpus: Path = Path("runs/corpus"),
-        models: tuple[str, ...] = (),
-        tokens: int | None = None,
-        devices: int | None = None,
-        minutes: float = float("inf"),
-        directory: Path | None = None,
-        results: Path = RESULTS,
-        table: bool = False,
-    ):
-        """Takes the command line apart.
-
-        Args:
-          study: name of a file in experiments/language.
-          corpus: directory that build_corpus.py filled.
-          models: instead of the study's.
-          tokens: of a run with all tokens; None: as the study says.
-          devices: number of processes, one a GPU; all GPUs if None.
-          minutes: after which to stop.
-          directory: of unfinished runs; runs/language/STUDY unless given.
-          results: of the rows, the table and the figures.
-          table: print the table and draw, and do no more.
-        """
-        directory = directory or Path("runs") / "language" / study
-        return study, models, corpus, tokens, devices, 60 * minutes, directory, results, table
-
-    name, models, corpus, tokens, devices, seconds, directory, results, table = tyro.cli(
-        command, args=arguments, prog="language.py", description=__doc__
-    )
-    deadline = time.time() + seconds
-    study = read_study(name, tokens)
-    study = dataclasses.replace(study, models=models or study.models)
+    options = tyro.cli(Options, args=arguments, prog="language.py", description=__doc__)
+    deadline = time.time() + 60 * options.minutes
+    name, corpus, tokens, results = options.study, options.corpus, options.tokens, options.results
+    changes = {key: value for key in ("models", "tokens") if (value := getattr(options, key))}
+    study = read_study(Study, STUDIES, name, **changes)
+    directory = options.directory or Path("runs") / "language" / name
     suffix = f"_{tokens / 1e6:g}M_tokens" if tokens else ""
     rows_file = results / f"{name}{suffix}.jsonl"
-    if table:
+    if options.table:
         return show(rows_file)
     if not list(corpus.glob("train-*.npy")):
         raise ValueError(
@@ -385,7 +369,7 @@ def main(arguments: list[str]) -> int | str:
         pairs, counts = count_in_training(*stores, prepared.tokenizer.vocab_size)
         np.savez(directory / "pairs.npz", pairs=pairs, counts=counts)
     job = Job(directory, study, source_commit())
-    failed = work(job, data, rows_file, worker_devices(devices), deadline)
+    failed = work(job, data, rows_file, worker_devices(options.devices), deadline)
     rows = finished_runs(rows_file)
     left = [run.key for run in specs(study, data, rows) if run.key not in {r["run"] for r in rows}]
     if rows:

@@ -24,12 +24,12 @@ import sys
 import tempfile
 import threading
 import time
-import tomllib
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gdn2_jax.command import read_study as read_fields
 from gdn2_jax.command import run_command
 
 import jax
@@ -84,6 +84,7 @@ _MODEL_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)} | {
 _TRACING = threading.Lock()
 """Of a process: cells that are traced side by side would all be late, the first too."""
 _COMPILING = ThreadPoolExecutor()
+_CHECKPOINT_SECONDS = 120
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,15 +216,7 @@ def read_study(name: str, **changes: Any) -> Study:
     Raises:
       ValueError: there is no such file, or it has a wrong field.
     """
-    path = STUDIES / f"{name}.toml"
-    if not path.exists():
-        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.toml")))
-        raise ValueError(f"studies: expected some of {known}, got {name!r}")
-    values = tomllib.loads(path.read_text()) | changes
-    known = {field.name for field in dataclasses.fields(Study)}
-    if unknown := values.keys() - known:
-        raise ValueError(f"{path.name}: expected fields of a study, got {', '.join(unknown)}")
-    study = Study(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    study = read_fields(Study, STUDIES, name, **changes)
     if wrong := [mixer for mixer in study.mixers if mixer not in MIXERS]:
         raise ValueError(f"mixers: expected some of {', '.join(MIXERS)}, got {wrong[0]!r}")
     if study.task.get("name") not in TASKS:
@@ -551,13 +544,11 @@ class Job(NamedTuple):
       directory: of the rows and checkpoints.
       commit: of the sources.
       profile: measure the GPU's share of the time after each cell.
-      checkpoint_seconds: between checkpoints.
     """
 
     directory: Path
     commit: str
     profile: bool = False
-    checkpoint_seconds: float = 120.0
 
 
 def run_cell(cell: Cell, programs: Programs, worker: Worker, job: Job) -> list[dict[str, Any]]:
@@ -597,7 +588,7 @@ def run_cell(cell: Cell, programs: Programs, worker: Worker, job: Job) -> list[d
                 "seconds": time.perf_counter() - began,
             }
         )
-        if time.perf_counter() - saved > job.checkpoint_seconds:
+        if time.perf_counter() - saved > _CHECKPOINT_SECONDS:
             save(path, state, curves, seconds)
             saved = time.perf_counter()
     finished = solved or len(curves) == end
@@ -704,9 +695,41 @@ def load(path: Path, like: State) -> tuple[State, list[Measured], float]:
 # --- the command --------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line.
+
+    Attributes:
+      studies: names of files in experiments/recall.
+      mixers: instead of the studies'.
+      lengths: instead of the studies'.
+      learning_rates: instead of the studies'.
+      seeds: instead of the studies'.
+      steps: instead of the studies'.
+      directory: of rows and checkpoints.
+      devices: number of processes, one a GPU; all GPUs if None.
+      minutes: after which to stop.
+      profile: measure which share of the time the GPU and the operator's kernels take.
+    """
+
+    studies: tyro.conf.Positional[tuple[str, ...]]
+    mixers: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+    steps: int | None = None
+    directory: Path = RESULTS
+    devices: int | None = None
+    minutes: float = float("inf")
+    profile: bool = False
+
+
 def main(arguments: list[str]) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
-    waiting, job, devices, deadline = parse(arguments)
+    began = time.time()
+    options = tyro.cli(Options, args=arguments, prog="recall.py", description=__doc__)
+    waiting, devices = cells_of(options), worker_devices(options.devices)
+    job = Job(options.directory, source_commit(), options.profile)
     total = sum(len(cell.runs) for cell in waiting)
     print(f"{total} runs in {len(waiting)} cells on {len(devices)} devices", flush=True)
     progress, following = Progress(waiting), iter(waiting)
@@ -715,12 +738,12 @@ def main(arguments: list[str]) -> int | str:
         compile_cell,
         functools.partial(run_cell, job=job),
         devices=devices,
-        deadline=deadline,
+        deadline=began + 60 * options.minutes,
         in_hand=4,  # small cells run for a shorter time than they compile
         programs=Path(tempfile.gettempdir()) / "gdn2_jax_recall",
     ):
         for row in message.value if message.kind == "done" else ():
-            append_row(job.directory / f"{row['study']}.jsonl", row)
+            append_row(options.directory / f"{row['study']}.jsonl", row)
         progress.update(message)
     progress.line()
     if progress.failed:
@@ -731,11 +754,11 @@ def main(arguments: list[str]) -> int | str:
 
 
 class Progress:
-    """Prints what the processes report, one line every few seconds."""
+    """Prints what the processes report, one line every ten seconds."""
 
-    def __init__(self, waiting: list[Cell], seconds: float = 10.0):
+    def __init__(self, waiting: list[Cell]):
         """Counts what there is to do."""
-        self.finished, self.failed, self._seconds, self._printed = 0, [], seconds, 0.0
+        self.finished, self.failed, self._printed = 0, [], 0.0
         self._total = sum(len(cell.runs) for cell in waiting)
         self._tokens = sum(cell.cost for cell in waiting)
         self._active: dict[str, dict] = {}
@@ -746,7 +769,7 @@ class Progress:
         if message.kind == "progress":
             self._active[name] = value
             self._tokens -= value["tokens"]
-            if time.monotonic() - self._printed > self._seconds:
+            if time.monotonic() - self._printed > 10:
                 self.line()
             return
         self._active.pop(name, None)
@@ -783,60 +806,16 @@ class Progress:
         print(f"[{self.finished}/{self._total} runs] {' | '.join(parts)}", flush=True)
 
 
-def parse(arguments: list[str]) -> tuple[list[Cell], Job, list[str], float]:
-    """The cells to run, in order, what all know, the devices to run them on, and the deadline."""
-
-    def command(
-        studies: tyro.conf.Positional[tuple[str, ...]],
-        mixers: tuple[str, ...] = (),
-        lengths: tuple[int, ...] = (),
-        learning_rates: tuple[float, ...] = (),
-        seeds: tuple[int, ...] = (),
-        steps: int | None = None,
-        directory: Path = RESULTS,
-        devices: int | None = None,
-        minutes: float = float("inf"),
-        profile: bool = False,
-    ):
-        """Takes the command line apart.
-
-        Args:
-          studies: names of files in experiments/recall.
-          mixers: instead of the studies'.
-          lengths: instead of the studies'.
-          learning_rates: instead of the studies'.
-          seeds: instead of the studies'.
-          steps: instead of the studies'.
-          directory: of rows and checkpoints.
-          devices: number of processes, one a GPU; all GPUs if None.
-          minutes: after which to stop.
-          profile: measure which share of the time the GPU and the operator's kernels take.
-        """
-        changes = {
-            "mixers": mixers,
-            "lengths": lengths,
-            "learning_rates": learning_rates,
-            "seeds": seeds,
-            "steps": steps,
-        }
-        changes = {k: v for k, v in changes.items() if v}
-        return studies, changes, directory, devices, minutes, profile
-
-    began = time.time()
-    studies, changes, directory, devices, minutes, profile = tyro.cli(
-        command, args=arguments, prog="recall.py", description=__doc__
-    )
-    if not studies:
-        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.toml")))
-        raise ValueError(f"studies: expected some of {known}, got none")
-    directory.mkdir(parents=True, exist_ok=True)
-    waiting = []
-    for name in studies:
-        rows = merged_rows(*{folder / f"{name}.jsonl" for folder in (RESULTS, directory)})
-        finished = {row["run"] for row in rows if row["finished"]}
-        waiting += cells(name, read_study(name, **changes), finished)
-    job = Job(directory, source_commit(), profile)
-    return waiting, job, worker_devices(devices), began + 60 * minutes
+def cells_of(options: Options) -> list[Cell]:
+    """The cells to run, in order."""
+    names = ("mixers", "lengths", "learning_rates", "seeds", "steps")
+    changes = {name: value for name in names if (value := getattr(options, name))}
+    found = []
+    for name in options.studies or ("",):
+        files = {folder / f"{name}.jsonl" for folder in (RESULTS, options.directory)}
+        finished = {row["run"] for row in merged_rows(*files) if row["finished"]}
+        found += cells(name, read_study(name, **changes), finished)
+    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,28 @@ def run_command(
         if line is None or os.environ.get("JAX_TRACEBACK_FILTERING") == "off":
             raise
         return f"{name}: {line}"
+
+
+def read_study[S](kind: type[S], folder: Path, name: str, **changes: Any) -> S:
+    """Reads FOLDER/NAME.toml, which says what an experiment compares.
+
+    Args:
+      kind: a dataclass with the fields that the file may have.
+      folder: of all such files.
+      name: of the file.
+      **changes: fields to replace.
+
+    Raises:
+      ValueError: there is no such file, or it has a field that `kind` lacks.
+    """
+    path = folder / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
+        raise ValueError(f"study: expected one of {known}, got {name!r}")
+    values = tomllib.loads(path.read_text()) | changes
+    if unknown := values.keys() - {field.name for field in dataclasses.fields(kind)}:
+        raise ValueError(f"{path.name}: expected fields of a study, got {', '.join(unknown)}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def require_positive(options: Any, **least: int) -> None:

@@ -6,6 +6,7 @@ parent hands out the jobs and collects results. It starts no JAX backend, which 
 
 import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -55,12 +56,6 @@ class Message(NamedTuple):
     value: Any
 
 
-class _Process(NamedTuple):
-    process: Any
-    connection: Any
-    jobs: collections.deque
-
-
 def share(
     next_job: Callable[[], Any],
     prepare: Callable[[Any], Any],
@@ -91,87 +86,78 @@ def share(
         that of the parent.
     """
     context = multiprocessing.get_context("spawn")
-    workers: list[_Process] = []
-    returned: collections.deque = collections.deque()
+    processes, jobs_of, returned = {}, {}, collections.deque()  # the first two by connection
     environment = {"JAX_COMPILATION_CACHE_DIR": str(programs)}
     if any(devices):
         # The clock is short: cuBLAS' own choice instead of trying every kernel for every product.
         flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
         environment["XLA_FLAGS"] = flags
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
 
-    def start() -> _Process:
-        number = len(workers)
+    def start():
+        number = len(processes)
         if devices[number]:
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]
         log = logs and logs / f"worker-{number}.log"
         ours, theirs = context.Pipe()
         arguments = (theirs, prepare, run, in_hand, log)
-        process = context.Process(target=_work, args=arguments, daemon=True)
-        process.start()
+        processes[ours] = context.Process(target=_work, args=arguments, daemon=True)
+        processes[ours].start()
         theirs.close()
-        workers.append(_Process(process, ours, collections.deque()))
-        return workers[-1]
-
-    def living() -> list[_Process]:
-        return [worker for worker in workers if not worker.connection.closed]
+        jobs_of[ours] = collections.deque()
+        return ours
 
     def hand_out() -> None:
         while True:
-            worker = min(living(), key=lambda worker: len(worker.jobs), default=None)
-            if len(workers) < len(devices) and (worker is None or worker.jobs):
-                worker = None  # start one
-            elif worker is None or len(worker.jobs) == in_hand:
+            least = min(map(len, jobs_of.values()), default=in_hand)
+            can_start = len(processes) < len(devices)
+            if least == in_hand and not can_start:
                 return
             job = returned.popleft() if returned else next_job()
             if job is None:
                 return
-            worker = worker or start()
-            worker.jobs.append(job)
-            try:
-                worker.connection.send(job)
-            except OSError:
-                pass  # it has died, and will be noticed below
+            if can_start and least > 0:
+                to = start()
+            else:
+                to = next(to for to, jobs in jobs_of.items() if len(jobs) == least)
+            jobs_of[to].append(job)
+            with contextlib.suppress(OSError):  # it has died, which is noticed below
+                to.send(job)
 
     def stop(*_) -> None:
         nonlocal deadline
         deadline = min(deadline, time.time())
 
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    told = False
     try:
         while True:
             if time.time() < deadline:
                 hand_out()
-            elif not told:
-                told = True
-                for worker in living():
-                    worker.process.terminate()
-            elif time.time() > deadline + _GRACE:
-                for worker in living():
-                    worker.process.kill()
-            if not any(worker.jobs for worker in living()):
+            else:
+                late = time.time() > deadline + _GRACE
+                for process in processes.values():
+                    process.kill() if late else process.terminate()
+            if not any(jobs_of.values()):
                 return
-            known = {worker.connection: worker for worker in living()}
-            for connection in multiprocessing.connection.wait(known, timeout=1.0):
-                jobs = known[connection].jobs
+            for connection in multiprocessing.connection.wait(list(jobs_of), timeout=1.0):
+                jobs = jobs_of[connection]
                 try:
                     kind, value = connection.recv()
                 except (EOFError, OSError):
-                    connection.close()
+                    del jobs_of[connection]
                     if jobs and time.time() < deadline:
                         yield Message("failed", jobs.popleft(), "its process died")
                         returned.extend(jobs)
                 else:
                     yield Message(kind, jobs[0] if kind == "progress" else jobs.popleft(), value)
     finally:
-        for worker in living():
-            worker.connection.close()
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join(_GRACE)
-            worker.process.kill()
+        for connection, process in processes.items():
+            connection.close()
+            process.terminate()
+        for process in processes.values():
+            process.join(_GRACE)
+            process.kill()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -72,12 +72,12 @@ def rows_of(script, runs):
 
 def test_every_study_names_models_and_fields_that_exist(script):
     for path in script.STUDIES.glob("*.toml"):
-        study = script.read_study(path.stem)
+        study = script.read_study(script.Study, script.STUDIES, path.stem)
         for model in study.models:
             script.model_config(model, study.scale, 300)
         assert set(study.more_seeds) <= set(study.models)
     with pytest.raises(ValueError, match="study: expected one of .*mixers_30M.*, got 'mixer'"):
-        script.read_study("mixer")
+        script.read_study(script.Study, script.STUDIES, "mixer")
     with pytest.raises(ValueError, match="models: expected some of .*, got 'gdn3'"):
         script.model_config("gdn3", "tiny", 300)
 
