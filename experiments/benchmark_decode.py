@@ -22,12 +22,13 @@ beside a large copy's, measured in the same process.
 
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gdn2_jax.command import out_of_memory, require_positive, run_command
 
@@ -38,6 +39,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from gdn2_jax import gated_delta_rule_2_step
 from gdn2_jax.models import (
     PRESETS,
+    DeltaRule,
     LanguageModel,
     ModelConfig,
     Session,
@@ -63,6 +65,7 @@ class Options:
       heads: key and value heads.
       head_dim: key and value channels a head.
       implementations: of the step; "xla" and, on a GPU, "pallas" where empty.
+      states: how they are kept between steps: in float32, or in bfloat16, to which each step rounds them.
       layers: steps in one compiled function; as many as the states need to outgrow the cache where
         None.
       repeats: timed samples of each function.
@@ -78,6 +81,7 @@ class Options:
     heads: int = 16
     head_dim: int = 128
     implementations: tuple[Implementation, ...] = ()
+    states: tuple[Literal["float32", "nearest", "stochastic"], ...] = ("float32",)
     layers: int | None = None
     repeats: int = 10
     output: Path | None = None
@@ -106,30 +110,30 @@ def main(options: Options) -> None:
     if bandwidth:
         print(f"copy bandwidth (read + write): {bandwidth / 1e12:.2f} TB/s")
     print(format_header(COLUMNS), flush=True)
-    for batch in options.batches:
-        for implementation in options.implementations or (
-            ("xla", "pallas") if on_gpu else ("xla",)
-        ):
-            row = {"device": device, "implementation": implementation, "batch": batch}
-            row |= {"heads": options.heads, "head_dim": options.head_dim}
-            try:
-                row |= time_step(options, batch, implementation)
-            except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
-                row["error"] = str(error).splitlines()[0]
-            else:
-                if bandwidth:
-                    row["copy_share"] = row["bytes_per_s"] / bandwidth
-            print(format_row(COLUMNS, row), flush=True)
-            append_row(options.output, row)
+    implementations = options.implementations or (("xla", "pallas") if on_gpu else ("xla",))
+    for batch, implementation, kept in itertools.product(
+        options.batches, implementations, options.states
+    ):
+        row = {"device": device, "implementation": implementation, "batch": batch, "state": kept}
+        row |= {"heads": options.heads, "head_dim": options.head_dim}
+        try:
+            row |= time_step(options, batch, implementation, kept)
+        except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as error:
+            row["error"] = str(error).splitlines()[0]
+        else:
+            if bandwidth:
+                row["copy_share"] = row["bytes_per_s"] / bandwidth
+        print(format_row(COLUMNS, row), flush=True)
+        append_row(options.output, row)
     if options.output:
         print(f"rows appended to {options.output}")
 
 
-def time_step(options: Options, batch: int, implementation: str) -> dict[str, Any]:
+def time_step(options: Options, batch: int, implementation: str, kept: str) -> dict[str, Any]:
     """Times of one layer's step, the bandwidth it reaches, and whether states stay in place."""
-    state_bytes = batch * options.heads * options.head_dim**2 * 4
+    state_bytes = batch * options.heads * options.head_dim**2 * (4 if kept == "float32" else 2)
     layers = options.layers or max(MINIMUM_LAYERS, math.ceil(STATES_BYTES / state_bytes))
-    states, tokens = inputs(layers, batch, options.heads, options.head_dim)
+    states, tokens = inputs(layers, batch, options.heads, options.head_dim, kept)
     function = stack(functools.partial(gated_delta_rule_2_step, implementation=implementation))
 
     def feed_back(operands, results):
@@ -156,14 +160,21 @@ def time_step(options: Options, batch: int, implementation: str) -> dict[str, An
     return row
 
 
-def inputs(layers: int, batch: int, heads: int, head_dim: int) -> tuple[list, list]:
-    """States of the layers and their tokens (q, k, v, g, b, w), gates as at initialisation."""
+def inputs(layers: int, batch: int, heads: int, head_dim: int, kept: str) -> tuple[list, list]:
+    """States of the layers and their tokens (q, k, v, g, b, w), gates as at initialisation.
+
+    Where states are rounded stochastically, tokens have the seeds of that, too, else None.
+    """
     tokens = operator_inputs(batch, 1, heads, head_dim, dtype="bfloat16", initial_state=False)
     tokens = [x[:, 0] for x in tokens[:6]]
-    draw = jax.jit(jax.random.normal, static_argnums=1)
+    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     keys = jax.random.split(jax.random.key(0), layers)
-    states = [draw(key, (batch, heads, head_dim, head_dim)) for key in keys]
-    return states, [[jnp.roll(x, i, axis=0) for x in tokens] for i in range(layers)]
+    dtype = jnp.float32 if kept == "float32" else jnp.bfloat16
+    states = [draw(key, (batch, heads, head_dim, head_dim), dtype) for key in keys]
+    seeds = None
+    if kept == "stochastic":
+        seeds = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
+    return states, [[*(jnp.roll(x, i, axis=0) for x in tokens), seeds] for i in range(layers)]
 
 
 def stack(step: Callable) -> Callable:
@@ -172,8 +183,8 @@ def stack(step: Callable) -> Callable:
     def run(states, tokens):
         query = tokens[0][0]
         new_states = []
-        for state, (_, *others) in zip(states, tokens, strict=True):
-            state, query = step(state, query, *others)
+        for state, (_, *others, seeds) in zip(states, tokens, strict=True):
+            state, query = step(state, query, *others, rounding_seeds=seeds)
             new_states.append(state)
         return new_states, query
 
@@ -186,36 +197,35 @@ def benchmark_models(options: Options) -> None:
     device = jax.devices()[0].device_kind
     bandwidth = copy_bandwidth() if jax.default_backend() == "gpu" else None
     rows = read_rows(options.output) if options.output else []
-    done = {(row["model"], row["batch"], row["context"]) for row in rows}
+    keys = ("model", "batch", "state", "context")
+    done = {tuple(row[key] for key in keys) for row in rows}
     late = []
     print(f"{device}, jax {jax.__version__}\n{format_header(MODEL_COLUMNS)}", flush=True)
     for name in options.models:
         params = None
-        for batch in options.batches:
-            for context in options.contexts:
-                if (name, batch, context) in done:
-                    continue
-                if time.monotonic() - start > options.minutes * 60:
-                    late.append(f"{name} B={batch} {context}")
-                    continue
-                config = model_config(name, context, options.unroll)
-                params = random_params(config) if params is None else params
-                row = {"device": device, "model": name, "batch": batch, "context": context}
-                row |= {"unroll": options.unroll}
-                try:
-                    row |= time_model(options, config, params, batch, context)
-                except jax.errors.JaxRuntimeError as error:
-                    row["error"] = out_of_memory(error) or str(error).splitlines()[0]
-                else:
-                    if bandwidth:
-                        floor_ms = row["weight_bytes"] / bandwidth * 1e3
-                        row |= {
-                            "copy_bandwidth": bandwidth,
-                            "of_weights": row["step_ms"] / floor_ms,
-                        }
-                print(format_row(MODEL_COLUMNS, row), flush=True)
-                append_row(options.output, row)
-                rows.append(row)
+        rounded = isinstance(PRESETS[name].mixer, DeltaRule)
+        kinds = options.states if rounded else ("float32",)
+        for batch, kept, context in itertools.product(options.batches, kinds, options.contexts):
+            if (name, batch, kept, context) in done:
+                continue
+            if time.monotonic() - start > options.minutes * 60:
+                late.append(f"{name} B={batch} {context}")
+                continue
+            config = model_config(name, context, options.unroll, kept)
+            params = random_params(config) if params is None else params
+            row = {"device": device, "model": name, "batch": batch, "state": kept}
+            row |= {"context": context, "unroll": options.unroll}
+            try:
+                row |= time_model(options, config, params, batch, context)
+            except jax.errors.JaxRuntimeError as error:
+                row["error"] = out_of_memory(error) or str(error).splitlines()[0]
+            else:
+                if bandwidth:
+                    floor_ms = row["weight_bytes"] / bandwidth * 1e3
+                    row |= {"copy_bandwidth": bandwidth, "of_weights": row["step_ms"] / floor_ms}
+            print(format_row(MODEL_COLUMNS, row), flush=True)
+            append_row(options.output, row)
+            rows.append(row)
     if late:
         print(f"not measured within {options.minutes:g} minutes, run again: {'; '.join(late)}")
     if options.output and rows:
@@ -223,9 +233,12 @@ def benchmark_models(options: Options) -> None:
         print(f"rows in {options.output}, figure in {options.output.with_suffix('.png')}")
 
 
-def model_config(name: str, context: int, unroll: bool) -> ModelConfig:
+def model_config(name: str, context: int, unroll: bool, kept: str) -> ModelConfig:
     """The preset with weights of 16 bits; full attention keeps the context and what follows."""
     config = dataclasses.replace(PRESETS[name], param_dtype="bfloat16", unroll=unroll)
+    if kept != "float32":
+        mixer = dataclasses.replace(config.mixer, state_rounding=kept)
+        config = dataclasses.replace(config, mixer=mixer)
     if config.mixer.cache_grows:
         config = dataclasses.replace(config, context_length=context + 1024)
     return config
@@ -233,8 +246,9 @@ def model_config(name: str, context: int, unroll: bool) -> ModelConfig:
 
 def random_params(config: ModelConfig) -> dict:
     """Weights as at the beginning of training."""
-    tokens = jnp.zeros((1, 16), jnp.int32)
-    return jax.jit(LanguageModel(config).init)(jax.random.key(0), tokens)["params"]
+    # The same parameters in a loop of layers, which compiles faster.
+    model = LanguageModel(dataclasses.replace(config, unroll=False))
+    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16), jnp.int32))["params"]
 
 
 def time_model(
@@ -326,15 +340,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         "prefill_tokens_per_s": "prefill (tokens/s)",
         "cache_bytes": "cache (bytes)",
     }
-    kinds = sorted({(row["model"], row["batch"]) for row in rows if "error" not in row})
+    keys = ("model", "batch", "state")
+    kinds = sorted({tuple(row[key] for key in keys) for row in rows if "error" not in row})
     for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for number, (model, batch) in enumerate(kinds):
+        for number, kind in enumerate(kinds):
             points = sorted(
                 (row["context"], row[key])
                 for row in rows
-                if (row["model"], row["batch"]) == (model, batch) and key in row
+                if tuple(row[name] for name in keys) == kind and key in row
             )
-            axes.plot(*zip(*points), marker=".", color=f"C{number}", label=f"{model}, B={batch}")
+            model, batch, kept = kind
+            label = f"{model}, B={batch}" + ("" if kept == "float32" else f", bfloat16 ({kept})")
+            axes.plot(*zip(*points), marker=".", color=f"C{number}", label=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set(xlabel="context (tokens)", ylabel=label)
@@ -351,6 +368,7 @@ FORWARD_TOKENS = 32768
 MODEL_COLUMNS = (
     Column("model", "model", width=-16),
     Column("batch", "batch"),
+    Column("state", "state", width=-10),
     Column("context", "context", ",", 9),
     Column("step ms", "step_ms", ".3f"),
     Column("IQR ms", "step_iqr_ms", ".3f"),
@@ -365,6 +383,7 @@ MODEL_COLUMNS = (
 COLUMNS = (
     Column("implementation", "implementation"),
     Column("batch", "batch"),
+    Column("state", "state", width=-10),
     Column("layers", "layers"),
     Column("step us", "step_us", ".2f"),
     Column("IQR us", "iqr_us", ".2f"),

@@ -1,6 +1,7 @@
 """One token of the recurrence on a Hopper GPU: reads the state once and writes it in place.
 
 A block owns some value columns of one head's state [K, V], all its rows: it needs no other block.
+The state lies in memory in float32 or, half as many bytes, in bfloat16.
 
     s = exp(g) S    r = z - s^T e    S' = s + k r^T    o = S'^T q    with e = b k, z = w v
 
@@ -14,10 +15,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from gdn2_jax.pallas import mosaic
+from gdn2_jax.pallas.rounding import round_stochastically
 
 _FEW_BLOCKS = 512
 
@@ -55,6 +58,7 @@ def decode_step(
     w: Float[Array, "B Hv V"],
     scale: float,
     tuning: Tuning | None = None,
+    seeds: UInt32[Array, "B Hv"] | None = None,
 ) -> tuple[Float[Array, "B Hv K V"], Float[Array, "B Hv V"]]:
     """Advances the state by one token and reads it.
 
@@ -62,7 +66,7 @@ def decode_step(
     inside shard_map it is never updated in place.
 
     Args:
-      state: fp32.
+      state: fp32, or bf16, to which the new state is rounded.
       q: bf16 or fp16, as k, v, b and w.
       k: keys.
       v: values; K and V are 64 or 128.
@@ -71,21 +75,25 @@ def decode_step(
       w: write gate.
       scale: factor on the output.
       tuning: chosen by the number of states if None.
+      seeds: of each head's stochastic rounding; a bf16 state is rounded to nearest if None.
 
     Returns:
-      The new state and the output, of `v`'s shape and dtype. All arithmetic is fp32.
+      The new state and the output, of `v`'s shape and dtype. All arithmetic is fp32; the output is
+      read from the state before rounding.
     """
     batch, value_heads, key_dim, value_dim = state.shape
     group = value_heads // q.shape[1]
     columns = (tuning or default_tuning(batch * value_heads, value_dim)).columns
     layout = _layout(columns)
     shape = (key_dim, columns)
+    is_nearest = seeds is None
 
     def divide(x, divisor):
         return lax.div(x, jnp.int32(divisor)), lax.rem(x, jnp.int32(divisor))
 
-    def kernel(q, k, v, g, b, w, state, *refs):
-        *new_state, o, slab, arrived = refs
+    def kernel(q, k, v, g, b, w, *refs):
+        seeds, refs = ((), refs) if is_nearest else (refs[:1], refs[1:])
+        state, *new_state, o, slab, arrived = refs
         # One flat axis: a GPU grid's other axes end at 65535.
         index, cut = divide(lax.axis_index("block"), value_dim // columns)
         row, head = divide(index, value_heads)
@@ -106,14 +114,15 @@ def decode_step(
         write = load(w.at[row, head, values], value_side) * load(
             v.at[row, head, values], value_side
         )
+        seed = [ref[row, head] for ref in seeds]
 
         plgpu.barrier_wait(arrived)
-        s = plgpu.load(slab, layout=layout, optimized=False)
+        s = plgpu.load(slab, layout=layout, optimized=False).astype(jnp.float32)
         s = s * mosaic.over_columns(decay, shape)
         residual = write - jnp.sum(s * mosaic.over_columns(erase, shape), axis=0)
         s = s + mosaic.over_columns(key, shape) * mosaic.over_rows(residual, shape)
         # Every thread overwrites what it read itself.
-        slab[...] = s
+        slab[...] = rounded(s, cut, *seed)
         plgpu.commit_smem()
         target = new_state[0] if new_state else state
         plgpu.copy_smem_to_gmem(slab, target.at[row, head, :, values])
@@ -121,6 +130,16 @@ def decode_step(
         mosaic.store_global(o.at[row, head, values], output.astype(o.dtype))
         plgpu.wait_smem_to_gmem(0)
 
+    def rounded(s, cut, seed=None):
+        if seed is None:
+            return s.astype(state.dtype)
+        key_channel, column = (
+            plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=layout) for axis in (0, 1)
+        )
+        column += (cut * columns).astype(jnp.uint32)
+        return round_stochastically(s, seed, key_channel * np.uint32(value_dim) + column)
+
+    inputs = (q, k, v, g, b, w) if is_nearest else (q, k, v, g, b, w, seeds)
     # Kernels take no refs to what varies over a mesh: inside shard_map the new state is a new array.
     in_place = not jax.typeof(state).manual_axis_type.varying
     o_type = jax.ShapeDtypeStruct(v.shape, v.dtype)
@@ -129,13 +148,13 @@ def decode_step(
         out_type=o_type if in_place else (jax.ShapeDtypeStruct(state.shape, state.dtype), o_type),
         grid=(batch * value_heads * value_dim // columns,),
         grid_names=("block",),
-        scratch_types=[plgpu.SMEM(shape, jnp.float32), plgpu.Barrier()],
+        scratch_types=[plgpu.SMEM(shape, state.dtype), plgpu.Barrier()],
         compiler_params=mosaic.COMPILER_PARAMS,
     )
     if not in_place:
-        return run(q, k, v, g, b, w, state)
+        return run(*inputs, state)
     state_ref = jax.new_ref(state)
-    o = run(q, k, v, g, b, w, state_ref)
+    o = run(*inputs, state_ref)
     return jax.freeze(state_ref), o
 
 

@@ -63,13 +63,17 @@ def test_the_operator_and_its_gradients(implementation, segments):
     assert gradients == traced(lambda *x: x, arrays, state)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
-def test_the_step_and_its_gradients(implementation):
+def test_the_step_and_its_gradients(implementation, dtype):
     inputs = operator_inputs(2, 1, 2, 64, value_heads=4, dtype="bfloat16")
-    arrays = (inputs.initial_state, *(x[:, 0] for x in inputs[:6]))
+    arrays = (inputs.initial_state.astype(dtype), *(x[:, 0] for x in inputs[:6]))
+    options = {"implementation": implementation}
+    if dtype == "bfloat16":
+        options["rounding_seeds"] = jnp.ones((2, 4), int)
 
     def both(*arrays):
-        fn = functools.partial(gdn2_jax.gated_delta_rule_2_step, implementation=implementation)
+        fn = functools.partial(gdn2_jax.gated_delta_rule_2_step, **options)
         results, pullback = jax.vjp(fn, *arrays)
         return pullback(results)
 
@@ -112,7 +116,7 @@ def test_a_training_step():
 
 
 def test_generation():
-    mixer = DeltaRule(num_heads=1, head_dim=8)
+    mixer = DeltaRule(num_heads=1, head_dim=8, state_rounding="stochastic")
     config = ModelConfig(
         vocab_size=9, d_model=8, num_layers=1, mixer=mixer, mlp_dim=8, implementation="recurrent"
     )

@@ -1,21 +1,30 @@
 """What the mixers that run on the Gated Delta Rule-2 have in common."""
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt32
 
 from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import small_xavier_uniform
-from gdn2_jax.layers.inputs import check_attributes
+from gdn2_jax.layers.inputs import check_attributes, check_choices
 from gdn2_jax.layers.parts import dense, from_cached_state
 from gdn2_jax.layers.short_convolution import ShortConvolution, to_unit_length
-from gdn2_jax.ops import Implementation, gated_delta_rule_2_from_state, gated_delta_rule_2_on_mesh
+from gdn2_jax.ops import (
+    Implementation,
+    gated_delta_rule_2_from_state,
+    gated_delta_rule_2_on_mesh,
+    rounding_seeds,
+)
+from gdn2_jax.parallel import beside
+
+StateRounding = Literal["nearest", "stochastic"]
 
 
 class DeltaRuleLayer(nn.Module):
@@ -37,6 +46,7 @@ class DeltaRuleLayer(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Initializer = small_xavier_uniform()
     decode: bool = False
+    state_rounding: StateRounding | None = None
     implementation: Implementation | None = None
 
     @property
@@ -97,15 +107,24 @@ class DeltaRuleLayer(nn.Module):
             return gated_delta_rule_2_on_mesh(
                 q, k, v, g, b, w, segment_ids=segment_ids, implementation=self.implementation
             )[0]
-        shape = (v.shape[0], v.shape[2], self.head_dim, v.shape[3])
-
-        def advance(state):
-            o, state = gated_delta_rule_2_from_state(
-                state, (q, k, v, g, b, w), segment_ids, self.implementation
+        if self.state_rounding is not None and g.dtype == jnp.float64:
+            raise ValueError(
+                f"state_rounding: expected None with a decay in float64, got {self.state_rounding!r}"
             )
-            return o, (state,)
+        kept = g.dtype if self.state_rounding is None else jnp.bfloat16
+        shape = (v.shape[0], v.shape[2], self.head_dim, v.shape[3])
+        zeros = {"state": jax.ShapeDtypeStruct(shape, kept)}
+        if self.state_rounding == "stochastic":
+            zeros["position"] = jax.ShapeDtypeStruct(shape[:1], jnp.uint32)
 
-        zeros = {"state": jax.ShapeDtypeStruct(shape, g.dtype)}
+        def advance(state, *position):
+            position = [_advanced(beside(x, v), v, segment_ids) for x in position]
+            seeds = [rounding_seeds(x, v.shape[2]) for x in position]
+            o, state = gated_delta_rule_2_from_state(
+                state, (q, k, v, g, b, w), segment_ids, self.implementation, *seeds
+            )
+            return o, (state, *position)
+
         return from_cached_state(self, zeros, segment_ids, v, advance)
 
     def _output(
@@ -128,6 +147,8 @@ class DeltaRuleLayer(nn.Module):
 
     def _check_attributes(self) -> None:
         check_attributes(self, "num_heads", "head_dim", "conv_size")
+        if self.state_rounding is not None:
+            check_choices(self, get_args(StateRounding), "state_rounding")
         value_heads = self.num_value_heads
         if value_heads is not None and (value_heads < 1 or value_heads % self.num_heads):
             raise ValueError(
@@ -140,6 +161,18 @@ class DeltaRuleLayer(nn.Module):
                 f"expand_v: expected head_dim * expand_v to be a positive whole number, "
                 f"got {self.head_dim} * {self.expand_v}"
             )
+
+
+def _advanced(
+    position: UInt32[Array, "B"], like: Array, segment_ids: Int[Array, "B T"] | None
+) -> UInt32[Array, "B"]:
+    """Tokens of each row's document after `like` [B, T, ...], `position` before it."""
+    if segment_ids is None:
+        return position + np.uint32(like.shape[1])
+    segment_ids = beside(segment_ids, like)
+    own = segment_ids == segment_ids[:, -1:]
+    before = jnp.where(own[:, 0], position, 0)
+    return before + jnp.sum(own, axis=1, dtype=jnp.uint32)
 
 
 def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H C"]:

@@ -61,6 +61,11 @@ class GatedDeltaNet2(DeltaRuleLayer):
       kernel_init: initialiser of every projection. Made by nn.with_logical_partitioning, its two
         names are those of the model's width and of the channels, in all parameters.
       decode: keep state between calls.
+      state_rounding: None keeps the state between calls in float32. "nearest" and "stochastic" keep it
+        in bfloat16, to which each call rounds it: half the memory and traffic of a decoding step.
+        The random bits of "stochastic" follow from the number of tokens of the row's document so
+        far, which the cache then has as `position`: the same document gives the same outputs, beside
+        any other rows.
       implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`.
     """
 

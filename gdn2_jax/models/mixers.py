@@ -20,6 +20,7 @@ from gdn2_jax.layers import (
     Mamba3,
     SlidingWindowAttention,
 )
+from gdn2_jax.layers.delta_rule_layer import StateRounding
 from gdn2_jax.layers.initializers import fan_in_uniform
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class DeltaRule:
       write_gate: a gate per channel of gdn2, or its mean per head.
       num_householder: steps of gated_deltaproduct for each token; the others take one.
       output_gate: None is the layer's own, sigmoid in kda, SiLU in the others.
+      state_rounding: None for a decoding state in float32, or how one in bfloat16 is rounded.
 
     Raises:
       ValueError: a field has a value that no model can have; the message names the field.
@@ -80,6 +82,7 @@ class DeltaRule:
     write_gate: Literal["channel", "scalar"] = "channel"
     num_householder: int = 2
     output_gate: Literal["silu", "sigmoid"] | None = None
+    state_rounding: StateRounding | None = None
 
     splits_sequences: ClassVar[bool] = True
     cache_grows: ClassVar[bool] = False
@@ -107,6 +110,7 @@ class DeltaRule:
         names = ("num_heads", "head_dim", "num_value_heads", "expand_v", "conv_size")
         shared = _recurrent(config, decode, name) | {n: getattr(self, n) for n in names}
         shared["allow_negative_eigenvalues"] = self.allow_negative_eigenvalues
+        shared["state_rounding"] = self.state_rounding
         if self.output_gate is not None:
             shared["output_gate"] = self.output_gate
         if self.kind in ("gdn", "deltanet", "gated_deltaproduct"):

@@ -2,6 +2,7 @@
 
 from gdn2_jax.ops.arguments import Implementation
 from gdn2_jax.ops.gated_delta_rule_2.api import gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.ops.gated_delta_rule_2.decode_step import rounding_seeds
 from gdn2_jax.ops.gated_delta_rule_2.sharded import (
     gated_delta_rule_2_from_state,
     gated_delta_rule_2_on_mesh,
@@ -42,4 +43,5 @@ __all__ = [
     "mamba3_initial_state",
     "mamba3_on_mesh",
     "mamba3_step",
+    "rounding_seeds",
 ]

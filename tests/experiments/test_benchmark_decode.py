@@ -29,21 +29,33 @@ def tiny_presets(monkeypatch):
 def test_models_are_measured_once_and_attention_alone_grows(tiny_presets, command, tmp_path):
     options = ["--models", "small_gdn2", "small_attention", "--batches", 2, "--contexts", 32, 64]
     options += ["--new-tokens", 2, "--repeats", 2, "--output", tmp_path / "rows.jsonl"]
+    options += ["--states", "float32", "nearest"]
     _, output, _ = command("benchmark_decode.py", *options)
     rows = read_rows(tmp_path / "rows.jsonl")
-    assert [(row["model"], row["context"]) for row in rows] == [
-        *(("small_gdn2", 32), ("small_gdn2", 64)),
-        *(("small_attention", 32), ("small_attention", 64)),
+    assert [(row["model"], row["state"], row["context"]) for row in rows] == [
+        *(("small_gdn2", "float32", 32), ("small_gdn2", "float32", 64)),
+        *(("small_gdn2", "nearest", 32), ("small_gdn2", "nearest", 64)),
+        *(("small_attention", "float32", 32), ("small_attention", "float32", 64)),
     ]
     assert not any("error" in row for row in rows)
     assert all(row["step_ms"] > 0 and row["first_token_ms"] > row["step_ms"] for row in rows)
-    assert rows[0]["cache_bytes"] == rows[1]["cache_bytes"]
+    wide, other, narrow, *_ = (row["cache_bytes"] for row in rows)
+    assert wide == other and wide - narrow == 2 * 2 * 16 * 16
     # Keys and values, float32, two rows, and the documents of tokens.
-    assert rows[3]["cache_bytes"] - rows[2]["cache_bytes"] == 32 * 2 * (2 * 16 + 1) * 4
+    assert rows[5]["cache_bytes"] - rows[4]["cache_bytes"] == 32 * 2 * (2 * 16 + 1) * 4
     assert (tmp_path / "rows.png").stat().st_size > 0
     _, output, _ = command("benchmark_decode.py", *options)
     assert "small" not in output.replace(str(tmp_path), "")
-    assert len(read_rows(tmp_path / "rows.jsonl")) == 4
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 6
+
+
+def test_a_step_is_timed_with_each_form_of_the_state(command, tmp_path):
+    options = ["--batches", 1, "--heads", 1, "--head-dim", 16, "--layers", 1, "--repeats", 2]
+    options += ["--states", "float32", "stochastic", "--output", tmp_path / "rows.jsonl"]
+    command("benchmark_decode.py", *options)
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [row["state"] for row in rows] == ["float32", "stochastic"]
+    assert all(row["clock_us"] > 0 for row in rows)
 
 
 def test_rows_after_the_last_minute_are_named(tiny_presets, command):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.ops import rounding_seeds
 from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper_attached
 from gdn2_jax.pallas.decode_step import Tuning, decode_step
 from gdn2_jax.testing import REGIMES, assert_matches_recurrence, operator_inputs
@@ -60,9 +61,52 @@ def test_every_tuning_computes_the_same(batch, columns):
     )
 
 
+@pytest.mark.parametrize("columns", [16, 32, 64])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_bfloat16_state_is_rounded_as_by_xla(dim, rounding, columns):
+    state, *arrays = one_token(3, 16, dim)
+    state = state.astype(jnp.bfloat16)
+    seeds = None
+    if rounding == "stochastic":
+        seeds = jnp.arange(48, dtype=jnp.uint32).reshape(3, 16)
+    found, output = decode_step(state, *arrays, 0.3, Tuning(columns=columns), seeds)
+    expected, expected_output = gated_delta_rule_2_step(
+        state, *arrays, scale=0.3, rounding_seeds=seeds, implementation="xla"
+    )
+    # Approximate exponentials and sums in another order move a value over the border between its
+    # neighbours, where it is near.
+    assert found.dtype == jnp.bfloat16 and np.mean(found != expected) < 1e-2
+    found, expected, *outputs = (
+        x.astype(jnp.float32) for x in (found, expected, output, expected_output)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-5)
+    np.testing.assert_allclose(*outputs, rtol=1e-2, atol=1e-4)
+
+
+def test_a_bfloat16_state_stays_near_over_many_steps():
+    inputs = operator_inputs(2, 500, 4, 128, dtype="bfloat16")
+    *six, state = inputs[:7]
+    expected, expected_state = gated_delta_rule_2(*six, initial_state=state)
+
+    def body(carry, token):
+        state, position = carry
+        position += jnp.uint32(1)
+        state, output = step(state, *token, rounding_seeds=rounding_seeds(position, 4))
+        return (state, position), output
+
+    carry = state.astype(jnp.bfloat16), jnp.zeros(2, jnp.uint32)
+    (state, _), outputs = jax.lax.scan(body, carry, [jnp.moveaxis(x, 1, 0) for x in six])
+    for x, y in ((jnp.moveaxis(outputs, 0, 1), expected), (state, expected_state)):
+        x, y = (np.asarray(z, np.float64) for z in (x, y))
+        assert np.linalg.norm(x - y) < 3e-2 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("implementation", [None, "pallas"])
-def test_a_donated_state_is_updated_in_place(implementation):
-    arrays = one_token(8, 16)
+def test_a_donated_state_is_updated_in_place(implementation, dtype):
+    state, *arrays = one_token(8, 16)
+    arrays = (state.astype(dtype), *arrays)
     donating = jax.jit(
         functools.partial(gated_delta_rule_2_step, implementation=implementation),
         donate_argnums=0,
@@ -71,7 +115,7 @@ def test_a_donated_state_is_updated_in_place(implementation):
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == arrays[0].nbytes
     assert memory.temp_size_in_bytes < arrays[0].nbytes
-    assert not re.search(r"= f32\[8,16,128,128\]\S* copy", compiled.as_text())
+    assert not re.search(r"= b?f\d+\[8,16,128,128\]\S* copy", compiled.as_text())
     address = arrays[0].unsafe_buffer_pointer()
     state, _ = compiled(*arrays)
     assert state.unsafe_buffer_pointer() == address

@@ -337,6 +337,44 @@ def test_decoding_without_segments_continues_the_last_document(make):
     np.testing.assert_allclose(y, full[:, 3:], atol=1e-5 * jnp.abs(full).max())
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_state_in_bfloat16_is_rounded_between_calls(make, rounding):
+    x = inputs(2, 9, WIDTH)
+    segment_ids = jnp.array([[1] * 4 + [2] * 5, [1] * 7 + [2] * 2])
+    layer, params = make(x, num_value_heads=4)
+    spans = [(0, 3), *((t, t + 1) for t in range(3, 9))]
+    expected, wide = decode(layer, params, x, spans, segment_ids)
+    layer = layer.clone(state_rounding=rounding)
+    actual, cache = decode(layer, params, x, spans, segment_ids)
+    assert cache["state"].dtype == jnp.bfloat16 and (actual != expected).any()
+    np.testing.assert_allclose(actual, expected, atol=2e-2 * jnp.abs(expected).max())
+    np.testing.assert_allclose(cache.pop("state"), wide.pop("state"), atol=2e-2)
+    if rounding == "stochastic":
+        np.testing.assert_array_equal(cache.pop("position"), [5, 2])
+    assert jax.tree.structure(cache) == jax.tree.structure(wide)
+
+
+def test_stochastic_rounding_is_the_same_for_a_document_wherever_it_stands(make):
+    x = inputs(1, 9, WIDTH)
+    layer, params = make(x, state_rounding="stochastic")
+    alone, expected = decode(layer, params, x[:, 4:], [(0, 3), (3, 4), (4, 5)])
+    ids = jnp.array([[1] * 4 + [2] * 5] * 2)
+    beside = jnp.concatenate([x, 2 * x])
+    packed, cache = decode(layer, params, beside, [(0, 7), (7, 8), (8, 9)], ids)
+    np.testing.assert_allclose(packed[:1, 4:], alone, atol=1e-5)
+    np.testing.assert_array_equal(cache["position"], [5, 5])
+    np.testing.assert_array_equal(cache["state"][:1], expected["state"])
+
+
+def test_a_state_in_bfloat16_beside_float64_is_refused():
+    with jax.enable_x64(True):
+        layer = GatedDeltaNet2(
+            num_heads=2, head_dim=8, dtype=jnp.float64, decode=True, state_rounding="nearest"
+        )
+        with pytest.raises(ValueError, match="^state_rounding: expected None .*got 'nearest'"):
+            jax.eval_shape(layer.init, jax.random.key(0), jnp.ones((1, 4, WIDTH)))
+
+
 def test_every_parameter_receives_a_finite_gradient(make):
     x = inputs(2, 6, WIDTH)
     layer, params = make(x, num_value_heads=4)
@@ -367,6 +405,7 @@ def test_layer_maps_over_an_outer_axis(make):
         ({"decay_lower_bound": -6.0}, "decay_lower_bound"),
         ({"decay_lower_bound": 0.0}, "decay_lower_bound"),
         ({"output_gate": "swish"}, "output_gate"),
+        ({"state_rounding": "up"}, "state_rounding"),
         ({"implementation": "cuda"}, "implementation"),
     ],
 )

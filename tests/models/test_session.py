@@ -58,6 +58,26 @@ def test_a_saved_session_is_as_large_after_any_text(hybrid_model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "40"]
 
 
+def test_a_stochastically_rounded_state_is_saved_and_starts_anew_in_a_row(hybrid_model, tmp_path):
+    config, params = hybrid_model
+    mixer = dataclasses.replace(config.mixer, state_rounding="stochastic")
+    config = dataclasses.replace(config, mixer=mixer)
+    _, session = greedy(config, params, start_session(config, params, [text(3), text(7)]), 4)
+    session = replace_row(config, params, session, 1, text(5))
+    save_session(tmp_path / "session", config, session)
+    restored = load_session(tmp_path / "session", config)
+    assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, session)
+    jax.tree.map(np.testing.assert_array_equal, restored, session)
+    rows, alone = (
+        x.cache["layers"]["block"]["mixer"]
+        for x in (session, start_session(config, params, [text(5)]))
+    )
+    np.testing.assert_array_equal(rows["position"], [[7, 5]] * 2)
+    assert rows["state"].dtype == jnp.bfloat16
+    for name in ("position", "state"):
+        np.testing.assert_array_equal(rows[name][:, 1:], alone[name])
+
+
 def test_a_session_of_another_model_or_a_damaged_one_is_refused(hybrid_model, tmp_path):
     config, params = hybrid_model
     path = tmp_path / "session"

@@ -63,6 +63,36 @@ def test_every_tuning_computes_the_same_without_races(dim, columns):
     np.testing.assert_allclose(*(x[1].astype(jnp.float32) for x in (results, expected)), rtol=1e-2)
 
 
+@pytest.mark.parametrize("seeds", [None, jnp.arange(4).reshape(2, 2)], ids=["nearest", "random"])
+def test_a_bfloat16_state_is_rounded_as_by_xla(seeds):
+    state, *arrays = one_token(2, 1, 64, 128, value_heads=2)
+    state = state.astype(jnp.bfloat16)
+    with interpret_mode(detect_races=True):
+        found, output = step(state, *arrays, rounding_seeds=seeds)
+    assert not interpret_pallas_call.get_races().races_found
+    expected, expected_output = gated_delta_rule_2_step(
+        state, *arrays, rounding_seeds=seeds, implementation="xla"
+    )
+    np.testing.assert_array_equal(output, expected_output)
+    # Sums in another order may move a value over the border between its neighbours.
+    assert found.dtype == jnp.bfloat16 and np.mean(found != expected) < 1e-3
+    np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (found, expected)), rtol=1e-2)
+
+
+def test_a_mapped_axis_of_bfloat16_states_and_seeds_joins_the_batch():
+    state, *arrays = (x[None] for x in one_token(2, value_heads=2))
+    state, seeds = state.astype(jnp.bfloat16), jnp.arange(4).reshape(1, 2, 2)
+
+    def rounded(state, seeds, *arrays):
+        return step(state, *arrays, rounding_seeds=seeds)
+
+    with interpret_mode():
+        found = jax.vmap(rounded)(state, seeds, *arrays)
+        expected = rounded(state[0], seeds[0], *(x[0] for x in arrays))
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(x[0], y)
+
+
 @pytest.mark.parametrize("regime, factor", [("g=0", 1.0), ("g=-1000", 0.0)])
 def test_decay_is_exact_at_its_ends(regime, factor):
     state, q, k, v, g, b, w = one_token(regime=regime)
@@ -112,6 +142,27 @@ def test_the_step_lowers_for_cuda_with_the_state_aliased(dims, dtype):
     assert text.count("@mosaic_gpu") == 1
     assert text.count("output_operand_alias<") == 1
     assert text.count("tf.aliasing_output = 0") == 1
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+def test_the_step_of_a_bfloat16_state_lowers_for_cuda_with_its_gradients(dims):
+    state, *arrays = one_token(2, 2, *dims, value_heads=4)
+    state, seeds = state.astype(jnp.bfloat16), jnp.ones((2, 4), jnp.uint32)
+    donating = jax.jit(
+        lambda state, seeds, *arrays: step(state, *arrays, rounding_seeds=seeds), donate_argnums=0
+    )
+    for given in (None, seeds):
+        lowered = donating.trace(state, given, *arrays).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("output_operand_alias<") == 1
+        assert lowered.as_text().count("tf.aliasing_output = 0") == 1
+
+    def both(state, *arrays):
+        fn = functools.partial(step, rounding_seeds=seeds)
+        results, pullback = jax.vjp(fn, state, *arrays)
+        return results, pullback(results)
+
+    text = jax.jit(both).trace(state, *arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("x64", [False, True])

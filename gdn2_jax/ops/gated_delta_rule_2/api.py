@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.export
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from gdn2_jax.ops.arguments import (
     Implementation,
@@ -161,12 +161,15 @@ def gated_delta_rule_2_step(
     w: Float[Array, "B Hv V"],
     *,
     scale: float | None = None,
+    rounding_seeds: Integer[Array, "B Hv"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B Hv K V"], Float[Array, "B Hv V"]]:
     """One token of `gated_delta_rule_2`, for decoding with constant memory.
 
     Args:
-      state: state before the token; float32 (float64 when any other input is float64).
+      state: state before the token; float32 (float64 when any other input is float64), or bfloat16,
+        which halves what a step reads and writes. The arithmetic is float32 then, too; the new state
+        is rounded, after the output was read from it. "triton" does not serve it.
       q: query; dtypes of all inputs as in `gated_delta_rule_2`.
       k: key.
       v: value.
@@ -174,6 +177,9 @@ def gated_delta_rule_2_step(
       b: erase gate.
       w: write gate.
       scale: factor on the output; 1 / sqrt(K) if None.
+      rounding_seeds: with a bfloat16 state, rounds each head's new state stochastically, by random
+        bits that its seed and the place in the state decide alone; so a seed serves for one token.
+        Rounded to nearest if None.
       implementation: as in `gated_delta_rule_2`; "xla" and "recurrent" are the same here. The
         kernel updates the state in place where the caller donates it to the compiled function.
 
@@ -185,19 +191,33 @@ def gated_delta_rule_2_step(
       NotImplementedError: the implementation asked for cannot serve these inputs.
     """
     check_implementation(implementation)
-    state, q, k, v, g, b, w = as_arrays((state, q, k, v, g, b, w))
-    _check_inputs(q, k, v, g, b, w, "state", state, "B")
+    state, q, k, v, g, b, w, seeds = as_arrays((state, q, k, v, g, b, w, rounding_seeds))
+    shape = _check_inputs(q, k, v, g, b, w, "state", None, "B")
+    check_shape("state", state, shape)
+    dtypes = [g.dtype] if g.dtype == jnp.float64 else [g.dtype, jnp.bfloat16]
+    if state.dtype not in dtypes:
+        expected = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        raise ValueError(f"state: expected {expected} beside these inputs, got {state.dtype}")
+    if seeds is not None:
+        check_shape("rounding_seeds", seeds, shape[:2])
+        if not jnp.issubdtype(seeds.dtype, jnp.integer):
+            raise ValueError(f"rounding_seeds: expected integers, got {seeds.dtype}")
+        if state.dtype != jnp.bfloat16:
+            raise ValueError(f"rounding_seeds: expected None beside a state in {state.dtype}")
+        seeds = seeds.astype(jnp.uint32)
     scale = _resolve_scale(scale, q.shape[-1])
     why_not = why_not_triton if implementation == "triton" else why_not_decode_kernel
     obstacle = why_not(q, k, v, g, b, w)
+    if implementation == "triton" and state.dtype == jnp.bfloat16:
+        obstacle = "the Triton kernel keeps the state in float32, got bfloat16"
     if implementation in ("pallas", "triton") and obstacle:
         raise NotImplementedError(f'implementation="{implementation}": {obstacle}; use "xla"')
 
-    arrays = match_varying_axes(opaque((state, q, k, v, g, b, w)))
+    arrays = match_varying_axes(opaque((state, q, k, v, g, b, w, seeds)))
     if implementation == "pallas":
         results: Any = decode_kernel(*arrays, scale)
     elif implementation == "triton":
-        results = decode_triton(*arrays, scale)
+        results = decode_triton(*arrays[:-1], scale)
     elif implementation is not None or obstacle:
         results = decode_xla(*arrays, scale)
     else:

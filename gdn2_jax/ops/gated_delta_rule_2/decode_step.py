@@ -5,10 +5,11 @@ import functools
 import jax
 import jax.export
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from gdn2_jax.ops.gated_delta_rule_2.recurrent import step
 from gdn2_jax.pallas.decode_step import decode_step
+from gdn2_jax.pallas.rounding import mixed, round_stochastically
 
 _CHANNELS = (64, 128)
 
@@ -36,6 +37,7 @@ def decode_xla(
     g: Float[Array, "B Hk K"],
     b: Float[Array, "B Hk K"],
     w: Float[Array, "B Hv V"],
+    seeds: UInt32[Array, "B Hv"] | None,
     scale: float,
 ) -> tuple[Float[Array, "B Hv K V"], Float[Array, "B Hv V"]]:
     """Advances the state by one token, in the dtype of `g`, and reads it; the output is as `v`."""
@@ -44,21 +46,50 @@ def decode_xla(
     def grouped(x):
         return x.reshape(x.shape[0], key_heads, -1, *x.shape[2:])
 
-    arrays = (q, k, grouped(v), g, b, grouped(w))
-    q, *rest = (x.astype(g.dtype) for x in arrays)
+    arrays = (q, k, grouped(v), g, b, grouped(w), grouped(state))
+    q, *rest, wide_state = (x.astype(g.dtype) for x in arrays)
     # The heads of a group share everything on the key side: mapped over, it is not repeated.
     over_group = jax.vmap(step, in_axes=(2, None, None, 2, None, None, 2), out_axes=2)
-    new_state, output = over_group(grouped(state), q * scale, *rest)
-    return new_state.reshape(state.shape), output.reshape(v.shape).astype(v.dtype)
+    new_state, output = over_group(wide_state, q * scale, *rest)
+    new_state = new_state.reshape(state.shape)
+    return rounded(new_state, state.dtype, seeds), output.reshape(v.shape).astype(v.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def decode_kernel(state, q, k, v, g, b, w, scale: float):
+def rounded(
+    state: Float[Array, "B H K V"], dtype: jnp.dtype, seeds: UInt32[Array, "B H"] | None
+) -> Float[Array, "B H K V"]:
+    """The state in the dtype in which it is kept: rounded to nearest, or stochastically with seeds.
+
+    The gradient is that of a conversion.
+    """
+    return state.astype(dtype) if seeds is None else _rounded_stochastically(state, seeds)
+
+
+@jax.custom_jvp
+def _rounded_stochastically(state, seeds):
+    key_dim, value_dim = state.shape[-2:]
+    place = jnp.arange(key_dim * value_dim, dtype=jnp.uint32).reshape(1, 1, key_dim, value_dim)
+    seeds, place = jnp.broadcast_arrays(seeds[..., None, None], place)
+    return round_stochastically(state, seeds, place)
+
+
+@_rounded_stochastically.defjvp
+def _(primals, tangents):
+    return _rounded_stochastically(*primals), tangents[0].astype(jnp.bfloat16)
+
+
+def rounding_seeds(position: UInt32[Array, "B"], heads: int) -> UInt32[Array, "B {heads}"]:
+    """Seeds of a row's heads after so many tokens: those of a row do not depend on other rows."""
+    return mixed(position)[:, None] + jnp.arange(heads, dtype=jnp.uint32)[None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def decode_kernel(state, q, k, v, g, b, w, seeds, scale: float):
     """`decode_xla` by the Hopper kernel, for inputs that `why_not_decode_kernel` lets pass.
 
     It updates the state's buffer in place where the caller donates it.
     """
-    return _mapped(scale)(state, q, k, v, g, b, w)
+    return _mapped(scale)(state, q, k, v, g, b, w, seeds)
 
 
 def _forward(*arguments):
@@ -77,7 +108,8 @@ def _mapped(scale: float):
 
     @jax.custom_batching.custom_vmap
     def call(*arrays):
-        return decode_step(*arrays, scale)
+        *arrays, seeds = arrays
+        return decode_step(*arrays, scale, seeds=seeds)
 
     @call.def_vmap
     def _(axis_size, mapped, *arrays):
@@ -85,7 +117,7 @@ def _mapped(scale: float):
             x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
-        results = call(*map(join, arrays, mapped))
+        results = call(*jax.tree.map(join, arrays, tuple(mapped)))
         split = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
         return split, (True, True)
 

@@ -11,10 +11,11 @@ carries the state through the spans before its own. The gradient is that of thes
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from gdn2_jax.ops.arguments import Implementation, segment_starts
 from gdn2_jax.ops.gated_delta_rule_2.api import (
@@ -23,6 +24,7 @@ from gdn2_jax.ops.gated_delta_rule_2.api import (
     gated_delta_rule_2_step,
     unfold_state,
 )
+from gdn2_jax.ops.gated_delta_rule_2.decode_step import rounded
 from gdn2_jax.ops.gated_delta_rule_2.documents import document_of
 from gdn2_jax.ops.isolation import replace
 from gdn2_jax.ops.precision import HIGHEST, arithmetic_for
@@ -115,22 +117,27 @@ def gated_delta_rule_2_from_state(
     arrays: tuple[Array, ...],
     segment_ids: Int[Array, "B T"] | None,
     implementation: Implementation | None,
+    rounding_seeds: UInt32[Array, "B Hv"] | None = None,
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
     """The operator on T tokens after `state`: the step for one token, else the whole form.
 
-    On a mesh of Explicit axes, rows and heads stay split as the types of q, k, v, g, b, w say.
+    A bfloat16 state is rounded after all T tokens, see `gated_delta_rule_2_step`. On a mesh of
+    Explicit axes, rows and heads stay split as the types of q, k, v, g, b, w say.
     """
 
-    def advance(state, arrays, segment_ids):
+    def advance(state, arrays, segment_ids, seeds):
+        options: dict[str, Any] = {"implementation": implementation}
         if arrays[0].shape[1] > 1:
-            return _whole(arrays, state, segment_ids, implementation=implementation)
+            wide = state.astype(arrays[3].dtype)
+            o, new_state = _whole(arrays, wide, segment_ids, **options)
+            return o, rounded(new_state, state.dtype, seeds)
         token = (x[:, 0] for x in arrays)
-        state, o = gated_delta_rule_2_step(state, *token, implementation=implementation)
+        state, o = gated_delta_rule_2_step(state, *token, rounding_seeds=seeds, **options)
         return o[:, None], state
 
     tokens, heads = ("batch", None, "heads"), ("batch", "heads")
-    advance = as_typed(advance, (heads, (tokens,) * 6, ("batch",)), (tokens, heads))
-    return advance(state, arrays, segment_ids)
+    advance = as_typed(advance, (heads, (tokens,) * 6, ("batch",), heads), (tokens, heads))
+    return advance(state, arrays, segment_ids, rounding_seeds)
 
 
 def _whole(arrays, initial_state, segment_ids, **options):

@@ -211,10 +211,21 @@ def test_a_sequence_given_to_the_step_is_an_error():
 def test_a_bad_state_of_the_step_is_named():
     for state, message in (
         (jnp.ones((2, 4, 3, 4)), r"state: .*\(2, 4, 4, 3\).*\(2, 4, 3, 4\)"),
-        (jnp.ones((2, 4, 4, 3), jnp.bfloat16), "state: .*float32.*bfloat16"),
+        (jnp.ones((2, 4, 4, 3), jnp.float16), "state: expected float32 or bfloat16 .*got float16"),
     ):
         with pytest.raises(ValueError, match=message):
             gated_delta_rule_2_step(**step_arrays(draw()) | {"state": state})
+
+
+def test_bad_seeds_of_the_rounding_are_named():
+    narrow = jnp.ones((2, 4, 4, 3), jnp.bfloat16)
+    for state, seeds, message in (
+        (narrow, jnp.ones(2, int), r"expected shape \(2, 4\), got \(2,\)"),
+        (narrow, jnp.ones((2, 4)), "expected integers, got float32"),
+        (narrow.astype(float), jnp.ones((2, 4), int), "expected None beside a state in float32"),
+    ):
+        with pytest.raises(ValueError, match=f"^rounding_seeds: {message}"):
+            gated_delta_rule_2_step(**step_arrays(draw()) | {"state": state}, rounding_seeds=seeds)
 
 
 def test_float64_inputs_need_a_float64_log_decay_and_state():
@@ -224,6 +235,9 @@ def test_float64_inputs_need_a_float64_log_decay_and_state():
             gated_delta_rule_2(*inputs._replace(g=inputs.g.astype(jnp.float32))[:6])
         with pytest.raises(ValueError, match="initial_state: .*float64.*float32"):
             gated_delta_rule_2(*inputs[:6], initial_state=inputs[6].astype(jnp.float32))
+        with pytest.raises(ValueError, match="state: expected float64 beside .*got bfloat16"):
+            state = inputs[6].astype(jnp.bfloat16)
+            gated_delta_rule_2_step(**step_arrays(inputs) | {"state": state})
 
 
 @pytest.mark.parametrize("kernels", ["pallas", "triton"])
@@ -233,3 +247,9 @@ def test_kernels_say_that_they_cannot_serve_here(kernels):
         gated_delta_rule_2(*inputs[:6], implementation=kernels)
     with pytest.raises(NotImplementedError, match=f'"{kernels}": .*; use "xla"'):
         gated_delta_rule_2_step(**step_arrays(inputs), implementation=kernels)
+
+
+def test_triton_says_that_it_has_no_state_in_bfloat16():
+    arrays = step_arrays(draw()) | {"state": jnp.ones((2, 4, 4, 3), jnp.bfloat16)}
+    with pytest.raises(NotImplementedError, match="keeps the state in float32, got bfloat16"):
+        gated_delta_rule_2_step(**arrays, implementation="triton")

@@ -138,7 +138,8 @@ def _decode_forward(*arguments):
 
 
 def _decode_backward(scale, arrays, cotangents):
-    return jax.vjp(functools.partial(decode_xla, scale=scale), *arrays)[1](cotangents)
+    step = functools.partial(decode_xla, seeds=None, scale=scale)
+    return jax.vjp(step, *arrays)[1](cotangents)
 
 
 decode_triton.defvjp(_decode_forward, _decode_backward)
