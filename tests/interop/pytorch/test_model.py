@@ -359,11 +359,11 @@ def test_models_that_pytorch_has_not_are_refused(tmp_path, make, style, options,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_hybrid_whose_attention_has_a_convolution_is_refused(tmp_path):
+def test_a_hybrid_whose_attention_has_a_convolution_is_refused(tmp_path, random_params):
     attention = SoftmaxAttention(num_heads=2, window_size=8, conv_size=4)
     config = dataclasses.replace(config_of(hybrid=True), attention=attention)
     with pytest.raises(ValueError, match=r"attention.conv_size: expected None, .*got 4"):
-        save_pretrained(tmp_path / "m.pt", config, {})
+        save_pretrained(tmp_path / "m.pt", config, random_params(LanguageModel(config), TOKENS))
 
 
 @pytest.mark.parametrize("style", ["fla", "paper"])
