@@ -5,19 +5,27 @@ Skipped without triton, 190 MB of compilers, which `make test` does not install.
 
 import functools
 import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from gdn2_jax import gated_delta_rule_2
+from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.ops.gated_delta_rule_2.triton import form
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
 triton = pytest.importorskip("triton", reason="needs triton (pip install triton)")
 
+LOCK = threading.Lock()
 kernels = functools.partial(gated_delta_rule_2, implementation="triton")
 
 
@@ -71,7 +79,8 @@ def interpret(
         memory = iter(np.array(x) for x in arrays)
         operands = [x if isinstance(x, int) else Memory(next(memory)) for x in arguments]
         results = tuple(np.full(x.shape, np.nan, x.dtype) for x in outputs)
-        kernel[grid](*operands, *map(Memory, results), **constants)
+        with LOCK:  # the interpreter has global variables
+            kernel[grid](*operands, *map(Memory, results), **constants)
         return results
 
     arrays = [x for x in arguments if not isinstance(x, int)]
@@ -112,10 +121,110 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(form, "_attached", lambda: True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("regime", ["resets", "repeated_keys_borders", "positive_keys"])
-def test_kernels_match_the_recurrence(regime, dtype):
-    inputs = operator_inputs(
-        *(1, 70, 1, 20, 24), value_heads=2, regime=regime, dtype=dtype, segments=3
-    )
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"regime": "resets", "segments": 3, "value_heads": 2},
+        {"regime": "repeated_keys_borders", "dtype": "bfloat16"},
+        {"regime": "positive_keys", "dtype": "float16", "segments": 9},
+        {"regime": "mixture", "heads": 2, "value_heads": 2, "initial_state": False},
+    ],
+    ids=lambda x: x["regime"],
+)
+def test_kernels_match_the_recurrence(options):
+    options = {"heads": 1, **options}
+    inputs = operator_inputs(1, 70, key_dim=20, value_dim=24, **options)
     assert_matches_recurrence(kernels, inputs)
+
+
+def test_steps_match_the_recurrence():
+    inputs = operator_inputs(2, 3, 2, 20, 40, value_heads=4, regime="extremes")
+    state = inputs.initial_state
+    outputs = []
+    for t in range(3):
+        token = (x[:, t] for x in inputs[:6])
+        state, o = gated_delta_rule_2_step(state, *token, implementation="triton")
+        outputs.append(o)
+    expected = gated_delta_rule_2(
+        *inputs[:6], initial_state=inputs.initial_state, implementation="recurrent"
+    )
+    np.testing.assert_allclose(np.stack(outputs, 1), expected[0], atol=1e-6)
+    np.testing.assert_allclose(state, expected[1], atol=1e-6)
+
+
+@jax.jit
+def both(arrays, state, cotangents, segment_ids=None):
+    def run(arrays, state):
+        return kernels(*arrays, initial_state=state, segment_ids=segment_ids)
+
+    results, pullback = jax.vjp(run, arrays, state)
+    return results, pullback(cotangents)
+
+
+def by_token(results):
+    """What belongs to a token: o, dq, dk, dv, dg, db and dw."""
+    (outputs, _), (gradients, _) = results
+    return [np.asarray(x[0]) for x in (outputs, *gradients)]
+
+
+def test_no_bit_of_the_past_depends_on_the_future():
+    *arrays, state, _ = operator_inputs(1, 70, 1, 16, regime="extremes")
+    *others, _, _ = operator_inputs(1, 70, 1, 16, regime="borders", seed=1)
+    for cut in (5, 24, 66):
+        past = np.arange(70) < cut
+        cotangents = jnp.where(past[:, None, None], arrays[2], 0), 0 * state
+        changed = [jnp.where(past[:, None, None], x, y) for x, y in zip(arrays, others)]
+        first, second = (by_token(both(x, state, cotangents)) for x in (arrays, changed))
+        for x, y in zip(first, second, strict=True):
+            np.testing.assert_array_equal(x[past], y[past])
+
+
+def test_a_nan_stays_in_its_document():
+    *arrays, state, _ = operator_inputs(1, 70, 1, 16)
+    ids = jnp.asarray(np.searchsorted([10, 66], np.arange(70), side="right"), jnp.int32)[None]
+    cotangents = arrays[2], state
+    clean = by_token(both(arrays, state, cotangents, ids))
+    arrays[1] = arrays[1].at[0, 30].set(jnp.nan)
+    dirty = by_token(both(arrays, state, cotangents, ids))
+    for x, y in zip(clean, dirty, strict=True):
+        np.testing.assert_array_equal(x[ids[0] != 1], y[ids[0] != 1])
+    assert np.isnan(dirty[0][30:66]).all() and np.isfinite(dirty[0][:30]).all()
+
+
+def test_mapped_over_inside_shard_map_a_gradient_is_as_without():
+    inputs = operator_inputs(2, 20, 1, 16, segments=2)
+    *arrays, state, ids = inputs
+
+    def loss(arrays, state, ids):
+        o, final = kernels(*arrays, initial_state=state, segment_ids=ids)
+        return jnp.sum(o**2) + jnp.sum(final**2)
+
+    def of_each(arrays, state, ids):
+        one = jax.grad(lambda *x: loss(*jax.tree.map(lambda x: x[None], x)))
+        return jax.vmap(one)(arrays, state, ids)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    mapped = jax.shard_map(of_each, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    gradients = jax.jit(mapped)(arrays, state, ids)
+    for x, y in zip(gradients, jax.grad(loss)(arrays, state, ids), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "channels, dtype, capability, limit",
+    [(128, "bfloat16", 80, 163), (256, "bfloat16", 89, 99), (64, "float32", 89, 99)],
+)
+def test_kernels_fit_into_the_shared_memory_of_other_gpus(channels, dtype, capability, limit):
+    script = Path(__file__).with_name("triton_resources.py")
+    command = [sys.executable, script, *map(str, (channels, channels, dtype, capability))]
+    compiled = {k: x for k, x in os.environ.items() if k != "TRITON_INTERPRET"}
+    report = subprocess.check_output(command, env=compiled, text=True)
+    kernels = dict(line.split("\t", 1) for line in report.splitlines())
+    assert len(kernels) == 7
+    assert max(int(x.split("\t")[0]) for x in kernels.values()) <= limit * 1024, report
+
+
+def test_importing_the_package_imports_no_triton():
+    code = "import sys, gdn2_jax; assert not {'triton', 'jax_triton'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

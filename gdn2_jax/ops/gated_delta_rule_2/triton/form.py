@@ -64,9 +64,11 @@ class Plan(NamedTuple):
 
 def plan(key_dim: int, value_dim: int, half: bool) -> Plan:
     """The plan for a size of heads, bf16 operands or fp32 ones."""
-    del half
     block_k, block_v = min(32, _tile(key_dim)), min(64, _tile(value_dim))
-    return Plan(block_k, block_v, 4, min(32, _tile(value_dim)), 4, 2)
+    small = half and key_dim <= 128
+    return Plan(
+        block_k, block_v, 4, min(32 if small else 16, _tile(value_dim)), 4, 2 if small else 1
+    )
 
 
 def why_not_triton(q, k, v, g, b, w) -> str | None:

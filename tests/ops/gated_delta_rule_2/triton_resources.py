@@ -1,0 +1,84 @@
+"""Compiles the Triton kernels for a GPU that need not be here, and prints what they take of it.
+
+    python tests/ops/gated_delta_rule_2/triton_resources.py 128 128 bfloat16 89
+
+Key channels, value channels, dtype, compute capability without its point. One line a kernel: name,
+bytes of shared memory, registers and bytes of spills of a thread.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.ops.gated_delta_rule_2.triton import form
+
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+def launches(key_dim, value_dim, dtype):
+    """What the forward, the forward that saves, the backward and a decoding step launch."""
+    recorded = {}
+
+    def record(kernel, arguments, outputs, grid, **options):
+        options.pop("input_output_aliases", None)
+        name = kernel.fn.__name__ + (" saving" if options.get("SAVE") else "")
+        recorded[name] = kernel, [*arguments, *outputs], options
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)
+
+    form.call_kernel, form._attached = record, lambda: True
+    key, value = (jax.ShapeDtypeStruct((2, 70, 2, d), dtype) for d in (key_dim, value_dim))
+    decay = jax.ShapeDtypeStruct(key.shape, "float32")
+    arrays = key, key, value, decay, key, value
+
+    def run(*arrays):
+        return gated_delta_rule_2(*arrays, implementation="triton")
+
+    def step(*arrays):
+        state = jnp.zeros((2, 2, key_dim, value_dim))
+        return gated_delta_rule_2_step(state, *(x[:, 0] for x in arrays), implementation="triton")
+
+    jax.eval_shape(run, *arrays)
+    jax.eval_shape(lambda *x: jax.vjp(run, *x)[1](run(*x)), *arrays)
+    jax.eval_shape(step, *arrays)
+    return recorded
+
+
+def resources(kernel, arguments, options, capability):
+    """Bytes of shared memory, registers and bytes of spills."""
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    given = iter("i32" if isinstance(x, int) else TYPES[x.dtype.name] for x in arguments)
+    signature = {n: "constexpr" if n in options else next(given) for n in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, options, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        target = f"sm_{capability}" + ("a" if capability >= 90 else "")
+        command = [PTXAS, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spills = (re.search(x, report)[1] for x in (r"Used (\d+)", r"(\d+) bytes spill st"))
+    return compiled.metadata.shared, int(registers), int(spills)
+
+
+if __name__ == "__main__":
+    key_dim, value_dim, dtype, capability = sys.argv[1:]
+    for name, launch in launches(int(key_dim), int(value_dim), dtype).items():
+        print(name, *resources(*launch, int(capability)), sep="\t", flush=True)
