@@ -32,11 +32,14 @@ _EXTRAS = {
 
 
 def _show(kind, error, traceback) -> None:
-    """Shows an error, that of a missing package as one line; a `sys.excepthook`."""
+    """Shows an error, a missing package or Ctrl-C during imports as one line; a `sys.excepthook`."""
+    script = Path(sys.argv[0]).name
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"\n{script}: stopped by SIGINT", file=sys.stderr)
+        return
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if issubclass(kind, ModuleNotFoundError) and package not in ("", "gdn2_jax", "pallas"):
         extra = _EXTRAS.get(package, "train")
-        script = Path(sys.argv[0]).name
         print(f'{script}: {package} is not installed: pip install ".[{extra}]"', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)

@@ -1,3 +1,5 @@
+import sys
+
 from gdn2_jax.command import out_of_memory
 
 import jax
@@ -21,3 +23,9 @@ def test_too_little_memory_is_one_line_with_the_size():
         ("INTERNAL: something else, allocating 5 bytes", None),
     ):
         assert out_of_memory(jax.errors.JaxRuntimeError(text)) == line
+
+
+def test_ctrl_c_during_imports_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments/train.py"])
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "\ntrain.py: stopped by SIGINT\n"

@@ -206,9 +206,9 @@ def _default_corpus() -> list[Path]:
 
 def _search(directory: Path, leave_out: Path | None) -> tuple[list[Path], str]:
     """Returns the files to read, in order, and a description of the others."""
-    found, others, hidden = [], Counter(), []
+    found, others, hidden, closed = [], Counter(), [], []
     seen = {os.path.realpath(path) for path in (leave_out,) if path} - {os.path.realpath(directory)}
-    for folder, folders, names in os.walk(directory, followlinks=True):
+    for folder, folders, names in os.walk(directory, onerror=closed.append, followlinks=True):
         # A folder that links lead to twice, or that contains itself, is searched once.
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
@@ -225,6 +225,8 @@ def _search(directory: Path, leave_out: Path | None) -> tuple[list[Path], str]:
     skipped += ["other files"] * (len(others) > 5)
     skipped += [f"{name} (hidden)" for name in hidden[:5]]
     skipped += [f"{len(hidden) - 5} more hidden"] * (len(hidden) > 5)
+    skipped += [f"{error.filename} ({error.strerror})" for error in closed[:5]]
+    skipped += [f"{len(closed) - 5} more that cannot be read"] * (len(closed) > 5)
     return sorted(found), ", ".join(skipped)
 
 
@@ -299,7 +301,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[str | None]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: expected a line of JSON, got {error}") from error
         if type(record) is not dict or type(record.get(field, 0)) not in (str, type(None)):
             raise ValueError(f"{path}:{number}: expected an object with a string {field!r}")

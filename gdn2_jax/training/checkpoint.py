@@ -31,8 +31,23 @@ def open_checkpoints(directory: Path, kept: int) -> ocp.CheckpointManager:
 
 def read_checkpoints(directory: Path) -> ocp.CheckpointManager:
     """Returns a manager that alters nothing, not even where a run is saving at the moment."""
+    check_name(directory)
     options = ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False)
     return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def check_name(directory: Path) -> None:
+    """Raises a ValueError if tensorstore, to which names are UTF-8, would take another directory."""
+    path = directory.absolute()
+    try:
+        same = os.fsencode(path) == str(path).encode()
+    except UnicodeEncodeError:
+        same = False
+    if not same:
+        raise ValueError(
+            f"run_dir: expected a name in UTF-8, got {str(path)!r} "
+            "(with PYTHONUTF8=1 names are read as UTF-8 in every locale)"
+        )
 
 
 def save_checkpoint(

@@ -25,6 +25,7 @@ from gdn2_jax.parallel import (
 )
 from gdn2_jax.training.checkpoint import (
     CheckpointError,
+    check_name,
     close_checkpoints,
     open_checkpoints,
     read_checkpoints,
@@ -132,6 +133,7 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh)
     files = run_files(directory)
+    check_name(directory)
     with contextlib.ExitStack() as undo:
         # A mistake in the data leaves no directory; one that is there may say no, and sooner.
         claim = None

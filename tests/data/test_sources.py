@@ -162,6 +162,24 @@ def test_a_file_of_another_suffix_is_named_with_those_expected(tmp_path):
         read(tmp_path / "a.md")
 
 
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "yours").mkdir()
+    (tmp_path / "mine" / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("yours"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    notes = []
+    assert read(tmp_path, notes=notes) == ["text"]
+    expected = f"{tmp_path / 'yours'} (Permission denied)"
+    assert notes == [f"data.paths: skipped in {tmp_path}: {expected}"]
+
+
 def test_a_directory_without_text_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=f"data.paths: expected .*, got none in the directory {tmp_path}"
@@ -177,6 +195,7 @@ def test_a_directory_without_text_is_named(tmp_path):
         (b'{"body": "x"}', "expected an object with a string 'text'"),
         (b'{"text": 3}', "expected an object with a string 'text'"),
         (b'["text"]', "expected an object with a string 'text'"),
+        (b"[" * 100_000, "expected a line of JSON, got maximum recursion depth"),
         (rb'{"text": "\ud800"}', "expected Unicode in 'text', got"),
     ],
 )

@@ -18,7 +18,7 @@ from gdn2_jax.training import (
     open_run,
     run_files,
 )
-from gdn2_jax.training.checkpoint import restore_checkpoint
+from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
 from gdn2_jax.training.run import _warn_of_loss, load_config, save_config
 from gdn2_jax.training.step import abstract_state, replicated
 from gdn2_jax.training.train import _open_batches
@@ -216,6 +216,15 @@ def test_data_go_on_where_they_stopped_for_the_same_and_for_other_readers(
 def test_config_names_the_field_that_is_out_of_range(config, field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected .* got {value}"):
         replace(config, **{field: value})
+
+
+def test_a_directory_that_orbax_could_not_write_is_refused_before(config, tmp_path):
+    directory = tmp_path / b"run\xfc".decode(errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"^run_dir: expected a name in UTF-8, got '.*run\\udcfc'"):
+        open_run(config, directory)
+    assert not directory.exists()
+    with pytest.raises(ValueError, match=r"^run_dir: expected a name in UTF-8"):
+        read_checkpoints(directory / "checkpoints")
 
 
 def test_a_prompt_that_the_last_sample_could_not_read_is_refused_before(config):
