@@ -42,10 +42,12 @@ def _attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of a few hundred queries at a time to all keys, in memory linear in T."""
     length = q.shape[1]
-    positions, key_positions, key_segments = jnp.arange(length), jnp.arange(length), segment_ids
+    positions, key_segments = jnp.arange(length), segment_ids
+    key_positions = positions[None]
     if past is not None:
         k, v = jnp.concatenate([past.k, k], axis=1), jnp.concatenate([past.v, v], axis=1)
-        key_positions = jnp.concatenate([past.positions, positions])
+        own = jnp.broadcast_to(key_positions, (q.shape[0], length))
+        key_positions = jnp.concatenate([past.positions, own], axis=1)
         if segment_ids is not None:
             key_segments = jnp.concatenate([past.segment_ids, segment_ids], axis=1)
 
@@ -54,7 +56,7 @@ def _attention(
         same_segment = None
         if segment_ids is not None and key_segments is not None:
             same_segment = segment_ids[:, :, None] == key_segments[:, None]
-        distances = positions[:, None] - key_positions[None, :]
+        distances = positions[None, :, None] - key_positions[:, None]
         return attend(q, k, v, distances, same_segment, window_size)
 
     if length <= _QUERIES_AT_ONCE:

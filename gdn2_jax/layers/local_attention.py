@@ -23,7 +23,7 @@ class Past(NamedTuple):
     k: Float[Array, "B W N H"]
     v: Float[Array, "B W N H"]
     segment_ids: Int[Array, "B W"]
-    positions: Int[Array, "W"]
+    positions: Int[Array, "#B W"]
 
 
 def local_attention(
@@ -110,7 +110,7 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S N H"],
     v: Float[Array, "B S N H"],
-    distances: Int[Array, "T S"],
+    distances: Int[Array, "#B T S"],
     same_segment: Array | None,
     window_size: int,
     isolate: bool = True,
@@ -121,7 +121,7 @@ def attend(
     and infinity reach what attends to them and nothing else, in the gradients too, unless
     `isolate` is false.
     """
-    mask = ((distances >= 0) & (distances < window_size))[None]
+    mask = (distances >= 0) & (distances < window_size)
     if same_segment is not None:
         mask &= same_segment
     run = _isolated_attention if isolate and same_segment is not None else _masked_attention
@@ -178,7 +178,7 @@ def _block_attention(
     count = -(-length // size)
     if past is None and count > 1:
         empty = jnp.zeros((batch, window_size, *k.shape[2:]), k.dtype)
-        nowhere = jnp.full(window_size, -window_size)
+        nowhere = jnp.full((1, window_size), -window_size)
         past = Past(empty, empty, jnp.zeros((batch, window_size), jnp.int32), nowhere)
 
     def blocks(x: Array) -> Array:
@@ -197,16 +197,16 @@ def _block_attention(
 
     q, k, v = blocks(q), blocks(k), blocks(v)
     k, v = spans(k, past and past.k), spans(v, past and past.v)
-    positions = jnp.arange(count * size).reshape(1, count, size)
-    distances = (
-        positions[0, :, :, None] - spans(positions, past and past.positions[None])[0, :, None]
-    )
+    own = jnp.arange(count * size).reshape(1, count, size)
+    if past is not None:
+        own = jnp.broadcast_to(own, (past.positions.shape[0], count, size))
+    distances = own[..., None] - spans(own, past and past.positions)[:, :, None]
     same_segment = None
     if segment_ids is not None:
         own = blocks(segment_ids)
         same_segment = own[..., None] == spans(own, past and past.segment_ids)[:, :, None]
     attend_block = jax.vmap(
-        functools.partial(attend, window_size=window_size), in_axes=(1, 1, 1, 0, 1), out_axes=1
+        functools.partial(attend, window_size=window_size), in_axes=1, out_axes=1
     )
     outputs = attend_block(q, k, v, distances, same_segment)
     return outputs.reshape(batch, count * size, *outputs.shape[3:])[:, :length]

@@ -12,7 +12,7 @@ PERIOD = 2**30
 
 
 def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "T"], theta: float
+    x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float
 ) -> Float[Array, "B T N H"]:
     """Rotates channel i against channel i + H/2 by the angle position * theta^(-2i / H).
 
@@ -24,14 +24,14 @@ def rotate(
     half = x.shape[-1] // 2
     frequencies = float(theta) ** (-np.arange(half) / half)
     if x.dtype == jnp.float64:
-        angles = positions[:, None].astype(x.dtype) * frequencies[None]
+        angles = positions[..., None].astype(x.dtype) * frequencies[None, None]
     else:
         # Turns in units of 2^-32. What exceeds 32 bits is whole turns.
         turns = np.round(frequencies / (2 * math.pi) % 1 * PERIOD).astype(np.uint32) * np.uint32(4)
-        turns = positions[:, None].astype(jnp.uint32) * turns[None]
+        turns = positions[..., None].astype(jnp.uint32) * turns[None, None]
         turns = jax.lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.float32)
         angles = turns * np.float32(2 * math.pi / 2**32)
-    cosine, sine = (u[None, :, None] for u in (jnp.cos(angles), jnp.sin(angles)))
+    cosine, sine = (u[:, :, None] for u in (jnp.cos(angles), jnp.sin(angles)))
     first, second = (u.astype(angles.dtype) for u in (x[..., :half], x[..., half:]))
     rotated = [first * cosine - second * sine, second * cosine + first * sine]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
@@ -28,9 +29,9 @@ class SlidingWindowAttention(nn.Module):
     Query t sees the keys t - (window_size - 1), ..., t of its document.
 
     With `decode=True` the "cache" collection keeps the rotated keys, the values and the documents
-    of the last `window_size` tokens in ring buffers, `slot`, where the next token goes, and `index`,
-    the number of tokens so far, which from 2^31 on falls back to 2^30: outputs are as exact after any
-    number of tokens. Calls, `init` and `segment_ids` behave as in `GatedDeltaNet2`.
+    of the last `window_size` tokens in ring buffers, and for each row `slot`, where its next token
+    goes, and `index`, its number of tokens so far, which from 2^31 on falls back to 2^30: outputs are as
+    exact after any number of tokens. Calls, `init` and `segment_ids` behave as in `GatedDeltaNet2`.
 
     Attributes:
       num_heads: number of heads, each of width D / num_heads.
@@ -74,7 +75,7 @@ class SlidingWindowAttention(nn.Module):
         if self.decode:
             o = self._attend_and_cache(q, k, v, segment_ids)
         else:
-            positions = jnp.arange(length)
+            positions = jnp.arange(length)[None]
             q, k = (
                 checkpoint_name(rotate(array, positions, self.rope_theta), "operand")
                 for array in (q, k)
@@ -118,11 +119,11 @@ class SlidingWindowAttention(nn.Module):
         documents = self.variable("cache", "segment_ids", jnp.zeros, (batch, window), jnp.int32)
         # The angles of float64 have no period, to which an int32 could fall back.
         whole = jnp.int64 if k.dtype == jnp.float64 else jnp.int32
-        index = self.variable("cache", "index", jnp.zeros, (), whole)
-        slot = self.variable("cache", "slot", jnp.zeros, (), jnp.int32)
+        index = self.variable("cache", "index", jnp.zeros, (batch,), whole)
+        slot = self.variable("cache", "slot", jnp.zeros, (batch,), jnp.int32)
 
         rows, heads = ("batch",), ("batch", None, "heads")
-        axes = ((heads, heads, rows), (), (), heads, heads, heads, rows)
+        axes = ((heads, heads, rows), rows, rows, heads, heads, heads, rows)
         advance = as_typed(self._advance, axes, (heads, axes[0]))
         rings = (keys.value, values.value, documents.value)
         o, rings = advance(rings, index.value, slot.value, q, k, v, segment_ids)
@@ -133,23 +134,22 @@ class SlidingWindowAttention(nn.Module):
         return o
 
     def _advance(self, rings, start, first, q, k, v, segment_ids) -> tuple[Array, tuple]:
-        """Outputs and rings after tokens that begin at index `start` and in slot `first`."""
+        """Outputs and rings after tokens that begin at each row's index `start`, in slot `first`."""
         batch, length = k.shape[:2]
         window = self.window_size
-        positions = start + jnp.arange(length, dtype=start.dtype)
+        positions = start[:, None] + jnp.arange(length, dtype=start.dtype)[None]
         q, k = (rotate(array, positions, self.rope_theta) for array in (q, k))
         isolate = segment_ids is not None
         past = Past._make((*rings, _positions_in_ring(start, first, window)))
         if segment_ids is None:
-            last = past.segment_ids[:, (first - 1) % window]
-            segment_ids = jnp.broadcast_to(last[:, None], (batch, length))
+            last = jnp.take_along_axis(past.segment_ids, (first[:, None] - 1) % window, axis=1)
+            segment_ids = jnp.broadcast_to(last, (batch, length))
 
         # Only the last `window` of the new tokens can be seen again.
-        slots = (first + jnp.arange(length)[-window:]) % window
-        keys, values, documents = rings = (
-            past.k.at[:, slots].set(k[:, -window:]),
-            past.v.at[:, slots].set(v[:, -window:]),
-            past.segment_ids.at[:, slots].set(segment_ids[:, -window:].astype(jnp.int32)),
+        slots = (first[:, None] + jnp.arange(length)[None, -window:]) % window
+        new = (k, v, segment_ids.astype(jnp.int32))
+        keys, values, documents = rings = tuple(
+            _written(ring, slots, x[:, -window:]) for ring, x in zip(rings, new, strict=True)
         )
         if length > 1:
             return self._attend(q, k, v, segment_ids, past), rings
@@ -157,7 +157,8 @@ class SlidingWindowAttention(nn.Module):
         after = _positions_in_ring(_advanced(start, 1), (first + 1) % window, window)
         same_segment = segment_ids[:, :, None] == documents[:, None]
         # Without documents there is nothing to isolate, and the ring is read once only.
-        return attend(q, keys, values, -1 - after[None], same_segment, window, isolate), rings
+        distances = -1 - after[:, None]
+        return attend(q, keys, values, distances, same_segment, window, isolate), rings
 
     def _check_attributes(self, width: int) -> None:
         check_attributes(self, "window_size", "conv_size")
@@ -168,15 +169,21 @@ class SlidingWindowAttention(nn.Module):
             )
 
 
+@jax.vmap
+def _written(ring: Array, slots: Int[Array, "T"], x: Array) -> Array:
+    """A row's ring with `x` [T, ...] in its slots."""
+    return ring.at[slots].set(x, unique_indices=True, mode="promise_in_bounds")
+
+
 def _positions_in_ring(
-    index: Int[Array, ""], slot: Int[Array, ""], window_size: int
-) -> Int[Array, "W"]:
-    """Positions, counted from token `index`, of the tokens in a ring that ends before `slot`."""
-    age = (slot - 1 - jnp.arange(window_size)) % window_size
-    return jnp.where(age < index, -1 - age, -window_size - 1)
+    index: Int[Array, "B"], slot: Int[Array, "B"], window_size: int
+) -> Int[Array, "B {window_size}"]:
+    """Positions, counted from token `index`, of the tokens in rings that end before `slot`."""
+    age = (slot[:, None] - 1 - jnp.arange(window_size)[None]) % window_size
+    return jnp.where(age < index[:, None], -1 - age, -window_size - 1)
 
 
-def _advanced(index: Int[Array, ""], length: int) -> Int[Array, ""]:
+def _advanced(index: Int[Array, "B"], length: int) -> Int[Array, "B"]:
     """The sum, less what brings an int32 that overflows back to [2^30, 2^31)."""
     total = index + length
     if index.dtype == jnp.int64:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.files import replacing
@@ -30,8 +30,7 @@ class Session(NamedTuple):
     """Texts that a model has read, one a row.
 
     Attributes:
-      cache: the model's "cache" collection, whose arrays are [layers, B, ...], or [layers] for what
-        all rows share.
+      cache: the model's "cache" collection, whose arrays are [layers, B, ...].
       logits: of the next token of each row.
     """
 
@@ -54,7 +53,7 @@ def start_session(
     Raises:
       ValueError: the prompts are malformed or too long for `context_length`.
     """
-    rows = checked_rows(prompts, config.vocab_size)
+    rows = checked_rows(prompts, config.vocab_size, name="prompts")
     length = in_pieces(max(map(len, rows)))
     if config.mixer.cache_grows and length > config.context_length:
         raise ValueError(
@@ -65,16 +64,44 @@ def start_session(
 
 
 def extend_session(
-    config: ModelConfig, params: dict, session: Session, tokens: Int[Array | np.ndarray, "B T"]
+    config: ModelConfig,
+    params: dict,
+    session: Session,
+    tokens: Int[Array | np.ndarray, "B T"] | Sequence[Sequence[int] | np.ndarray],
 ) -> Session:
-    """Reads as many tokens more in each row; compiled once for each T.
+    """Reads more tokens in each row.
 
     `session` itself must not be used again.
+
+    Args:
+      config: the model's configuration.
+      params: its parameters.
+      session: of B rows.
+      tokens: ids: an array, which is read at once, by a program for each T; or a list of rows that
+        may differ in length and be empty. Those are read in pieces of 4096, 2048, ..., 1 tokens,
+        a program for each: a row takes the pieces that fit into what is left of it.
+
+    Raises:
+      ValueError: the tokens are malformed, or not of as many rows.
     """
-    rows = checked_rows(np.asarray(tokens), config.vocab_size)
+    rows = checked_rows(tokens, config.vocab_size, name="tokens", may_be_empty=True)
     if len(rows) != len(session.logits):
         raise ValueError(f"tokens: expected {len(session.logits)} rows, got {len(rows)}")
-    return read(config, params, session.cache, np.stack(rows))
+    lengths = np.array([len(row) for row in rows])
+    if (lengths == lengths[0]).all() and lengths[0]:
+        return read(config, params, session.cache, np.stack(rows))
+    starts, piece = np.zeros_like(lengths), _LONGEST_PIECE
+    while (starts < lengths).any():
+        takes_part = lengths - starts >= piece
+        if not takes_part.any():
+            piece //= 2
+            continue
+        block = np.zeros((len(rows), piece), np.int32)
+        for row in np.flatnonzero(takes_part):
+            block[row] = rows[row][starts[row] : starts[row] + piece]
+        session = _read_some(config, params, session, block, takes_part)
+        starts += piece * takes_part
+    return session
 
 
 def sessions_along(
@@ -100,7 +127,7 @@ def sessions_along(
     Raises:
       ValueError: the tokens are malformed, or the positions do not ascend from 1 to T.
     """
-    rows = np.stack(checked_rows(np.asarray(tokens), config.vocab_size))
+    rows = np.stack(checked_rows(np.asarray(tokens), config.vocab_size, name="tokens"))
     ids = np.ones_like(rows) if segment_ids is None else np.asarray(segment_ids, np.int32)
     bounds = [0, *positions]
     if any(a >= b for a, b in pairwise(bounds)) or bounds[-1] > rows.shape[1]:
@@ -138,11 +165,7 @@ def replace_row(
     """
     if not 0 <= row < len(session.logits):
         raise ValueError(f"row: expected 0 to {len(session.logits) - 1}, got {row}")
-    rows = checked_rows([prompt], config.vocab_size)
-    length = in_pieces(len(rows[0]))
-    # Its last token takes the place of the last tokens of the other rows.
-    cache = _before(empty_cache(config, 1), session.cache, length)
-    return _with_row(session, row, _read_rows(config, params, cache, rows, length))
+    return put_rows(session, [row], start_session(config, params, [prompt]))
 
 
 def take_rows(session: Session, rows: Sequence[int]) -> Session:
@@ -151,12 +174,36 @@ def take_rows(session: Session, rows: Sequence[int]) -> Session:
     Raises:
       ValueError: there is no such row.
     """
-    count = len(session.logits)
-    if not rows or not all(0 <= row < count for row in rows):
-        raise ValueError(f"rows: expected some of 0 to {count - 1}, got {list(rows)}")
-    chosen = jnp.asarray(rows)
-    cache = jax.tree.map(lambda x: x if x.ndim == 1 else x[:, chosen], session.cache)
+    chosen = _checked_places(rows, len(session.logits))
+    cache = jax.tree.map(lambda x: x[:, chosen], session.cache)
     return Session(cache, session.logits[chosen])
+
+
+def put_rows(session: Session, rows: Sequence[int], other: Session) -> Session:
+    """Puts the rows of another session in the place of some rows; the others stay as they are.
+
+    `session` itself must not be used again.
+
+    Args:
+      session: of several rows.
+      rows: numbers of rows of `session`, one for each row of `other`.
+      other: of the same model, such as a saved session, after any number of tokens.
+
+    Raises:
+      ValueError: there is no such row, or `other` has another number of rows or is of another model.
+    """
+    places = _checked_places(rows, len(session.logits))
+    if len(set(rows)) != len(rows) or len(rows) != len(other.logits):
+        raise ValueError(
+            f"rows: expected {len(other.logits)} different ones, as many as other has, got {list(rows)}"
+        )
+
+    def kinds(tree):
+        return jax.tree.map(lambda x: (x.shape[0], *x.shape[2:], x.dtype.name), tree)
+
+    if kinds(session.cache) != kinds(other.cache):
+        raise ValueError("other: expected a session of the same model, got a cache of other arrays")
+    return _with_rows(session, places, other)
 
 
 def save_session(path: str | Path, config: ModelConfig, session: Session) -> None:
@@ -224,35 +271,33 @@ def empty_cache(config: ModelConfig, batch: int) -> dict:
     """The cache of rows that have read nothing."""
     model = LanguageModel(config, decode=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((batch, 1), jnp.int32))
-    cache: dict[Any, Any] = flatten_dict(
-        jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["cache"])
-    )
-    for path in cache:
-        if path[-1] == "index":
-            # As if a ring of padding were read: later a row may be longer than all others.
-            cache[path] += cache[*path[:-1], "key"].shape[2]
-    return unflatten_dict(cache)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes["cache"])
 
 
-def _before(cache: dict, other: dict, length: int) -> dict:
-    """An empty cache that comes to where `other` is by reading `length` tokens."""
-    cache, other = flatten_dict(cache), flatten_dict(other)
-    for path in cache:
-        if path[-1] == "index":
-            # It may be negative, since angles count relative to each other only.
-            cache[path] = other[path] - length
-        elif path[-1] == "slot":
-            cache[path] = (other[path] - length) % cache[*path[:-1], "key"].shape[2]
-    return unflatten_dict(cache)
+def _checked_places(rows: Sequence[int], count: int) -> Int[Array, "N"]:
+    if not len(rows) or not all(0 <= row < count for row in rows):
+        raise ValueError(f"rows: expected some of 0 to {count - 1}, got {list(rows)}")
+    return jnp.asarray(rows)
 
 
 @functools.partial(jax.jit, donate_argnames=("session",))
-def _with_row(session: Session, row, one: Session) -> Session:
-    def put(x, y):
-        return x if x.ndim == 1 else x.at[:, row].set(y[:, 0])
+def _with_rows(session: Session, rows, other: Session) -> Session:
+    cache = jax.tree.map(lambda x, y: x.at[:, rows].set(y), session.cache, other.cache)
+    return Session(cache, session.logits.at[rows].set(other.logits))
 
-    cache = jax.tree.map(put, session.cache, one.cache)
-    return Session(cache, session.logits.at[row].set(one.logits[0]))
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("session",))
+def _read_some(config, params, session: Session, tokens, takes_part) -> Session:
+    """The session after some tokens in the rows that take part; the others stay as they are."""
+
+    def chosen(new, old, axis):
+        shape = [1] * new.ndim
+        shape[axis] = len(takes_part)
+        return jnp.where(takes_part.reshape(shape), new, old)
+
+    new = read(config, params, session.cache, tokens)
+    cache = jax.tree.map(lambda x, y: chosen(x, y, 1), new.cache, session.cache)
+    return Session(cache, chosen(new.logits, session.logits, 0))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
@@ -271,25 +316,31 @@ def read(
     return Session(updated["cache"], logits[:, -1])
 
 
-def checked_rows(prompt, vocab_size: int) -> list[Int[np.ndarray, "P"]]:
-    """The rows of a prompt as arrays; raises a ValueError if it is malformed."""
+def checked_rows(
+    prompt, vocab_size: int, name: str = "prompt", may_be_empty: bool = False
+) -> list[Int[np.ndarray, "P"]]:
+    """The rows of a prompt as arrays; raises a ValueError that names it if it is malformed."""
     if isinstance(prompt, list | tuple):
         rows = [np.asarray(row) for row in prompt]
-        if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
+        if may_be_empty:  # NumPy takes an empty list for floats.
+            rows = [row.astype(np.int32) if row.shape == (0,) else row for row in rows]
+        if not rows or any(row.ndim != 1 or row.size < (not may_be_empty) for row in rows):
             shapes = [row.shape for row in rows]
-            raise ValueError(f"prompt: expected rows of token ids, got rows of shapes {shapes}")
+            raise ValueError(f"{name}: expected rows of token ids, got rows of shapes {shapes}")
         dtype = np.result_type(*rows)
     else:
         rows = np.asarray(prompt)
         if rows.ndim != 2 or rows.size == 0:
             raise ValueError(
-                f"prompt: expected a non-empty array [B P], or a list of rows, "
+                f"{name}: expected a non-empty array [B P], or a list of rows, "
                 f"got shape {rows.shape}"
             )
         dtype = rows.dtype
     if not np.issubdtype(dtype, np.integer):
-        raise ValueError(f"prompt: expected integers, got {dtype}")
-    least, greatest = min(row.min() for row in rows), max(row.max() for row in rows)
-    if least < 0 or greatest >= vocab_size:
-        raise ValueError(f"prompt: expected ids in [0, {vocab_size}), got {least} to {greatest}")
+        raise ValueError(f"{name}: expected integers, got {dtype}")
+    ids = np.concatenate(rows)
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        raise ValueError(
+            f"{name}: expected ids in [0, {vocab_size}), got {ids.min()} to {ids.max()}"
+        )
     return [row.astype(np.int32) for row in rows]

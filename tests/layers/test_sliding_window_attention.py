@@ -76,8 +76,8 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
     def score(position, distance):
         return jnp.vdot(
-            rotate(q, jnp.array([position]), 10.0),
-            rotate(k, jnp.array([position - distance]), 10.0),
+            rotate(q, jnp.array([[position]]), 10.0),
+            rotate(k, jnp.array([[position - distance]]), 10.0),
         )
 
     np.testing.assert_allclose(score(3, 2), score(50, 2), rtol=1e-4)
@@ -133,7 +133,7 @@ def test_decoding_equals_the_full_forward(make, documents):
         np.testing.assert_allclose(y, full[:, start:stop], atol=1e-5)
         variables = {"params": params, **cache}
     assert variables["cache"]["key"].shape == (2, WINDOW, HEADS, WIDTH // HEADS)
-    assert variables["cache"]["index"] == 23
+    np.testing.assert_array_equal(variables["cache"]["index"], [23, 23])
 
 
 @pytest.mark.parametrize("layer_type", [SlidingWindowAttention, Attention])
@@ -154,7 +154,7 @@ def test_decoding_is_as_exact_after_any_number_of_tokens(random_params, layer_ty
             ids = jnp.ones((1, stop - start), jnp.int32)
             y, cache = run({"params": params, **cache}, x[:, start:stop], ids)
             outputs.append(y)
-        return jnp.concatenate(outputs, axis=1), int(cache["cache"]["index"])
+        return jnp.concatenate(outputs, axis=1), int(cache["cache"]["index"][0])
 
     outputs, _ = decode(0)
     np.testing.assert_allclose(outputs[:, :6], expected, atol=1e-5)
@@ -169,7 +169,7 @@ def test_angles_are_those_of_float64_at_any_position(theta):
     x = inputs(1, 4, 1, 16)
     positions = np.array([1, 2047, 65_536, 131_071])
     angles = positions[:, None] * theta ** (-np.arange(8) / 8)
-    turned = rotate(x, jnp.array(positions), theta)
+    turned = rotate(x, jnp.array(positions)[None], theta)
     expected = np.concatenate(
         [
             x[0, :, 0, :8] * np.cos(angles) - x[0, :, 0, 8:] * np.sin(angles),

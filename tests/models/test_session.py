@@ -13,6 +13,7 @@ from gdn2_jax.models import (
     extend_session,
     generate,
     load_session,
+    put_rows,
     replace_row,
     save_session,
     sessions_along,
@@ -174,6 +175,53 @@ def test_a_row_starts_anew_while_the_others_go_on(any_model):
     after, _ = greedy(config, params, session, 4)
     np.testing.assert_array_equal(after[1], alone(config, params, first, 4))
     np.testing.assert_array_equal(after[0], alone(config, params, third, 10)[6:])
+
+
+def test_rows_are_extended_by_different_lengths(any_model):
+    config, params = any_model
+    session = start_session(config, params, [text(3, 1), text(7, 2), text(2, 3)])
+    session = extend_session(config, params, session, [text(3, 4), text(1, 5), []])
+    found, session = greedy(config, params, session, 3)
+    session = extend_session(config, params, session, [[], text(2, 6), text(3, 7)])
+    after, _ = greedy(config, params, session, 3)
+    begun = ([*text(3, 1), *text(3, 4)], [*text(7, 2), *text(1, 5)], text(2, 3))
+    for row, more in enumerate(([], text(2, 6), text(3, 7))):
+        np.testing.assert_array_equal(found[row], alone(config, params, begun[row], 3))
+        expected = alone(config, params, [*begun[row], *found[row], *more], 3)
+        np.testing.assert_array_equal(after[row], expected)
+
+
+def test_a_saved_session_goes_on_in_a_row_of_a_running_batch(any_model, tmp_path):
+    config, params = any_model
+    _, other = greedy(config, params, start_session(config, params, [text(20, 1)]), 2)
+    save_session(tmp_path / "session", config, other)
+    session = start_session(config, params, [text(3, 2), text(7, 3), text(2, 4)])
+    before, session = greedy(config, params, session, 5)
+    session = put_rows(session, [1], load_session(tmp_path / "session", config))
+    after, _ = greedy(config, params, session, 5)
+    np.testing.assert_array_equal(after[1], alone(config, params, text(20, 1), 7)[2:])
+    for row, prompt in ((0, text(3, 2)), (2, text(2, 4))):
+        expected = alone(config, params, prompt, 10)
+        np.testing.assert_array_equal([*before[row], *after[row]], expected)
+
+
+def test_rows_that_do_not_fit_into_a_batch_are_refused(hybrid_model):
+    config, params = hybrid_model
+    session = start_session(config, params, [text(3), text(3)])
+    for rows in ([0, 0], [0], [0, 2]):
+        with pytest.raises(ValueError, match="^rows: expected "):
+            put_rows(session, rows, session)
+    mixer = dataclasses.replace(config.mixer, state_rounding="nearest")
+    other = start_session(dataclasses.replace(config, mixer=mixer), params, [text(3)])
+    with pytest.raises(ValueError, match="^other: expected a session of the same model"):
+        put_rows(session, [0], other)
+    for tokens, named in (
+        ([[3], [31]], "ids in"),
+        ([[3]], "2 rows, got 1"),
+        ([[3], [[4]]], "rows"),
+    ):
+        with pytest.raises(ValueError, match=f"^tokens: expected .*{named}"):
+            extend_session(config, params, session, tokens)
 
 
 def test_what_does_not_fit_is_named(any_model):
