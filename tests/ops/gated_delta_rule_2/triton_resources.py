@@ -3,7 +3,7 @@
     python tests/ops/gated_delta_rule_2/triton_resources.py 128 128 bfloat16 89
 
 Key channels, value channels, dtype, compute capability without its point. One line a kernel: name,
-bytes of shared memory, registers and bytes of spills of a thread.
+bytes of shared memory, registers and bytes of stack (spills) of a thread.
 """
 
 import re
@@ -22,7 +22,7 @@ from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.ops.gated_delta_rule_2.triton import form
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def launches(key_dim, value_dim, dtype):
@@ -54,7 +54,7 @@ def launches(key_dim, value_dim, dtype):
 
 
 def resources(kernel, arguments, options, capability):
-    """Bytes of shared memory, registers and bytes of spills."""
+    """Bytes of shared memory, registers and bytes of stack."""
     warps, stages = options.pop("num_warps"), options.pop("num_stages")
     given = iter("i32" if isinstance(x, int) else TYPES[x.dtype.name] for x in arguments)
     signature = {n: "constexpr" if n in options else next(given) for n in kernel.arg_names}
@@ -68,14 +68,12 @@ def resources(kernel, arguments, options, capability):
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "num_stages": stages},
     )
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
         file.flush()
-        target = f"sm_{capability}" + ("a" if capability >= 90 else "")
-        command = [PTXAS, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers, spills = (re.search(x, report)[1] for x in (r"Used (\d+)", r"(\d+) bytes spill st"))
-    return compiled.metadata.shared, int(registers), int(spills)
+        report = subprocess.check_output([CUOBJDUMP, "-res-usage", file.name], text=True)
+    registers, stack = (re.search(x, report)[1] for x in (r"REG:(\d+)", r"STACK:(\d+)"))
+    return compiled.metadata.shared, int(registers), int(stack)
 
 
 if __name__ == "__main__":
