@@ -30,7 +30,6 @@ def launches(key_dim, value_dim, dtype):
     recorded = {}
 
     def record(kernel, arguments, outputs, grid, **options):
-        options.pop("input_output_aliases", None)
         name = kernel.fn.__name__ + (" saving" if options.get("SAVE") else "")
         recorded[name] = kernel, [*arguments, *outputs], options
         return tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)

@@ -129,7 +129,7 @@ def triton(
 def decode_triton(state, q, k, v, g, b, w, scale: float):
     """`decode_xla` by a Triton kernel, for inputs that `why_not_triton` lets pass.
 
-    It updates the state's buffer in place where the caller donates it.
+    The new state is a new buffer: jax-triton's versions differ in what they pass for one that is reused.
     """
     results: Any = _joined(functools.partial(_run_decode, scale))(state, q, k, v, g, b, w)
     return results
@@ -289,7 +289,6 @@ def _run_decode(scale, state, *arrays):
         num_warps=4,
         num_stages=1,
         SCALE=scale,
-        input_output_aliases={0: 0},
     )
     *results, _ = match_varying_axes((*results, arrays[0]))
     return tuple(results)
@@ -312,7 +311,7 @@ def _arithmetic(q, k, v, b, w) -> tuple[jnp.dtype, dict[str, Any]]:
 
 def _launch(kernel, arguments, outputs, grid, constants, **options):
     """Runs a kernel with those of the constants and options that it takes."""
-    taken = {*kernel.arg_names, "num_warps", "num_stages", "input_output_aliases"}
+    taken = {*kernel.arg_names, "num_warps", "num_stages"}
     options = {name: x for name, x in (constants | options).items() if name in taken}
     return call_kernel(kernel, arguments, outputs, grid, **options)
 
