@@ -3,6 +3,8 @@
 import functools
 
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,6 +47,19 @@ def test_kernels_match_the_recurrence_without_races(options):
     with interpret_mode(detect_races=True):
         assert_matches_recurrence(kernels, draw(**options))
     assert not interpret_pallas_call.get_races().races_found
+
+
+def test_a_race_is_found():
+    def kernel(x, out, shared):
+        thread = jax.lax.axis_index("wg")
+        pl.when(thread == 0)(lambda: shared.__setitem__(..., x[...]))
+        pl.when(thread == 1)(lambda: out.__setitem__(..., shared[...]))
+
+    x = jnp.ones((64, 64))
+    options = {"num_threads": 2, "thread_name": "wg", "out_type": jax.typeof(x)}
+    with interpret_mode(detect_races=True):
+        plgpu.kernel(kernel, scratch_types=[plgpu.SMEM(x.shape, x.dtype)], **options)(x)
+    assert interpret_pallas_call.get_races().races_found
 
 
 def test_forward_without_gradients_equals_the_one_that_saves_for_them():
@@ -125,7 +140,7 @@ def test_kernels_under_shard_map_lower_to_kernels_of_each_shard(monkeypatch):
     monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spec = P("data", None, "tensor")
-    inputs = operator_inputs(2, 100, 2, 128, dtype="bfloat16", initial_state=False)
+    inputs = operator_inputs(2, 100, 2, 64, dtype="bfloat16", initial_state=False)
 
     @jax.grad
     def gradient(arrays):
@@ -153,7 +168,7 @@ def test_a_state_pass_without_a_chunk_on_its_way_is_refused():
 
 def test_the_default_is_the_kernels_where_a_hopper_gpu_is_attached(monkeypatch):
     monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
-    *arrays, _, _ = draw(initial_state=False)
+    *arrays, _, _ = draw(key_dim=64, initial_state=False)
     traced = jax.jit(gated_delta_rule_2).trace(*arrays)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()
