@@ -44,6 +44,7 @@ from gdn2_jax.models import (
     ModelConfig,
     Session,
     continue_session,
+    with_state_rounding,
 )
 from gdn2_jax.models.session import empty_cache, read
 from gdn2_jax.ops import Implementation
@@ -54,6 +55,8 @@ from gdn2_jax.timing import copy_bandwidth, device_events, measure, spread
 # Twice the cache of an H100 or H200 and more; no fewer layers than XLA groups into one CUDA graph.
 STATES_BYTES = 2**27
 MINIMUM_LAYERS = 8
+
+StateForm = Literal["float32", "nearest", "stochastic"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Options:
     heads: int = 16
     head_dim: int = 128
     implementations: tuple[Implementation, ...] = ()
-    states: tuple[Literal["float32", "nearest", "stochastic"], ...] = ("float32",)
+    states: tuple[StateForm, ...] = ("float32",)
     layers: int | None = None
     repeats: int = 10
     output: Path | None = None
@@ -233,12 +236,10 @@ def benchmark_models(options: Options) -> None:
         print(f"rows in {options.output}, figure in {options.output.with_suffix('.png')}")
 
 
-def model_config(name: str, context: int, unroll: bool, kept: str) -> ModelConfig:
+def model_config(name: str, context: int, unroll: bool, kept: StateForm) -> ModelConfig:
     """The preset with weights of 16 bits; full attention keeps the context and what follows."""
     config = dataclasses.replace(PRESETS[name], param_dtype="bfloat16", unroll=unroll)
-    if kept != "float32":
-        mixer = dataclasses.replace(config.mixer, state_rounding=kept)
-        config = dataclasses.replace(config, mixer=mixer)
+    config = with_state_rounding(config, None if kept == "float32" else kept)
     if config.mixer.cache_grows:
         config = dataclasses.replace(config, context_length=context + 1024)
     return config

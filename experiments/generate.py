@@ -19,7 +19,8 @@ import tyro
 from gdn2_jax.data import Tokenizer, load_tokenizer
 from gdn2_jax.evaluation import sample_text
 from gdn2_jax.interop.pytorch import load_pretrained
-from gdn2_jax.models import ModelConfig
+from gdn2_jax.layers.delta_rule_layer import StateRounding
+from gdn2_jax.models import ModelConfig, with_state_rounding
 from gdn2_jax.training import CheckpointError, load_trained
 
 _ESCAPES = {r"\\": "\\", r"\n": "\n", r"\t": "\t", r"\r": "\r"}
@@ -62,16 +63,21 @@ class Options:
     seed: int = 0
     """The same seed gives the same text."""
 
+    state_rounding: StateRounding | None = None
+    """Keep the states of a delta rule in bfloat16, rounded so after each token, instead of float32."""
+
     batch: int = 1
     """Number of samples of each prompt; the first of all is shown while it grows."""
 
 
-def _load(directory: Path) -> tuple[ModelConfig, Any, Tokenizer]:
+def _load(directory: Path, rounding: StateRounding | None) -> tuple[ModelConfig, Any, Tokenizer]:
     if (directory / "config.json").is_file() and not (directory / "checkpoints").is_dir():
         tokenizer = load_tokenizer(directory / "tokenizer.json")
-        return *load_pretrained(directory), tokenizer
-    trained = load_trained(directory)
-    return trained.config.model, trained.params, trained.tokenizer
+        config, params = load_pretrained(directory)
+    else:
+        trained = load_trained(directory)
+        config, params, tokenizer = trained.config.model, trained.params, trained.tokenizer
+    return with_state_rounding(config, rounding), params, tokenizer
 
 
 def _prompts(options: Options) -> list[str]:
@@ -96,7 +102,7 @@ def main(options: Options) -> int | str:
     sys.stdout.reconfigure(errors="replace")
     try:
         texts = sample_text(
-            *_load(options.run_dir),
+            *_load(options.run_dir, options.state_rounding),
             _prompts(options),
             max_new_tokens=options.tokens,
             batch_size=options.batch,

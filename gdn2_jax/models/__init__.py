@@ -1,7 +1,7 @@
 """Language models: configuration, presets, the model and generation from it."""
 
-from gdn2_jax.models.config import ModelConfig, config_from_json
-from gdn2_jax.models.generate import continue_session, generate
+from gdn2_jax.models.config import ModelConfig, config_from_json, with_state_rounding
+from gdn2_jax.models.generate import GenerationOptions, continue_session, generate
 from gdn2_jax.models.language_model import LanguageModel
 from gdn2_jax.models.loss import Batch, next_token_loss
 from gdn2_jax.models.mixers import (
@@ -32,6 +32,7 @@ __all__ = [
     "SCALES",
     "Batch",
     "DeltaRule",
+    "GenerationOptions",
     "LanguageModel",
     "Mixer",
     "ModelConfig",
@@ -54,4 +55,5 @@ __all__ = [
     "sessions_along",
     "start_session",
     "take_rows",
+    "with_state_rounding",
 ]

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from gdn2_jax.layers.delta_rule_layer import StateRounding
 from gdn2_jax.layers.inputs import check_wide_dtypes
 from gdn2_jax.models.mixers import (
     MIXERS,
@@ -90,6 +91,21 @@ class ModelConfig:
             for name, size in mixer.tensor_axes.items()
         }
         return axes if self.mlp_dim is None else {"mlp_dim": self.mlp_dim} | axes
+
+
+def with_state_rounding(config: ModelConfig, rounding: StateRounding | None) -> ModelConfig:
+    """The model with its decoding states kept so; None leaves it as it is.
+
+    Raises:
+      ValueError: its mixer is no delta rule.
+    """
+    if rounding is None:
+        return config
+    if not isinstance(config.mixer, DeltaRule):
+        kind = config.mixer.kind
+        raise ValueError(f"state_rounding: expected None with {kind}, got {rounding!r}")  # noqa: TRY004
+    mixer = dataclasses.replace(config.mixer, state_rounding=rounding)
+    return dataclasses.replace(config, mixer=mixer)
 
 
 def config_from_json(fields: dict[str, Any]) -> ModelConfig:

@@ -6,7 +6,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,18 +22,35 @@ _MOST_STEPS = 256
 _SECONDS_BETWEEN_LOOKS = 0.1
 
 
+class GenerationOptions(TypedDict, total=False):
+    """How `generate` and `continue_session` draw tokens, and when a row ends.
+
+    Attributes:
+      temperature: divides the logits, 1 by default; 0 takes the most likely token.
+      top_k: sample among the k most likely tokens only.
+      top_p: sample among the most likely tokens that together first reach this probability.
+      seed: of the random numbers, 0 by default; the same seed gives the same tokens, however many are
+        asked for.
+      eos: a row ends with this token.
+      on_token: called with each new column [B] of tokens, soon after it is known. It may return
+        which rows [B] end with it. Of rows that have ended a column holds `eos`, or 0 without one.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    eos: int | None
+    on_token: Callable[[np.ndarray], np.ndarray | list[bool] | None] | None
+
+
 def generate(
     config: ModelConfig,
     params: dict,
     prompt: Int[Array | np.ndarray, "B P"] | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    eos: int | None = None,
-    on_token: Callable[[np.ndarray], np.ndarray | list[bool] | None] | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Int[np.ndarray, "B PN"] | list[Int[np.ndarray, "L"]]:
     """Continues each row of `prompt`.
 
@@ -47,13 +64,7 @@ def generate(
       params: its parameters, as in `model.apply({"params": params}, ...)`.
       prompt: token ids: an array, or a list of rows that may differ in length.
       max_new_tokens: number N of tokens to add.
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: sample among the k most likely tokens only.
-      top_p: sample among the most likely tokens that together first reach this probability.
-      seed: of the random numbers; the same seed gives the same tokens, however many are asked for.
-      eos: a row ends with this token.
-      on_token: called with each new column [B] of tokens, soon after it is known. It may return
-        which rows [B] end with it. Of rows that have ended a column holds `eos`, or 0 without one.
+      **options: see `GenerationOptions`.
 
     Returns:
       For an array, the prompt and N new tokens, int32; rows that have ended go on with `eos`, or 0
@@ -63,23 +74,15 @@ def generate(
       ValueError: an argument is malformed or out of range, or the logits are NaN or infinite.
     """
     rows = checked_rows(prompt, config.vocab_size)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "eos": eos}
-    _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos)
+    _check_options(config, max_new_tokens, options)
     if config.mixer.cache_grows:
         length = in_pieces(max(map(len, rows)))
         config = dataclasses.replace(config, context_length=in_pieces(length + max_new_tokens))
     session = start_session(config, params, rows)
-    new, _ = continue_session(
-        config,
-        params,
-        session,
-        max_new_tokens=max_new_tokens,
-        on_token=on_token,
-        **options,
-    )
+    new, _ = continue_session(config, params, session, max_new_tokens=max_new_tokens, **options)
     if isinstance(prompt, list | tuple):
         return [np.concatenate(pair) for pair in zip(rows, new, strict=True)]
-    columns = np.full((len(rows), max_new_tokens), 0 if eos is None else eos, np.int32)
+    columns = np.full((len(rows), max_new_tokens), options.get("eos") or 0, np.int32)
     for row, tokens in zip(columns, new, strict=True):
         row[: len(tokens)] = tokens
     return np.concatenate([np.stack(rows), columns], axis=1)
@@ -91,12 +94,7 @@ def continue_session(
     session: Session,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    eos: int | None = None,
-    on_token: Callable[[np.ndarray], np.ndarray | list[bool] | None] | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> tuple[list[Int[np.ndarray, "N"]], Session]:
     """Continues each row of a session; see `generate` for arguments and errors.
 
@@ -105,9 +103,10 @@ def continue_session(
       many tokens, those that ended first `eos` or 0 at the end. With `on_token` some more may be read
       than it was called with. `session` itself must not be used again.
     """
-    _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos)
-    key = jax.random.key(seed % 2**32)
-    sampling = Sampling.of(temperature, top_k, top_p)
+    _check_options(config, max_new_tokens, options)
+    key = jax.random.key(options.get("seed", 0) % 2**32)
+    sampling = Sampling.of(options)
+    eos, on_token = options.get("eos"), options.get("on_token")
     filler = 0 if eos is None else eos
     end = np.int32(-1 if eos is None else eos)  # No token is -1.
 
@@ -148,7 +147,7 @@ class Sampling(NamedTuple):
     """How a token is drawn: scalars that a compiled program reads when it runs.
 
     Attributes:
-      temperature: as in `generate`.
+      temperature: as in `GenerationOptions`.
       top_k: as there; a number too large for any vocabulary if there is no such limit.
       top_p: as there; infinity if there is no such limit.
     """
@@ -158,12 +157,14 @@ class Sampling(NamedTuple):
     top_p: Float[Array, ""]
 
     @classmethod
-    def of(cls, temperature: float, top_k: int | None, top_p: float | None) -> "Sampling":
-        """Takes the arguments of `generate`."""
-        every = np.iinfo(np.int32).max
+    def of(cls, options: GenerationOptions) -> "Sampling":
+        """Takes the options of `generate`."""
+        top_k = options.get("top_k") or np.iinfo(np.int32).max
+        top_p = options.get("top_p")
         # Sums of probabilities may exceed 1 before the last one.
         top_p = math.inf if top_p is None or top_p == 1 else top_p
-        return cls._make((np.float32(temperature), np.int32(top_k or every), np.float32(top_p)))
+        temperature = options.get("temperature", 1.0)
+        return cls._make((np.float32(temperature), np.int32(top_k), np.float32(top_p)))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("session",))
@@ -226,7 +227,11 @@ def _draw(logits: Float[Array, "B vocab"], sampling: Sampling, keys) -> Int[Arra
     return jax.lax.cond(temperature > 0, sampled, greedy, logits)
 
 
-def _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos) -> None:
+def _check_options(config: ModelConfig, max_new_tokens: int, options: GenerationOptions) -> None:
+    unknown = options.keys() - GenerationOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"options: expected those of GenerationOptions, got {', '.join(unknown)}")
+    top_k, top_p, eos = (options.get(name) for name in ("top_k", "top_p", "eos"))
     for name, value in {"max_new_tokens": max_new_tokens, "top_k": top_k, "eos": eos}.items():
         try:
             value is None or operator.index(value)
@@ -235,6 +240,7 @@ def _check_arguments(config, max_new_tokens, temperature, top_k, top_p, eos) -> 
             raise ValueError(f"{name}: expected a whole number, got {value!r}{hint}") from None
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    temperature = options.get("temperature", 1.0)
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
     if top_k is not None and not 1 <= top_k <= config.vocab_size:

@@ -25,7 +25,7 @@ def call(script, monkeypatch):
 
     def run(*arguments):
         calls = []
-        monkeypatch.setattr(script, "_load", lambda directory: (directory,))
+        monkeypatch.setattr(script, "_load", lambda directory, rounding: (directory,))
         monkeypatch.setattr(
             script, "sample_text", lambda *args, **options: calls.append((args, options)) or [""]
         )

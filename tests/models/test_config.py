@@ -12,6 +12,7 @@ from gdn2_jax.models import (
     SoftmaxAttention,
     StateSpace,
     config_from_json,
+    with_state_rounding,
 )
 
 SIZES = {"d_model": 64, "num_layers": 2, "mlp_dim": 96}
@@ -99,3 +100,13 @@ def test_a_configuration_of_version_0_1_is_read():
     written = json.loads(Path(__file__).with_name("configs_0_1.json").read_text())
     for name, fields in written.items():
         assert config_from_json(fields) == PRESETS[name]
+
+
+def test_only_delta_rules_keep_their_state_rounded():
+    config = with_state_rounding(PRESETS["gdn2_tiny"], "nearest")
+    assert config.mixer.state_rounding == "nearest"
+    assert with_state_rounding(PRESETS["mamba2_tiny"], None) == PRESETS["mamba2_tiny"]
+    with pytest.raises(
+        ValueError, match="^state_rounding: expected None with mamba2, got 'nearest'$"
+    ):
+        with_state_rounding(PRESETS["mamba2_tiny"], "nearest")

@@ -162,7 +162,7 @@ def draws(logits, sampling):
 
 
 def frequencies(probabilities, temperature=1.0, top_k=None, top_p=None):
-    sampling = Sampling.of(temperature, top_k, top_p)
+    sampling = Sampling.of({"temperature": temperature, "top_k": top_k, "top_p": top_p})
     tokens = draws(jnp.log(jnp.array(probabilities)), sampling)
     return np.bincount(tokens, minlength=len(probabilities)) / 20_000
 
@@ -217,3 +217,8 @@ def test_malformed_arguments_are_named(hybrid_model, changes, named):
     arguments = {"prompt": prompt(1, 2), "max_new_tokens": 1} | changes
     with pytest.raises(ValueError, match=f"^{named}: expected .*got"):
         generate(config, params, **arguments)
+
+
+def test_an_option_that_does_not_exist_is_named(hybrid_model):
+    with pytest.raises(TypeError, match="^options: expected .*GenerationOptions, got temp$"):
+        generate(*hybrid_model, prompt(1, 2), max_new_tokens=1, temp=0.0)

@@ -19,6 +19,7 @@ from gdn2_jax.models import (
     sessions_along,
     start_session,
     take_rows,
+    with_state_rounding,
 )
 
 
@@ -61,8 +62,7 @@ def test_a_saved_session_is_as_large_after_any_text(hybrid_model, tmp_path):
 
 def test_a_stochastically_rounded_state_is_saved_and_starts_anew_in_a_row(hybrid_model, tmp_path):
     config, params = hybrid_model
-    mixer = dataclasses.replace(config.mixer, state_rounding="stochastic")
-    config = dataclasses.replace(config, mixer=mixer)
+    config = with_state_rounding(config, "stochastic")
     _, session = greedy(config, params, start_session(config, params, [text(3), text(7)]), 4)
     session = replace_row(config, params, session, 1, text(5))
     save_session(tmp_path / "session", config, session)
@@ -211,8 +211,7 @@ def test_rows_that_do_not_fit_into_a_batch_are_refused(hybrid_model):
     for rows in ([0, 0], [0], [0, 2]):
         with pytest.raises(ValueError, match="^rows: expected "):
             put_rows(session, rows, session)
-    mixer = dataclasses.replace(config.mixer, state_rounding="nearest")
-    other = start_session(dataclasses.replace(config, mixer=mixer), params, [text(3)])
+    other = start_session(with_state_rounding(config, "nearest"), params, [text(3)])
     with pytest.raises(ValueError, match="^other: expected a session of the same model"):
         put_rows(session, [0], other)
     for tokens, named in (
