@@ -70,7 +70,6 @@ def interpret(
     *,
     num_warps,
     num_stages,
-    input_output_aliases=None,
     **constants,
 ):
     """`form.call_kernel` by the interpreter; outputs begin as NaN, as memory may."""

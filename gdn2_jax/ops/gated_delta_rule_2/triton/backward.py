@@ -17,7 +17,7 @@ import triton.language as tl
 
 from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import (
     chunk_segments,
-    decay_to_middle,
+    dot_wide,
     first_row,
     level_pairs,
     load_log2_decay,
@@ -25,13 +25,13 @@ from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import (
     load_rows,
     load_square,
     load_state,
-    rows_after,
-    rows_to_middle,
-    rows_up_to,
+    load_sums,
+    load_sums_transposed,
     store_rows,
     store_square,
     store_state,
     sum_rows,
+    wide_dot,
 )
 
 
@@ -71,8 +71,8 @@ def state_pass_backward(
         store_state(d_states, at, channel, value_channel, d_state, K, V)
         d_out = load_rows(d_o, row, count, H, value_channel, V, C).to(operand)
         # k^T dS vanishes by cancellation where keys repeat: dS and dR keep more than an operand's digits.
-        k_ = load_rows(k_tail, row, count, H, channel, K, C)
-        d_r = tl.dot(k_, d_state, input_precision=PRECISION)
+        k_ = load_operand(k_tail, row, count, H, channel, K, C)
+        d_r = dot_wide(k_, d_state, PRECISION)
         read_ = tl.trans(load_square(read, at, C))
         d_r = tl.dot(read_, d_out, d_r, input_precision=PRECISION)
         store_rows(d_residual, row, count, H, value_channel, d_r, V, C)
@@ -80,8 +80,8 @@ def state_pass_backward(
         d_state *= total[:, None]
         q_ = tl.trans(load_operand(q_gamma, row, count, H, channel, K, C))
         d_state = tl.dot(q_, d_out, d_state, input_precision=PRECISION)
-        y_ = tl.trans(load_rows(y, row, count, H, channel, K, C))
-        d_state -= tl.dot(y_, d_r, input_precision=PRECISION)
+        y_ = tl.trans(load_operand(y, row, count, H, channel, K, C))
+        d_state -= dot_wide(y_, d_r, PRECISION)
     store_state(d_initial_state, index, channel, value_channel, d_state, K, V)
 
 
@@ -128,7 +128,7 @@ def value_backward(
         r = tl.trans(load_operand(residual, row, count, H, channel, V, C))
         d_out = load_rows(d_o, row, count, H, channel, V, C).to(operand)
         read_pairs = tl.dot(d_out, r, read_pairs, input_precision=PRECISION)
-        erase_pairs -= tl.dot(d_value, r.to(tl.float32), input_precision=PRECISION)
+        erase_pairs -= wide_dot(d_value, r, PRECISION)
     i = tl.arange(0, C)
     same = here[:, None] == here[None, :]
     strict = i[:, None] > i[None, :]
@@ -144,6 +144,7 @@ def key_backward(
     g,
     b,
     segment,
+    sums,
     d_o,
     residual,
     dz,
@@ -168,13 +169,15 @@ def key_backward(
     PARTS: tl.constexpr,
 ):
     """One program a chunk, key head and block of key channels: gradients of q, k, g and b."""
-    index = tl.program_id(0)
+    # The blocks of a chunk follow one another, so that what they share is read from memory once.
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    index = tl.program_id(0) // blocks
     chunks = tl.cdiv(T, C)
     chunk, head, batch = index % chunks, index // chunks % H, index // (chunks * H)
     row, count = first_row(batch, chunk, head, T, H, C)
     here, before, last = chunk_segments(segment, batch, chunk, T, C)
     operand = residual.dtype.element_ty
-    channel = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    channel = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     i = tl.arange(0, C)
 
     # Through the state: gradients of e exp(G), Qg, Kt and D.
@@ -193,22 +196,22 @@ def key_backward(
         d_out = load_rows(d_o, row, count, H, value_channel, V, C).to(operand)
         d_q_gamma = tl.dot(d_out, state, d_q_gamma, input_precision=PRECISION)
         d_value = load_rows(dz, row, count, H, value_channel, V, C)
-        d_e_gamma -= tl.dot(d_value, state.to(tl.float32), input_precision=PRECISION)
+        d_e_gamma -= wide_dot(d_value, state, PRECISION)
 
     log_decay = load_log2_decay(g, row, count, H, channel, K, C)
     key = load_rows(k, row, count, H, channel, K, C)
     erase = load_rows(b, row, count, H, channel, K, C) * key
     query = load_rows(q, row, count, H, channel, K, C) * SCALE
     reads = (here == before).to(tl.float32)[:, None]
-    factor = tl.exp2(sum_rows(rows_up_to(C), log_decay, PARTS)) * reads
+    factor = tl.exp2(sum_rows(load_sums(sums, 0, C), log_decay, PARTS)) * reads
     d_erase_row = d_e_gamma * factor
     d_query = d_q_gamma * factor
     d_exponent = erase * d_erase_row + query * d_query
-    d_decay = sum_rows(tl.trans(rows_up_to(C)), d_exponent, PARTS)
+    d_decay = sum_rows(load_sums_transposed(sums, 0, C), d_exponent, PARTS)
     writes = (here == last).to(tl.float32)[:, None]
-    factor = tl.exp2(sum_rows(rows_after(C), log_decay, PARTS)) * writes
+    factor = tl.exp2(sum_rows(load_sums(sums, 1, C), log_decay, PARTS)) * writes
     d_key = d_k_tail * factor
-    d_decay += sum_rows(tl.trans(rows_after(C)), key * d_key, PARTS)
+    d_decay += sum_rows(load_sums_transposed(sums, 1, C), key * d_key, PARTS)
     total = tl.exp2(tl.sum(log_decay, axis=0)) * d_total
     d_decay += tl.where(before == last, total, 0.0)[None, :]
 
@@ -220,7 +223,7 @@ def key_backward(
     d_query += diagonal * key
     d_key += diagonal * query
     for level in range(LEVELS):
-        factor = decay_to_middle(log_decay, level, C, PARTS)
+        factor = tl.exp2(sum_rows(load_sums(sums, 2 + level, C), log_decay, PARTS))
         pairs = level_pairs(level, C)
         erase_pairs = tl.where(pairs, all_erase, 0.0)
         read_pairs = tl.where(pairs, all_read, 0.0).to(operand)
@@ -228,7 +231,7 @@ def key_backward(
         left_q = (query * factor).to(operand)
         right = (key * factor).to(operand)
         # Along a row of repeated keys dE telescopes, so its entries must not be rounded.
-        d_left_e = tl.dot(erase_pairs, right.to(tl.float32), input_precision=PRECISION)
+        d_left_e = wide_dot(erase_pairs, right, PRECISION)
         d_left_q = tl.dot(read_pairs, right, input_precision=PRECISION)
         erase_pairs = tl.trans(erase_pairs.to(operand))
         d_right = tl.dot(erase_pairs, left_e, input_precision=PRECISION)
@@ -240,7 +243,7 @@ def key_backward(
         d_query += d_left_q
         d_key += d_right
         d_exponent = erase * d_left_e + query * d_left_q + key * d_right
-        d_decay += sum_rows(tl.trans(rows_to_middle(level, C)), d_exponent, PARTS)
+        d_decay += sum_rows(load_sums_transposed(sums, 2 + level, C), d_exponent, PARTS)
 
     store_rows(dg, row, count, H, channel, d_decay, K, C)
     store_rows(dq, row, count, H, channel, d_query * SCALE, K, C)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
@@ -198,7 +199,7 @@ def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
     square = (batch, heads, chunks, _CHUNK, _CHUNK)
     y, u, k_tail, q_gamma, read, inverse, decay = _launch(
         forward.intra_chunk_forward,
-        (q, k, v, g, b, w, segment, length, heads),
+        (q, k, v, g, b, w, segment, _sums(), length, heads),
         (
             *(like(q.shape), like(v.shape), like(q.shape), like(q.shape), like(square)),
             _fp32(square),
@@ -261,11 +262,11 @@ def _run_backward(scale, *arrays):
     dq, dk, dg, db = _launch(
         backward.key_backward,
         (
-            *(q, k, g, b, segment, d_o, residual, dz, states, d_states, d_erase, d_read),
+            *(q, k, g, b, segment, _sums(), d_o, residual, dz, states, d_states, d_erase, d_read),
             *(length, heads),
         ),
         tuple(map(_like, (q, k, g, b))),
-        (batch * heads * chunks, -(-key_dim // cut.block_k)),
+        (batch * heads * chunks * -(-key_dim // cut.block_k),),
         constants,
         **cut.intra(),
         SCALE=scale,
@@ -292,6 +293,20 @@ def _run_decode(scale, state, *arrays):
     )
     *results, _ = match_varying_axes((*results, arrays[0]))
     return tuple(results)
+
+
+def _sums() -> Array:
+    """[2 + levels, C, C] bf16, 1 where a row of a chunk sums over another one.
+
+    0: over the rows up to it. 1: over those after it. 2 + l: from the middle of its part of level l
+    up to it, if it lies in the second half; after it up to the middle, if in the first.
+    """
+    row, other = np.arange(_CHUNK)[:, None], np.arange(_CHUNK)[None, :]
+    sums = [other <= row, other > row]
+    for level in range(_CHUNK.bit_length() - 1):
+        towards = np.where(row >> level & 1 == 1, other <= row, other > row)
+        sums.append((row >> level == other >> level) & towards)
+    return jnp.asarray(np.stack(sums), jnp.bfloat16)
 
 
 def _arithmetic(q, k, v, b, w) -> tuple[jnp.dtype, dict[str, Any]]:

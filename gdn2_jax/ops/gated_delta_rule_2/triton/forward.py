@@ -13,7 +13,6 @@ import triton.language as tl
 
 from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import (
     chunk_segments,
-    decay_to_middle,
     first_row,
     level_pairs,
     load_log2_decay,
@@ -21,13 +20,14 @@ from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import (
     load_rows,
     load_square,
     load_state,
-    rows_after,
-    rows_up_to,
+    load_sums,
     store_rows,
     store_square,
     store_state,
+    strictly_lower,
     sum_rows,
     unit_lower_inverse,
+    wide_dot,
 )
 
 
@@ -40,6 +40,7 @@ def intra_chunk_forward(
     b,
     w,
     segment,
+    sums,
     T,
     H,
     y,
@@ -82,29 +83,31 @@ def intra_chunk_forward(
         query = load_rows(q, row, count, H, channel, K, C) * SCALE
         diagonal += tl.sum(query * key, axis=1)
         for level in range(LEVELS):
-            factor = decay_to_middle(log_decay, level, C, PARTS)
+            factor = tl.exp2(sum_rows(load_sums(sums, 2 + level, C), log_decay, PARTS))
             pairs = level_pairs(level, C)
             right = tl.trans((key * factor).to(operand))
             product = tl.dot((erase * factor).to(operand), right, input_precision=PRECISION)
             erase_pairs += tl.where(pairs, product, 0.0)
             product = tl.dot((query * factor).to(operand), right, input_precision=PRECISION)
             read_pairs += tl.where(pairs, product, 0.0)
+    read_pairs = strictly_lower(read_pairs, C)
     read_pairs += tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0)
     store_square(read, index, tl.where(same, read_pairs, 0.0), C)
-    x = unit_lower_inverse(tl.where(same, erase_pairs, 0.0), LEVELS, PRECISION)
+    erase_pairs = tl.where(same, strictly_lower(erase_pairs, C), 0.0)
+    x = unit_lower_inverse(erase_pairs, LEVELS, PRECISION)
     store_square(inverse, index, x, C)
 
     for first in range(0, K, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
         log_decay = load_log2_decay(g, row, count, H, channel, K, C)
-        gamma = tl.exp2(sum_rows(rows_up_to(C), log_decay, PARTS)) * reads
-        tail = tl.exp2(sum_rows(rows_after(C), log_decay, PARTS)) * writes
+        gamma = tl.exp2(sum_rows(load_sums(sums, 0, C), log_decay, PARTS)) * reads
+        tail = tl.exp2(sum_rows(load_sums(sums, 1, C), log_decay, PARTS)) * writes
         key = load_rows(k, row, count, H, channel, K, C)
         store_rows(k_tail, row, count, H, channel, key * tail, K, C)
         query = load_rows(q, row, count, H, channel, K, C) * SCALE
         store_rows(q_gamma, row, count, H, channel, query * gamma, K, C)
         erase = load_rows(b, row, count, H, channel, K, C) * key * gamma
-        product = tl.dot(x, erase, input_precision=PRECISION)
+        product = wide_dot(x, erase.to(operand), PRECISION)
         store_rows(y, row, count, H, channel, product, K, C)
         total = tl.exp2(tl.sum(log_decay, axis=0))
         total = tl.where(before == last, total, 0.0)
@@ -113,7 +116,7 @@ def intra_chunk_forward(
         channel = first + tl.arange(0, BLOCK_V)
         value = load_rows(v, row, count, H, channel, V, C)
         value *= load_rows(w, row, count, H, channel, V, C)
-        product = tl.dot(x, value, input_precision=PRECISION)
+        product = wide_dot(x, value.to(operand), PRECISION)
         store_rows(u, row, count, H, channel, product, V, C)
 
 

@@ -98,54 +98,73 @@ def chunk_segments(segment, batch, chunk, T, C: tl.constexpr):
 
 
 @triton.jit
-def rows_up_to(C: tl.constexpr):
-    """[C, C] bf16: 1 where a row is summed from the chunk's first row up to itself."""
+def load_sums(sums, index, C: tl.constexpr):
+    """One of the [C, C] 0/1 matrices by which rows are summed, see `form`."""
     i = tl.arange(0, C)
-    return (i[None, :] <= i[:, None]).to(tl.float32).to(tl.bfloat16)
+    return tl.load(sums + index * (C * C) + i[:, None] * C + i[None, :])
 
 
 @triton.jit
-def rows_after(C: tl.constexpr):
-    """[C, C] bf16: 1 where a row is summed over the rows after it."""
+def load_sums_transposed(sums, index, C: tl.constexpr):
+    """Its transpose."""
     i = tl.arange(0, C)
-    return (i[None, :] > i[:, None]).to(tl.float32).to(tl.bfloat16)
-
-
-@triton.jit
-def rows_to_middle(level, C: tl.constexpr):
-    """[C, C] bf16: 1 where a row is summed from the middle of its part, or from itself to there."""
-    i = tl.arange(0, C)
-    row, other = i[:, None], i[None, :]
-    own_half = (row >> level) == (other >> level)
-    second = ((row >> level) & 1) == 1
-    towards = tl.where(second, other <= row, other > row)
-    return (own_half & towards).to(tl.float32).to(tl.bfloat16)
+    return tl.load(sums + index * (C * C) + i[None, :] * C + i[:, None])
 
 
 @triton.jit
 def level_pairs(level, C: tl.constexpr):
-    """[C, C]: whether a pair's middle is of this level: second half of a part by its first."""
+    """[C, C]: whether two rows lie in the two halves of one part of this level, in any order."""
     i = tl.arange(0, C)
-    row, other = i[:, None] >> level, i[None, :] >> level
-    return ((row >> 1) == (other >> 1)) & (row > other)
+    return ((i[:, None] ^ i[None, :]) >> level) == 1
+
+
+@triton.jit
+def strictly_lower(x, C: tl.constexpr):
+    """[C, C], zero on the diagonal and above it."""
+    i = tl.arange(0, C)
+    return tl.where(i[:, None] > i[None, :], x, 0.0)
+
+
+@triton.jit
+def bf16_part(x):
+    """The first eight bits of fp32 numbers, in fp32: cheaper than a conversion to bf16 and back."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def sum_rows(matrix, x, PARTS: tl.constexpr):
     """`matrix` @ x for a matrix of 0 and 1: x in bf16 parts, of which two hold 16 bits, three 24."""
-    part = x.to(tl.bfloat16)
-    total = tl.dot(matrix, part)
-    for _ in tl.static_range(PARTS - 1):
-        x = x - part.to(tl.float32)
-        part = x.to(tl.bfloat16)
-        total = tl.dot(matrix, part, total)
+    part = bf16_part(x)
+    total = tl.dot(matrix, part.to(tl.bfloat16))
+    for i in tl.static_range(PARTS - 1):
+        x = x - part
+        part = bf16_part(x) if i < PARTS - 2 else x
+        total = tl.dot(matrix, part.to(tl.bfloat16), total)
     return total
 
 
 @triton.jit
-def decay_to_middle(g, level, C: tl.constexpr, PARTS: tl.constexpr):
-    """Decays of a chunk's rows from or to the middle of their part, for log2-decays g."""
-    return tl.exp2(sum_rows(rows_to_middle(level, C), g, PARTS))
+def wide_dot(a, b, PRECISION: tl.constexpr):
+    """`a` @ `b` for an fp32 `a` that must not be rounded to b's dtype: in two parts if that is bf16."""
+    if b.dtype == tl.bfloat16:
+        high = bf16_part(a)
+        product = tl.dot(high.to(tl.bfloat16), b)
+        product = tl.dot((a - high).to(tl.bfloat16), b, product)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def dot_wide(a, b, PRECISION: tl.constexpr):
+    """`a` @ `b` for an fp32 `b` that must not be rounded to a's dtype."""
+    if a.dtype == tl.bfloat16:
+        high = bf16_part(b)
+        product = tl.dot(a, high.to(tl.bfloat16))
+        product = tl.dot(a, (b - high).to(tl.bfloat16), product)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
