@@ -57,8 +57,8 @@ def find_files(
 
     Directories are searched recursively, through links too, in the order of the names, for files
     with a suffix in `SUFFIXES`, in small or capital letters. Hidden files and folders, whose names
-    begin with a dot, are left out, but may be named themselves. No paths at all stand for the
-    default corpus.
+    begin with a dot, are left out, and so are the folders of runs, whose samples and metrics are no
+    text to train on; all may be named themselves. No paths at all stand for the default corpus.
 
     Args:
       paths: files and directories.
@@ -206,14 +206,22 @@ def _default_corpus() -> list[Path]:
 
 def _search(directory: Path, leave_out: Path | None) -> tuple[list[Path], str]:
     """Returns the files to read, in order, and a description of the others."""
-    found, others, hidden, closed = [], Counter(), [], []
+    found, others, hidden, apart = [], Counter(), [], []
+
+    def note_error(error: OSError) -> None:
+        apart.append(f"{error.filename} ({error.strerror})")
+
     seen = {os.path.realpath(path) for path in (leave_out,) if path} - {os.path.realpath(directory)}
-    for folder, folders, names in os.walk(directory, onerror=closed.append, followlinks=True):
+    for folder, folders, names in os.walk(directory, onerror=note_error, followlinks=True):
         # A folder that links lead to twice, or that contains itself, is searched once.
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
             continue
         seen.add(real)
+        if "checkpoints" in folders and "config.json" in names and Path(folder) != directory:
+            apart.append(f"{folder} (a run)")
+            folders.clear()
+            continue
         hidden += sorted(name for name in (*folders, *names) if name.startswith("."))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
@@ -225,8 +233,7 @@ def _search(directory: Path, leave_out: Path | None) -> tuple[list[Path], str]:
     skipped += ["other files"] * (len(others) > 5)
     skipped += [f"{name} (hidden)" for name in hidden[:5]]
     skipped += [f"{len(hidden) - 5} more hidden"] * (len(hidden) > 5)
-    skipped += [f"{error.filename} ({error.strerror})" for error in closed[:5]]
-    skipped += [f"{len(closed) - 5} more that cannot be read"] * (len(closed) > 5)
+    skipped += apart[:5] + [f"{len(apart) - 5} more folders"] * (len(apart) > 5)
     return sorted(found), ", ".join(skipped)
 
 

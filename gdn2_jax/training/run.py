@@ -134,6 +134,11 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
     check_mesh(config, mesh)
     files = run_files(directory)
     check_name(directory)
+    for path in (*config.data.paths, *config.data.validation_paths):
+        if Path(path).expanduser().resolve() == directory.resolve():
+            raise ValueError(
+                f"run_dir: expected a directory apart from the text's, got {directory}"
+            )
     with contextlib.ExitStack() as undo:
         # A mistake in the data leaves no directory; one that is there may say no, and sooner.
         claim = None

@@ -180,6 +180,22 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     assert notes == [f"data.paths: skipped in {tmp_path}: {expected}"]
 
 
+def test_a_run_among_the_texts_is_no_text(tmp_path):
+    """As `--data .` finds it when the run goes on."""
+    run = tmp_path / "runs" / "tiny"
+    (run / "checkpoints").mkdir(parents=True)
+    for path in (
+        tmp_path / "a.txt",
+        run / "sample.txt",
+        run / "metrics.jsonl",
+        run / "config.json",
+    ):
+        path.write_text("text")
+    notes = []
+    assert read(tmp_path, notes=notes) == ["text"]
+    assert notes == [f"data.paths: skipped in {tmp_path}: {run} (a run)"]
+
+
 def test_a_directory_without_text_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=f"data.paths: expected .*, got none in the directory {tmp_path}"

@@ -227,6 +227,11 @@ def test_a_directory_that_orbax_could_not_write_is_refused_before(config, tmp_pa
         read_checkpoints(directory / "checkpoints")
 
 
+def test_a_run_does_not_lie_where_its_text_does(config, tmp_path):
+    with pytest.raises(ValueError, match="^run_dir: expected a directory apart from the text's"):
+        open_run(replace(config, data__paths=(str(tmp_path),)), tmp_path)
+
+
 def test_a_prompt_that_the_last_sample_could_not_read_is_refused_before(config):
     with pytest.raises(ValueError, match=r"^sample_prompt: expected UTF-8 text, got '\\udcfc'$"):
         replace(config, sample_prompt=b"\xfc".decode(errors="surrogateescape"))
