@@ -170,7 +170,7 @@ POSITIONS = (
 
 def evaluate_texts(options: Options, evaluated: Evaluated) -> None:
     """Prints the perplexity of the texts for each window."""
-    texts = [path.read_text(encoding="utf-8-sig") for path in options.text]
+    texts = [read_text("text", path) for path in options.text]
     rows = []
     for window in options.window or (evaluated.length,):
         result = text_perplexity(
@@ -200,6 +200,14 @@ def evaluate_texts(options: Options, evaluated: Evaluated) -> None:
         draw_losses(rows, evaluated.length, options.output / "loss_by_tokens_read.png")
 
 
+def read_text(name: str, path: Path) -> str:
+    """The text of a file; raises a ValueError that names the option if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected UTF-8, got {path} ({error})") from error
+
+
 def draw_losses(rows: list[dict[str, Any]], length: int, path: Path) -> None:
     """Draws the loss against the tokens read, a line for each window."""
     from matplotlib.figure import Figure
@@ -217,7 +225,7 @@ def draw_losses(rows: list[dict[str, Any]], length: int, path: Path) -> None:
 
 def find_needles(options: Options, evaluated: Evaluated, tasks: list[str]) -> None:
     """Prints the share of needles found, in percent, by task and length."""
-    essays = options.essays.read_text(encoding="utf-8-sig") if options.essays else ""
+    essays = read_text("essays", options.essays) if options.essays else ""
     table = []
     for name in tasks:
         cells = []

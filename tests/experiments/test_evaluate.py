@@ -76,3 +76,10 @@ def test_needles_are_scored_by_task_and_length(run, command, tmp_path, monkeypat
 def test_what_cannot_be_evaluated_is_named(run, command, arguments, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         command("evaluate.py", run[0], *arguments)
+
+
+@pytest.mark.parametrize("task", [["--text"], ["--tasks", "niah_single_2", "--essays"]])
+def test_a_file_that_is_not_utf8_is_named(run, command, tmp_path, task):
+    (tmp_path / "latin").write_bytes(b"\xfc")
+    with pytest.raises(ValueError, match=f"^{task[-1][2:]}: expected UTF-8, got .*latin "):
+        command("evaluate.py", run[0], *task, tmp_path / "latin")

@@ -20,7 +20,7 @@ from flax import nnx
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "gdn2_jax" / "interop" / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
-LINEN, LOGICAL, NNX, OUTSIDE, RECURRENTGEMMA, PYTORCH, OPERATORS, EXPORT = BLOCKS
+LINEN, LOGICAL, NNX, OUTSIDE, RECURRENTGEMMA, PYTORCH, OPERATORS, EXPORT, SESSIONS = BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ def test_the_blocks_run_as_written(guide):
         "(2, 32) (2, 4, 8, 8)",
         "sigmoid model.layers.0.attn.w_proj.weight",
         "(3, 32)",
+        "2 (2, 32)",
     ]
 
 
