@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gdn2_jax.fields import require
+from gdn2_jax.fields import check_types, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class DataConfig:
     """Whether to hash text and cache anew, rather than to trust unchanged sizes and times."""
 
     def __post_init__(self):
+        check_types(self, "data.")
         for name in ("paths", "validation_paths"):
             value = getattr(self, name)
             given = type(value) is not str and "" not in value

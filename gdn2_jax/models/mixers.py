@@ -35,13 +35,13 @@ def require(config: Any, name: str, fulfilled: bool, expected: str) -> None:
 def check_fields(config: Any, signed: tuple[str, ...] = ()) -> None:
     """Raises a ValueError that names the first field with an impossible value.
 
-    A field annotated with literals must be one of them; numbers must be positive.
+    A field must be of its annotated type, or one of its literals; numbers must be positive.
 
     Args:
       config: a dataclass.
       signed: numbers that may be negative.
     """
-    fields.check_choices(config)
+    fields.check_types(config)
     for name, value in vars(config).items():
         if type(value) in (int, float) and name not in signed:
             require(config, name, value > 0, "a positive number")

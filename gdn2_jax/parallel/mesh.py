@@ -9,6 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Shaped
 
+from gdn2_jax.fields import check_types
+
 AXES = ("data", "fsdp", "sequence", "tensor")
 """Of every mesh, slowest first: devices that are neighbours along "tensor" talk most."""
 
@@ -37,6 +39,7 @@ class MeshConfig:
     """Spans of each sequence (context parallelism)."""
 
     def __post_init__(self):
+        check_types(self, "mesh.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None and value < 1:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from gdn2_jax.data import DataConfig
-from gdn2_jax.fields import check_choices, require, require_text
+from gdn2_jax.fields import check_types, require, require_text
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.parallel import MeshConfig
@@ -57,13 +57,13 @@ class OptimizerConfig:
     """Of the average of gradients; None: the parameters'. The squares' is always theirs."""
 
     def __post_init__(self):
+        check_types(self, "optimizer.")
         for name in ("learning_rate", "epsilon", "clip_norm"):
             self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
         for name in ("final_learning_rate", "weight_decay"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "a number >= 0")
         for name in ("warmup", "decay", "beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        check_choices(self, "optimizer.")
         if self.schedule == "wsd":
             self._require("decay", self.decay <= 1 - self.warmup, f"at most 1 - {self.warmup}")
 
@@ -125,6 +125,7 @@ class TrainingConfig:
     """Tokens of that sample, drawn at temperature 0.8. 0: no sample."""
 
     def __post_init__(self):
+        check_types(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("seed", "sample_tokens") else 1

@@ -218,6 +218,25 @@ def test_config_names_the_field_that_is_out_of_range(config, field, value):
         replace(config, **{field: value})
 
 
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"steps": "30"}, "steps: expected an integer, got '30'"),
+        ({"model": {"d_model": "16"}}, "d_model: expected an integer, got '16'"),
+        ({"data": {"sequence_length": 8.0}}, "data.sequence_length: expected an integer, got 8.0"),
+        ({"mesh": {"data": "all"}}, "mesh.data: expected an integer or None, got 'all'"),
+        ({"optimizer": {"beta1": "0.9"}}, "optimizer.beta1: expected a number, got '0.9'"),
+    ],
+)
+def test_a_wrong_type_in_a_runs_config_is_named(config, tmp_path, part, message):
+    fields = dataclasses.asdict(config)
+    for name, value in part.items():
+        fields[name] = fields[name] | value if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=f"does not hold a configuration: {message}$"):
+        load_config(tmp_path / "config.json")
+
+
 def test_a_directory_that_orbax_could_not_write_is_refused_before(config, tmp_path):
     directory = tmp_path / b"run\xfc".decode(errors="surrogateescape")
     with pytest.raises(ValueError, match=r"^run_dir: expected a name in UTF-8, got '.*run\\udcfc'"):
