@@ -215,6 +215,7 @@ def _checksum_arrays(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
     return {name: _checksum(array) for name, array in arrays.items()}
 
 
+@jax.jit  # parameters and both moments have the same shapes
 def _checksum(x: Array) -> UInt32[Array, ""]:
     word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)

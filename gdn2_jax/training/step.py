@@ -69,6 +69,10 @@ def initial_state(config: TrainingConfig) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, borders)
 
 
+# Traced once for each configuration: a run asks for the state's shapes some ten times.
+_traced_state = jax.jit(initial_state, static_argnums=0)
+
+
 def run_borders(config: TrainingConfig) -> Int[np.ndarray, "3"]:
     """Returns the borders of a run's schedule."""
     return schedule_borders(config.optimizer, config.steps * config.accumulation)
@@ -76,16 +80,17 @@ def run_borders(config: TrainingConfig) -> Int[np.ndarray, "3"]:
 
 def abstract_state(config: TrainingConfig, where: Mesh | Sharding) -> TrainState:
     """Returns the shapes and dtypes of a state, on a mesh or with one sharding for all arrays."""
-    state = jax.eval_shape(functools.partial(initial_state, config))
+    state = _traced_state.eval_shape(config)
     one = isinstance(where, Sharding)
     shardings = jax.tree.map(lambda _: where, state) if one else state_shardings(config, where)
     return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
 
 
+@functools.cache
 def state_shardings(config: TrainingConfig, mesh: Mesh) -> TrainState:
     """How a state lies on the mesh: the optimizer's moments as their parameters, the rest whole."""
     params = param_shardings(lambda: _initial_params(config, jax.random.key(0)), mesh)
-    state, whole = jax.eval_shape(functools.partial(initial_state, config)), replicated(mesh)
+    state, whole = _traced_state.eval_shape(config), replicated(mesh)
     opt_state = optax.tree.map_params(
         make_optimizer(config.optimizer, 0.0),
         lambda _, sharding: sharding,
