@@ -343,7 +343,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     }
     keys = ("model", "batch", "state")
     kinds = sorted({tuple(row[key] for key in keys) for row in rows if "error" not in row})
-    for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for number, kind in enumerate(kinds):
             points = sorted(
                 (row["context"], row[key])
@@ -354,10 +354,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             label = f"{model}, B={batch}" + ("" if kept == "float32" else f", bfloat16 ({kept})")
             axes.plot(*zip(*points), marker=".", color=f"C{number}", label=label)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set(xlabel="context (tokens)", ylabel=label)
+        axes.set(xlabel="context (tokens)", ylabel=title)
+        if key == "cache_bytes":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
-    figure.suptitle(f"{rows[0]['device']}; lines end where memory does")
+    figure.suptitle(f"{rows[0]['device']}; lines end where memory does, or the measurement")
     figure.savefig(path, dpi=150)
 
 

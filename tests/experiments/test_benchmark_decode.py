@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from matplotlib.figure import Figure
 
 from gdn2_jax.models import PRESETS, DeltaRule, SoftmaxAttention
 from gdn2_jax.rows import read_rows
@@ -26,7 +27,16 @@ def tiny_presets(monkeypatch):
 
 
 @pytest.mark.slow
-def test_models_are_measured_once_and_attention_alone_grows(tiny_presets, command, tmp_path):
+def test_models_are_measured_once_and_attention_alone_grows(
+    tiny_presets, command, tmp_path, monkeypatch
+):
+    save, labels = Figure.savefig, []
+
+    def savefig(self, *args, **options):
+        labels[:] = [axes.get_ylabel() for axes in self.axes]
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     options = ["--models", "small_gdn2", "small_attention", "--batches", 2, "--contexts", 32, 64]
     options += ["--new-tokens", 2, "--repeats", 2, "--output", tmp_path / "rows.jsonl"]
     options += ["--states", "float32", "nearest"]
@@ -44,6 +54,7 @@ def test_models_are_measured_once_and_attention_alone_grows(tiny_presets, comman
     # Keys and values, float32, two rows, and the documents of tokens.
     assert rows[5]["cache_bytes"] - rows[4]["cache_bytes"] == 32 * 2 * (2 * 16 + 1) * 4
     assert (tmp_path / "rows.png").stat().st_size > 0
+    assert labels == ["a decoding step (ms)", "prefill (tokens/s)", "cache (bytes)"]
     _, output, _ = command("benchmark_decode.py", *options)
     assert "small" not in output.replace(str(tmp_path), "")
     assert len(read_rows(tmp_path / "rows.jsonl")) == 6
