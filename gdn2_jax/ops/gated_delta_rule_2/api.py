@@ -30,7 +30,11 @@ from gdn2_jax.ops.gated_delta_rule_2.decode_step import (
 )
 from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper, on_hopper, why_not_hopper
 from gdn2_jax.ops.gated_delta_rule_2.recurrent import recurrent, recurrent_by_document
-from gdn2_jax.ops.gated_delta_rule_2.triton.form import decode_triton, triton, why_not_triton
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.form import (
+    decode_triton,
+    triton,
+    why_not_triton,
+)
 
 
 def gated_delta_rule_2(

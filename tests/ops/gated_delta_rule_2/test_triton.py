@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
-from gdn2_jax.ops.gated_delta_rule_2.triton import form
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported

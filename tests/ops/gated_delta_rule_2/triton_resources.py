@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
-from gdn2_jax.ops.gated_delta_rule_2.triton import form
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -11,7 +11,7 @@ and from chunk to chunk: R = U - Y S, O = Qg S + A R, S' = D S + Kt^T R.
 import triton
 import triton.language as tl
 
-from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import (
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
     chunk_segments,
     first_row,
     level_pairs,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import load_state, store_state
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import load_state, store_state
 
 
 @triton.jit

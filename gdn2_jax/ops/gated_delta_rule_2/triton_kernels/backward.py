@@ -15,7 +15,7 @@ The gradient of g is a sum over all exponents that it enters: nothing cancels, h
 import triton
 import triton.language as tl
 
-from gdn2_jax.ops.gated_delta_rule_2.triton.tiles import (
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
     chunk_segments,
     dot_wide,
     first_row,
@@ -216,8 +216,7 @@ def key_backward(
     d_decay += tl.where(before == last, total, 0.0)[None, :]
 
     # Through pairs of rows. Rows of a pair with themselves do not decay.
-    all_erase = load_square(d_erase, index, C)
-    all_read = load_square(d_read, index, C)
+    all_read = load_square(d_read, index, C).to(tl.float32)
     diagonal = tl.where(i[:, None] == i[None, :], all_read, 0.0)
     diagonal = tl.sum(diagonal, axis=1)[:, None]
     d_query += diagonal * key
@@ -225,8 +224,9 @@ def key_backward(
     for level in range(LEVELS):
         factor = tl.exp2(sum_rows(load_sums(sums, 2 + level, C), log_decay, PARTS))
         pairs = level_pairs(level, C)
-        erase_pairs = tl.where(pairs, all_erase, 0.0)
-        read_pairs = tl.where(pairs, all_read, 0.0).to(operand)
+        # Read again for each level: registers are scarcer than the time that takes.
+        erase_pairs = tl.where(pairs, load_square(d_erase, index, C), 0.0)
+        read_pairs = tl.where(pairs, load_square(d_read, index, C), 0.0).to(operand)
         left_e = (erase * factor).to(operand)
         left_q = (query * factor).to(operand)
         right = (key * factor).to(operand)

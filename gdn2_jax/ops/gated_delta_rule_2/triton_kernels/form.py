@@ -110,8 +110,8 @@ def triton(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Outputs (in v's dtype) and final state (fp32); arguments as in `chunkwise`.
 
-    Matrix products read bf16 where all inputs but g are bf16 or fp16, and TF32 where a sum would cancel;
-    else they read fp32 in three TF32 products.
+    Where all inputs but g are bf16 or fp16, matrix products read bf16, or what would cancel in two bf16
+    parts, and the inverse TF32. Else they read fp32, in three TF32 products.
     """
 
     def run(tokens, state):
@@ -189,7 +189,7 @@ def _joined(run):
 
 def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
     """Outputs and final state, and, if `save`, what the backward reads beside the inputs."""
-    from gdn2_jax.ops.gated_delta_rule_2.triton import forward
+    from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import forward
 
     (batch, length, heads, key_dim), value_dim = q.shape, v.shape[-1]
     chunks = -(-length // _CHUNK)
@@ -231,7 +231,7 @@ def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
 
 def _run_backward(scale, *arrays):
     """Gradients of q, k, v, g, b, w and the initial state."""
-    from gdn2_jax.ops.gated_delta_rule_2.triton import backward
+    from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import backward
 
     q, k, v, g, b, w, segment, y, k_tail, q_gamma, read, inverse, decay, *rest = arrays
     residual, states, d_o, d_final_state = rest
@@ -254,7 +254,7 @@ def _run_backward(scale, *arrays):
     dv, dw, dz, d_erase, d_read = _launch(
         backward.value_backward,
         (v, w, segment, inverse, d_o, residual, d_residual, length, heads),
-        (_like(v), _like(w), _fp32(v.shape), _fp32(inverse.shape), _fp32(inverse.shape)),
+        (_like(v), _like(w), _fp32(v.shape), _fp32(inverse.shape), _like(read)),
         (batch * heads * chunks,),
         constants,
         **cut.intra(),
@@ -276,7 +276,7 @@ def _run_backward(scale, *arrays):
 
 
 def _run_decode(scale, state, *arrays):
-    from gdn2_jax.ops.gated_delta_rule_2.triton import decode
+    from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import decode
 
     batch, heads, key_dim, value_dim = state.shape
     block_v = min(_DECODE_VALUES, _tile(value_dim))

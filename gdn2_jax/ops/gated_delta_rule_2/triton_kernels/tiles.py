@@ -3,7 +3,8 @@
 A chunk of C rows is halved recursively, as in `decayed_products`: at level l a part has two halves of
 2^l rows, and a pair r > s with r in the second half and s in the first weighs
 exp(sum of g from the middle to r) exp(sum of g from s to the middle). Both exponents are sums of
-log-decays, so they are never positive, and no row after r enters them.
+log-decays, so they are never positive, and no row after r enters them. The sums are products with
+matrices of 0 and 1.
 """
 
 import triton
