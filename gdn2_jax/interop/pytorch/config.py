@@ -92,7 +92,7 @@ def read_description(path: Path) -> dict[str, Any]:
             layer = description["ssm_cfg"].get("layer", "Mamba1")
             description.setdefault("model_type", layer.lower())
         description["model_type"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a model's configuration: {error!r}") from error
     return description
 

@@ -166,13 +166,15 @@ def _open(path: Path, config: ModelConfig | None) -> tuple[ModelConfig, dict[Lea
         if config is None and description_file.is_file():
             check_model_type(read_description(description_file))
         raise
-    if config is None and style == "paper":
-        config = config_from_shapes(tensors)
-    elif config is None:
-        description, embedding = read_description(description_file), tensors[embedding_name(style)]
-        config = config_from_description(description, embedding.dtype)
+    embedding, described = tensors[embedding_name(style)], style != "paper"
+    if described and (config is None or (_HEAD not in tensors and description_file.is_file())):
+        description = read_description(description_file)
+        if config is None:
+            config = config_from_description(description, embedding.dtype)
         if is_tied(description):
             tensors.setdefault(_HEAD, embedding)
+    elif config is None:
+        config = config_from_shapes(tensors)
     entries = model_entries(config, style)
     shapes = leaf_shapes(_abstract_params(config), entries)
     return config, leaves_of_tensors(tensors, entries, shapes)

@@ -227,8 +227,9 @@ def test_a_tied_head_is_the_embedding(tmp_path, make):
     (tmp_path / "tied" / "config.json").write_text(
         json.dumps(content | {"tie_word_embeddings": True})
     )
-    loaded = load_pretrained(tmp_path / "tied").params
-    np.testing.assert_array_equal(loaded["lm_head"]["kernel"].T, loaded["embed"]["embedding"])
+    for given in (None, config):
+        loaded = load_pretrained(tmp_path / "tied", config=given).params
+        np.testing.assert_array_equal(loaded["lm_head"]["kernel"].T, loaded["embed"]["embedding"])
 
 
 def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path, make):
