@@ -226,6 +226,8 @@ def draw_losses(rows: list[dict[str, Any]], length: int, path: Path) -> None:
 def find_needles(options: Options, evaluated: Evaluated, tasks: list[str]) -> None:
     """Prints the share of needles found, in percent, by task and length."""
     essays = read_text("essays", options.essays) if options.essays else ""
+    if options.essays and not essays.strip():
+        raise ValueError(f"essays: expected a text, got the empty {options.essays}")
     table = []
     for name in tasks:
         cells = []

@@ -83,3 +83,9 @@ def test_a_file_that_is_not_utf8_is_named(run, command, tmp_path, task):
     (tmp_path / "latin").write_bytes(b"\xfc")
     with pytest.raises(ValueError, match=f"^{task[-1][2:]}: expected UTF-8, got .*latin "):
         command("evaluate.py", run[0], *task, tmp_path / "latin")
+
+
+def test_essays_without_a_word_are_named(run, command, tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ValueError, match="^essays: expected a text, got the empty .*empty$"):
+        command("evaluate.py", run[0], "--tasks", "niah_single_2", "--essays", tmp_path / "empty")
