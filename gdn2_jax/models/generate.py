@@ -47,7 +47,7 @@ class GenerationOptions(TypedDict, total=False):
 def generate(
     config: ModelConfig,
     params: dict,
-    prompt: Int[Array | np.ndarray, "B P"] | Sequence[Sequence[int]],
+    prompt: Int[Array | np.ndarray, "B P"] | Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
     **options: Unpack[GenerationOptions],

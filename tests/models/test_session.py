@@ -187,7 +187,7 @@ def test_rows_are_extended_by_different_lengths(any_model):
     begun = ([*text(3, 1), *text(3, 4)], [*text(7, 2), *text(1, 5)], text(2, 3))
     for row, more in enumerate(([], text(2, 6), text(3, 7))):
         np.testing.assert_array_equal(found[row], alone(config, params, begun[row], 3))
-        expected = alone(config, params, [*begun[row], *found[row], *more], 3)
+        expected = alone(config, params, [*begun[row], *found[row].tolist(), *more], 3)
         np.testing.assert_array_equal(after[row], expected)
 
 
