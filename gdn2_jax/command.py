@@ -140,8 +140,9 @@ def read_study[S](kind: type[S], folder: Path, name: str, **changes: Any) -> S:
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.toml")))
         raise ValueError(f"study: expected one of {known}, got {name!r}")
-    values = tomllib.loads(path.read_text()) | changes
-    if unknown := values.keys() - {field.name for field in dataclasses.fields(kind)}:
+    values = tomllib.loads(path.read_text(encoding="utf-8")) | changes
+    study: Any = kind
+    if unknown := values.keys() - {field.name for field in dataclasses.fields(study)}:
         raise ValueError(f"{path.name}: expected fields of a study, got {', '.join(unknown)}")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 

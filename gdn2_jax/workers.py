@@ -140,7 +140,8 @@ def share(
                     process.kill() if late else process.terminate()
             if not any(jobs_of.values()):
                 return
-            for connection in multiprocessing.connection.wait(list(jobs_of), timeout=1.0):
+            ready: list[Any] = multiprocessing.connection.wait(list(jobs_of), timeout=1.0)
+            for connection in ready:
                 jobs = jobs_of[connection]
                 try:
                     kind, value = connection.recv()
