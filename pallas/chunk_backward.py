@@ -82,16 +82,35 @@ def chunk_backward(
     bf16, f32 = jnp.bfloat16, jnp.float32
     at_least = mosaic.at_least if masks is None else mosaic.known_at_least
 
-    def chunk_backward_kernel(*refs):
+    def chunk_backward_kernel(
+        *refs,
+        qs,
+        ks,
+        bs,
+        h_area,
+        d_h_area,
+        left_area,
+        r_area,
+        v_area,
+        w_area,
+        dt_low,
+        sum_tiles,
+        decay_tile,
+        steps_tile,
+        diagonal,
+        with_keys,
+        with_states,
+        with_g,
+        with_values,
+        with_tables,
+        with_left,
+        free,
+        pairs_ready,
+    ):
         q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, sums, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, poison, *refs = refs
-        dq_out, dk_out, dg_out, db_out, dv_out, dw_out, *refs = refs
-        qs, ks, bs, h_area, d_h_area, left_area, r_area, v_area, w_area, *refs = refs
-        dt_low, sum_tiles, decay_tile, steps_tile, diagonal, *refs = refs
-        with_keys, with_states, with_g, with_values, with_tables, with_left, free, pairs_ready = (
-            refs
-        )
+        dq_out, dk_out, dg_out, db_out, dv_out, dw_out = refs
         # Slabs of equal size for each warpgroup, which alone uses them.
         (hs,), (k_parts,) = h_area
         (d_hs,), (gs,), (q_parts,) = d_h_area
@@ -356,7 +375,7 @@ def chunk_backward(
     values_tile = tile((_WARPGROUPS, CHUNK, own_values), bf16, swizzle)
     square_tiles = tile((2, *square), bf16, _BLOCK_SWIZZLE)
     per_warpgroup: dict[str, Any] = {"num_barriers": _WARPGROUPS}
-    return plgpu.kernel(
+    return mosaic.kernel(
         chunk_backward_kernel,
         out_type=(
             *(jax.ShapeDtypeStruct(q.shape, dtype) for dtype in (bf16, bf16, f32, bf16)),
@@ -366,27 +385,32 @@ def chunk_backward(
         grid_names=("c", "b", "h"),
         num_threads=_WARPGROUPS,
         thread_name="wg",
-        scratch_types=[
-            *(keys_tile,) * 3,
-            mosaic.overlaid((states_tile,), (parts_tile,)),
-            mosaic.overlaid((states_tile,), (tile((_WARPGROUPS, *shape), f32),), (parts_tile,)),
-            mosaic.overlaid((tile((2, CHUNK, block), bf16, swizzle),), (square_tiles, keys_tile)),
-            mosaic.overlaid((tile((block, CHUNK), bf16, swizzle),), (keys_tile,)),
-            *(mosaic.overlaid((values_tile,), (keys_tile,)),) * 2,
-            tile(square, bf16, _BLOCK_SWIZZLE),
-            square_tiles,
-            plgpu.SMEM((key_dim,), f32),
-            plgpu.SMEM((_STEPS, key_dim), f32),
-            plgpu.SMEM((CHUNK,), f32),
-            plgpu.Barrier(num_arrivals=3, **per_warpgroup),
-            plgpu.Barrier(num_arrivals=2, **per_warpgroup),
-            plgpu.Barrier(num_arrivals=1, **per_warpgroup),
-            plgpu.Barrier(num_arrivals=2, **per_warpgroup),
-            plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_arrivals=3),
-            plgpu.Barrier(num_arrivals=_WARPGROUPS),
-            plgpu.Barrier(num_arrivals=_WARPGROUPS),
-        ],
+        scratch_types={
+            **dict.fromkeys(("qs", "ks", "bs"), keys_tile),
+            "h_area": mosaic.overlaid((states_tile,), (parts_tile,)),
+            "d_h_area": mosaic.overlaid(
+                (states_tile,), (tile((_WARPGROUPS, *shape), f32),), (parts_tile,)
+            ),
+            "left_area": mosaic.overlaid(
+                (tile((2, CHUNK, block), bf16, swizzle),), (square_tiles, keys_tile)
+            ),
+            "r_area": mosaic.overlaid((tile((block, CHUNK), bf16, swizzle),), (keys_tile,)),
+            "v_area": mosaic.overlaid((values_tile,), (keys_tile,)),
+            "w_area": mosaic.overlaid((values_tile,), (keys_tile,)),
+            "dt_low": tile(square, bf16, _BLOCK_SWIZZLE),
+            "sum_tiles": square_tiles,
+            "decay_tile": plgpu.SMEM((key_dim,), f32),
+            "steps_tile": plgpu.SMEM((_STEPS, key_dim), f32),
+            "diagonal": plgpu.SMEM((CHUNK,), f32),
+            "with_keys": plgpu.Barrier(num_arrivals=3, **per_warpgroup),
+            "with_states": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
+            "with_g": plgpu.Barrier(num_arrivals=1, **per_warpgroup),
+            "with_values": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
+            "with_tables": plgpu.Barrier(num_arrivals=3),
+            "with_left": plgpu.Barrier(num_arrivals=3),
+            "free": plgpu.Barrier(num_arrivals=_WARPGROUPS),
+            "pairs_ready": plgpu.Barrier(num_arrivals=_WARPGROUPS),
+        },
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
         *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps),

@@ -18,6 +18,7 @@ replaced by zero, and the kernel says in which rows that was.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -87,7 +88,18 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     bf16, f16, f32 = jnp.bfloat16, jnp.float16, jnp.float32
     at_least = mosaic.at_least if masks is None else mosaic.known_at_least
 
-    def intra_chunk_forward_kernel(*refs):
+    def intra_chunk_forward_kernel(
+        *refs,
+        g_area,
+        q_area,
+        ks,
+        bs,
+        x_area,
+        steps_tile,
+        loaded,
+        loaded_values,
+        flaws_tile: Any = None,
+    ):
         q, k, v, g, b, w, sums, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, *refs = refs
@@ -95,9 +107,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         if save:
             x_out, steps, *refs = refs
         if masks is not None:
-            flaws, *refs = refs
-            *refs, flaws_tile = refs
-        (g_area, q_area, ks, bs, x_area, steps_tile, loaded, loaded_values) = refs
+            (flaws,) = refs
         (gs,), (parts,), (vs, ws), (_, a_qk_tile) = g_area
         (qs,), (y_tile,), (u_tile,) = q_area
         (sum_tiles,), (xs, ps), (x_high, x_low) = x_area
@@ -304,7 +314,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     key_tile, value_tile = (
         tile((CHUNK, columns), bf16, _SWIZZLE) for columns in (key_dim, value_block)
     )
-    results = plgpu.kernel(
+    results = mosaic.kernel(
         intra_chunk_forward_kernel,
         out_type=(
             out(bf16, chunks, key_dim, CHUNK),
@@ -318,28 +328,28 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         ),
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
-        scratch_types=[
-            mosaic.overlaid(
+        scratch_types={
+            "g_area": mosaic.overlaid(
                 (tile((len(pieces), *shape), f32),),
                 (tile((len(pieces), 2, *shape), bf16, _SWIZZLE),),
                 (value_tile, value_tile),
                 (value_tile, tile(square, bf16)),
             ),
-            mosaic.overlaid(
+            "q_area": mosaic.overlaid(
                 (key_tile,), (tile((key_dim, CHUNK), bf16),), (tile((value_block, CHUNK), bf16),)
             ),
-            key_tile,
-            key_tile,
-            mosaic.overlaid(
+            "ks": key_tile,
+            "bs": key_tile,
+            "x_area": mosaic.overlaid(
                 (tile((3, *square), bf16, _SWIZZLE),),
                 (tile(square, f16),) * 2,
                 (tile(square, bf16, _SWIZZLE),) * 2,
             ),
-            plgpu.SMEM((_STEPS, key_dim), f32),
-            plgpu.Barrier(num_arrivals=len(pieces) + 4),
-            plgpu.Barrier(num_arrivals=2),
-            *([] if masks is None else [plgpu.SMEM((CHUNK,), f32)]),
-        ],
+            "steps_tile": plgpu.SMEM((_STEPS, key_dim), f32),
+            "loaded": plgpu.Barrier(num_arrivals=len(pieces) + 4),
+            "loaded_values": plgpu.Barrier(num_arrivals=2),
+            **({} if masks is None else {"flaws_tile": plgpu.SMEM((CHUNK,), f32)}),
+        },
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
         q,

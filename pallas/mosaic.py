@@ -7,6 +7,7 @@ JAX's GPU interpreter runs neither wgmma with an operand in registers nor stores
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,6 +60,21 @@ def overlaid(*groups: tuple):
     buffer, though warpgroups use disjoint slabs of it: there it is no union.
     """
     return groups if interpreting() else plgpu.RefUnion(*groups)
+
+
+def kernel(body: Callable, *, scratch_types: dict[str, Any], **options) -> Callable:
+    """`plgpu.kernel` whose body takes its scratch by name.
+
+    `plgpu.kernel` takes a dict, too, but allocates its parts in the alphabet's order.
+    """
+    names = tuple(scratch_types)
+
+    @functools.wraps(body)
+    def positional(*refs):
+        first = len(refs) - len(names)
+        return body(*refs[:first], **dict(zip(names, refs[first:], strict=True)))
+
+    return plgpu.kernel(positional, scratch_types=tuple(scratch_types.values()), **options)
 
 
 class Accumulator:
