@@ -426,7 +426,7 @@ def differences(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[float,
 
 
 def shown(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row with what the tables show of it and of the rows of one device."""
+    """Adds to a row what the tables show: its label, loss, and comparison with one device."""
     several = set(row["mesh"].values()) != {1}
     shown = row | {"label": label(row), "loss": row["losses"][-1]}
     if not several:
@@ -451,7 +451,7 @@ def print_row(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The latest row of each mesh and size as Markdown, without those that are only references."""
+    """The latest row of each mesh and size as Markdown; rows that are only references are left out."""
     columns = [column for column in COLUMNS if column.key != "loss"]
     lines = []
     for row in {label(row): row for row in rows if "error" not in row}.values():

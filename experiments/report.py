@@ -65,7 +65,7 @@ class Comparison(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A number of a row, of which more is better, and how much of it is no difference."""
+    """A number of a row, the larger the better, and the largest difference that counts as none."""
 
     value: Callable[[dict], float]
     tolerance: float

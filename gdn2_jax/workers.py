@@ -211,8 +211,8 @@ def _work(connection, prepare: Callable, run: Callable, in_hand: int, log: Path 
 def worker_devices(count: int | None) -> list[str]:
     """Returns the CUDA_VISIBLE_DEVICES of each process, "" without GPUs.
 
-    Found without JAX, which would take the GPUs. Of those that the parent's CUDA_VISIBLE_DEVICES
-    names, if it is set.
+    GPUs are found without JAX, which would take them. If CUDA_VISIBLE_DEVICES is set, only the
+    GPUs that it names are used.
 
     Args:
       count: number of processes; None: one a GPU, or one without GPUs.

@@ -337,11 +337,12 @@ def _survey(
 def _split(survey: _Survey, fraction: float) -> Int64[np.ndarray, " documents"]:
     """Chooses the validation text; returns the byte of each document at which it begins.
 
-    A long document gives its end, as much of it as the fraction says. Of the others, those of the
-    smallest digests are held out, up to the fraction; the one that crosses it gives its end.
+    Of a long document the last part is held out, of a length that the fraction gives. Short
+    documents are held out whole, the smallest digests first, until their share is the fraction.
+    Of the last one only the end is held out.
 
-    Depends on nothing but the texts, so it stays the same with another tokenizer, seed or order
-    of files; equal documents are divided equally, and a larger fraction holds out the same and more.
+    The choice depends on the texts alone: another tokenizer, seed or order of files does not
+    change it. Equal documents are divided equally. A larger fraction holds out the same and more.
     """
     digests, sizes = survey
     starts = sizes.copy()

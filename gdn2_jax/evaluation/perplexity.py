@@ -93,16 +93,16 @@ def lower_evaluation(
     params: Any,
     batch: Batch,
 ) -> jax.stages.Lowered:
-    """Traces what `evaluate_perplexity` runs, to be compiled ahead.
+    """Traces the program of `evaluate_perplexity`, so that it can be compiled early.
 
     Args:
       config: the model's configuration.
       mesh: the devices.
       params: shapes, dtypes and shardings of the parameters.
-      batch: the same of a batch.
+      batch: shapes, dtypes and shardings of a batch.
 
     Returns:
-      To be compiled and given to `evaluate_perplexity`.
+      The traced program. `evaluate_perplexity` takes it compiled.
     """
     return _summed_losses.lower(config, mesh, params, batch)
 

@@ -32,7 +32,7 @@ def token_results(
       config: of the model; static.
       params: its parameters.
       inputs: tokens.
-      targets: those that follow them.
+      targets: the token that follows each.
     """
     hidden: Any = LanguageModel(config).apply({"params": params}, inputs, head=False)
     kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
@@ -173,7 +173,7 @@ def rare_recall(
       config: of the model.
       params: its parameters.
       sequences: held-out text.
-      pairs: all pairs of it, sorted; from `count_in_training`.
+      pairs: all pairs of tokens in `sequences`, sorted; from `count_in_training`.
       counts: how often training has each.
       rare: pairs that occur there less often are rare.
       batch_size: sequences at once.
@@ -213,8 +213,8 @@ class GateStatistics(NamedTuple):
     Attributes:
       erase: histogram of b over [0, 1], or [0, 2] if that is its range; shares of the tokens and
         channels, [layers][bins].
-      write: the same of w over [0, 1].
-      keep: the same of exp(g) over [0, 1].
+      write: such a histogram of w over [0, 1].
+      keep: such a histogram of exp(g) over [0, 1].
       saturated: shares of b, w and exp(g) within a twentieth of either end of their range.
       correlation: of b and w, channel by channel; None where they have different channels.
       difference: mean of |b - w|.

@@ -99,9 +99,10 @@ def continue_session(
     """Continues each row of a session; see `generate` for arguments and errors.
 
     Returns:
-      The new tokens of each row until it ended, and the session after them: all rows have read as
-      many tokens, those that ended first `eos` or 0 at the end. With `on_token` some more may be read
-      than it was called with. `session` itself must not be used again.
+      The new tokens of each row until it ended, and the session after them. All rows of it have
+      read the same number of tokens: a row that ended early has read `eos` or 0 since then. It may
+      have read some tokens that `on_token` was not called with. `session` itself must not be used
+      again.
     """
     _check_options(config, max_new_tokens, options)
     key = jax.random.key(options.get("seed", 0) % 2**32)

@@ -77,9 +77,9 @@ def extend_session(
       config: the model's configuration.
       params: its parameters.
       session: of B rows.
-      tokens: ids: an array, which is read at once, by a program for each T; or a list of rows that
-        may differ in length and be empty. Those are read in pieces of 4096, 2048, ..., 1 tokens,
-        a program for each: a row takes the pieces that fit into what is left of it.
+      tokens: ids, as an array or as a list of rows. An array is read in one call; each T compiles
+        a program. Rows of a list may differ in length and be empty. They are read in pieces of
+        4096, 2048, ..., 1 tokens, the largest that still fit; each size compiles a program.
 
     Raises:
       ValueError: the tokens are malformed, or not of as many rows.

@@ -152,8 +152,8 @@ def per_device(function: Callable, inputs: tuple[Any, ...], outputs: Any) -> Cal
 
     Args:
       function: of positional arrays or None; communicates only along axes it names itself.
-      inputs: names of the axes of each argument, or of all leaves of it.
-      outputs: the same of its results.
+      inputs: for each argument, the names of its axes. One tuple may serve all its leaves.
+      outputs: such names for each result.
     """
     if ambient_mesh() is None:
         return as_typed(function, inputs, outputs)

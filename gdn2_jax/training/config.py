@@ -1,4 +1,4 @@
-"""What a training run is made of, and presets of it."""
+"""The configuration of a training run, and presets."""
 
 import dataclasses
 from typing import Literal

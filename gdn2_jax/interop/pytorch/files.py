@@ -227,9 +227,9 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _other_names(path: Path) -> dict[str, str]:
-    """Names of tensors that the file does not hold, and of those that they share numbers with.
+    """Returns the names of tied weights that the file leaves out, each with the name of its twin.
 
-    safetensors.torch.save_model stores one of several tied weights and notes the rest like this.
+    safetensors.torch.save_model stores one of several tied weights and notes the others.
     """
     if path.suffix != ".safetensors":
         return {}

@@ -331,7 +331,7 @@ def _cut(x: Array, layout: Layout) -> Array:
 
 
 def _decays(g: Float[Array, "*n C"]) -> tuple[Array, Array, Array, Array]:
-    """Log-decays of a chunk: start to row, row to end, column to row (row > column), all of it."""
+    """Log-decays: start to row, row to end, column to row (row > column), start to end of a chunk."""
     size = g.shape[-1]
     sums = functools.partial(jnp.matmul, precision=HIGHEST)
     until = np.tri(size, dtype=bool).T
