@@ -170,7 +170,7 @@ def test_rates_and_bias_stay_float32_in_a_bfloat16_layer():
 
 
 def test_initial_parameters_fill_their_documented_ranges():
-    layer = GatedDeltaNet2(num_heads=64, head_dim=8)
+    layer = GatedDeltaNet2(num_heads=64, head_dim=8, implementation="recurrent")
     params = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, 96)))["params"]
     for name in (
         "q_proj",
