@@ -176,7 +176,7 @@ def out_of_memory(error: jax.errors.JaxRuntimeError) -> str | None:
 
 
 def _show_unraisable(unraisable) -> None:
-    # That is what tensorstore's threads say after a failed write, of which orbax tells.
+    # Threads of tensorstore say that after a failed write. Orbax reports the failure.
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 

@@ -46,7 +46,7 @@ def read_rows(path: Path, number: str | None = None) -> list[dict[str, Any]]:
 
 
 class Column(NamedTuple):
-    """A column of a table whose rows are printed as they come: rich draws only whole tables.
+    """A column of a table that is printed row by row: rich draws only whole tables.
 
     Attributes:
       name: at its top.

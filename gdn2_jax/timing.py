@@ -87,7 +87,7 @@ class Event(NamedTuple):
 def device_events(run: Callable[[], Any]) -> list[Event]:
     """Everything on the GPUs' streams, or on a CPU, while `run()` computes its results.
 
-    Launches are no part of it: the sum is what a computation takes where the host is never late.
+    Launches do not count: the sum is the time of a computation where the host is never late.
     Mosaic's `profiler.measure` has no operations, streams or devices, and knows GPUs alone.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -16,8 +16,8 @@ What is summed so far moves from one block's beginning to the next by the decays
 other. Between underflow and overflow there is room for every g and for gradients dT and dAqk of pairs from 1e-11 to
 1e5 or so; where no gate is strong, far beyond 1e5.
 
-The gradient of g sums what depends on each G over the rows below. dAqk's diagonal stays out of it:
-those pairs do not decay, and their share of dg is zero only until it is rounded.
+The gradient of g sums what depends on each G over the rows below. That sum leaves out dAqk's
+diagonal: those pairs do not decay, and their share of dg is zero only until it is rounded.
 """
 
 import math
@@ -60,7 +60,7 @@ def chunk_backward(
       d_z: [BH, T, V] bf16.
       states: [BH, N, V, K] bf16, before each chunk.
       d_states: [BH, N, V, K] bf16, gradient of the state after each chunk.
-      decay: [BH, N, K] fp32, of a whole chunk, zero where no segment spans it.
+      decay: [BH, N, K] fp32, decay of a whole chunk, zero where no segment spans the chunk.
       steps: [BH, N, 6, K] fp32, from `intra_chunk_forward`.
       masks: None, or `Masks` of the segments.
       poison: None, or with masks what is added to the gradients of each row [BH, T] fp32, NaN or

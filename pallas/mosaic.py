@@ -54,10 +54,10 @@ def tile(shape: tuple[int, ...], dtype, swizzle: int = 128) -> pl.MemoryRef:
 
 
 def overlaid(*groups: tuple):
-    """Scratch in the same shared memory: groups of refs of which one is in use at a time.
+    """Groups of refs in the same shared memory; one group is in use at a time.
 
-    The interpreter gives every ref its own memory, and its race detection takes a union for one
-    buffer, though warpgroups use disjoint slabs of it: there it is no union.
+    In the interpreter every ref has its own memory: its race detection takes a union for one buffer,
+    though warpgroups use disjoint slabs of the union.
     """
     return groups if interpreting() else plgpu.RefUnion(*groups)
 

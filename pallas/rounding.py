@@ -11,7 +11,7 @@ from jax import lax
 
 
 def mixed(x: jax.Array) -> jax.Array:
-    """A one-to-one map of uint32 of which every bit depends on all bits of `x`.
+    """A one-to-one map of uint32: every bit of the result depends on all bits of `x`.
 
     It is the last step of MurmurHash3.
     """

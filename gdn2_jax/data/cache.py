@@ -92,7 +92,7 @@ def new_entry(entry: Path, request: str) -> Iterator[Path]:
 
 
 def is_intact(entry: Path, verify: bool = False) -> bool:
-    """Whether the files of an entry are those that `new_entry` made.
+    """Whether nobody changed the files of an entry since `new_entry` made them.
 
     They are compared byte for byte, or, once that was done, by size, times and inode.
 

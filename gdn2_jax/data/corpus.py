@@ -102,7 +102,7 @@ def prepare(config: DataConfig) -> Corpus:
     prepare the same corpus with the same cache at once, one does the work and the others wait.
 
     Args:
-      config: where the text is and what to make of it.
+      config: the texts, the tokenizer and the length of the sequences.
 
     Returns:
       The tokenizer and the packed training and validation sequences.
@@ -337,9 +337,9 @@ def _survey(
 def _split(survey: _Survey, fraction: float) -> Int64[np.ndarray, " documents"]:
     """Chooses the validation text; returns the byte of each document at which it begins.
 
-    Of a long document the last part is held out, of a length that the fraction gives. Short
-    documents are held out whole, the smallest digests first, until their share is the fraction.
-    Of the last one only the end is held out.
+    A long document gives its last part; the fraction says how long that is. Short documents are held
+    out whole, the smallest digests first, until their share is the fraction. The last of them gives
+    only its end.
 
     The choice depends on the texts alone: another tokenizer, seed or order of files does not
     change it. Equal documents are divided equally. A larger fraction holds out the same and more.

@@ -208,8 +208,8 @@ class Mqar:
 class ZoologyMqar:
     """Multi-query associative recall with gaps, as in zoology (arXiv 2312.04927).
 
-    D pairs, then (length - 2 D) / 2 slots of two tokens. D slots, of which early ones are likelier,
-    begin with a key, the j-th one drawn with the j-th key; the target there is its value, which is
+    D pairs, then (length - 2 D) / 2 slots of two tokens. D slots are drawn, early ones more often;
+    the j-th of them begins with the j-th key; the target there is its value, which is
     not shown. All other tokens after the pairs are drawn from the whole vocabulary.
 
     Attributes:
@@ -420,7 +420,7 @@ class Needles:
 
     Attributes:
       length: tokens.
-      needles: in the haystack, of which one is asked for.
+      needles: in the haystack; the question asks for one.
       haystack: "noise" (S-NIAH-1) or "words".
       value: "number" (7 of 10 digits) or "uuid" (32 of 16, S-NIAH-3).
       words: size of the haystack's vocabulary, of at least 24.

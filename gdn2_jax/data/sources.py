@@ -37,8 +37,8 @@ class Piece(NamedTuple):
     """A part of a document.
 
     Attributes:
-      content: up to `PIECE` characters or, of a document that was tokenized before, token ids;
-        never empty in all pieces of a document.
+      content: up to `PIECE` characters, or token ids of a document that was tokenized before; some
+        piece of each document is not empty.
       ends: whether it is the last of its document.
     """
 

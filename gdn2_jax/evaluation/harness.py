@@ -95,7 +95,7 @@ class HarnessModel(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood of each text, of which each token is scored once."""
+        """Returns the log-likelihood of each text; each token is scored once."""
         rows, counts, texts = [], [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])

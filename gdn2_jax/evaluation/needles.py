@@ -35,7 +35,7 @@ class NeedleTask(NamedTuple):
     Attributes:
       haystack: one sentence again and again, or essays.
       value: seven digits, or a random UUID.
-      needles: with different keys, of which one is asked for.
+      needles: each has a key of its own; the question asks for one.
     """
 
     haystack: Literal["noise", "essay"]
@@ -83,7 +83,7 @@ def needle_example(
       index: number of the question.
       tokenizer: counts the tokens.
       essays: text of the haystack; Python's documentation if empty.
-      seed: another one gives other questions, such as for training.
+      seed: of the questions; training may take another.
 
     Raises:
       ValueError: the length has no room for the question; or the essays have no words.
@@ -139,7 +139,7 @@ def needle_example(
 
 
 def _largest(count: Callable[[int], int], most: int) -> tuple[int, int]:
-    """The greatest size of which no more than `most` are counted, and its count."""
+    """The greatest size whose count is at most `most`, and that count."""
     size, counted = 1, count(1)
     if counted > most:
         raise ValueError(

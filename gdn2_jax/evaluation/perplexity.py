@@ -57,7 +57,7 @@ def evaluate_perplexity(
         they are so there.
       mesh: from `gdn2_jax.parallel.make_mesh`, where the parameters lie.
       batch_size: sequences of a batch, over all processes; the mesh divides it.
-      max_batches: evaluate so many, of sequences evenly spaced over all; None evaluates every one.
+      max_batches: evaluate so many batches, evenly spaced over the sequences; all if None.
       summed_losses: from `lower_evaluation`, compiled, to be spared the wait.
 
     Returns:

@@ -15,7 +15,7 @@ from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.models.language_model import LanguageModel
 
-# Positions of which the logits exist at once.
+# Positions whose logits exist at once.
 _POSITIONS = 256
 
 
@@ -143,7 +143,7 @@ class RareRecall(NamedTuple):
     Attributes:
       second: share of right guesses where the pair stood before in the same text, so that it can be
         recalled.
-      first: where it did not: what the model knows without the text.
+      first: accuracy where it did not: what the model knows without the text.
       second_count: how many tokens.
       first_count: how many tokens.
     """
@@ -213,8 +213,8 @@ class GateStatistics(NamedTuple):
     Attributes:
       erase: histogram of b over [0, 1], or [0, 2] if that is its range; shares of the tokens and
         channels, [layers][bins].
-      write: such a histogram of w over [0, 1].
-      keep: such a histogram of exp(g) over [0, 1].
+      write: a histogram of w over [0, 1].
+      keep: a histogram of exp(g) over [0, 1].
       saturated: shares of b, w and exp(g) within a twentieth of either end of their range.
       correlation: of b and w, channel by channel; None where they have different channels.
       difference: mean of |b - w|.
@@ -234,7 +234,7 @@ def gate_statistics(
     """Measures the gates of a GDN-2 model on a text.
 
     Args:
-      config: of the model, whose mixer is of kind "gdn2".
+      config: of a model with a mixer of kind "gdn2".
       params: its parameters.
       inputs: the text.
       bins: of the histograms.
@@ -270,7 +270,7 @@ def gate_statistics(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _gates(config, params, inputs) -> dict[str, Float[Array, "layers B T H C"]]:
-    """b, w and exp(g) of all layers, from what the projections yield."""
+    """b, w and exp(g) of all layers, from the results of the projections."""
     wanted = ("b_proj", "w_proj", "f_proj_1")
     _, variables = LanguageModel(config).apply(
         {"params": params},

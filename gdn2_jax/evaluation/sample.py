@@ -28,7 +28,7 @@ def sample_text(
     special_tokens: bool = False,
     stream: TextIO | None = None,
 ) -> list[str]:
-    """Continues prompts, each of which stands at the beginning of a document.
+    """Continues prompts; each is the beginning of a document.
 
     A sample ends at the end of its document, before a stop string, or after `max_new_tokens`.
 
@@ -48,7 +48,7 @@ def sample_text(
       stream: where to write prompt and text of the first sample as it grows.
 
     Returns:
-      The samples, each with its prompt; those of one prompt follow each other.
+      The samples, each with its prompt; samples of one prompt follow each other.
 
     Raises:
       ValueError: if an argument is out of its range.

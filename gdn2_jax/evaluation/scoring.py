@@ -167,7 +167,7 @@ def _on_devices(
     batches: list[list[int]],
     progress: str | None,
 ) -> Iterator[tuple[list[int], Any]]:
-    """Yields each batch and what `work` makes of it on the first device that is free."""
+    """Runs `work` on each batch, on the first free device; yields the batch and the result."""
     free: queue.SimpleQueue = queue.SimpleQueue()
     for copy in model.copies:
         free.put(copy)

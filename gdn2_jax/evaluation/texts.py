@@ -53,8 +53,8 @@ class TextPerplexity(NamedTuple):
       total: over all texts.
       word_perplexity: exponential of the loss per word, where words are what white space divides.
       ends: numbers of tokens read, 1, 2, 4, ..., each the end of a bin.
-      losses: mean loss, in nats, of the tokens before which as many were read as the bin has, from
-        the bin's predecessor on.
+      losses: mean loss in nats of each bin. A bin holds the tokens before which more tokens were read
+        than the end of the bin before, and at most its own end.
       counts: tokens of each bin.
     """
 

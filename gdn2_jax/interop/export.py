@@ -36,7 +36,7 @@ def export_forward(
       params: of the model; only shapes and dtypes are read.
       length: number of tokens T.
       batch_size: number of rows B; any if None.
-      platforms: where the program shall run, of "cpu", "cuda" and "tpu".
+      platforms: where the program shall run: some of "cpu", "cuda" and "tpu".
 
     Returns:
       The program.

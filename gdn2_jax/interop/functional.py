@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 def empty_cache(
     layer: nn.Module, batch_size: int, width: int, dtype: DTypeLike = jnp.float32
 ) -> dict[str, Any]:
-    """Returns a cache of zeros: a tree of arrays whose first axis is the batch.
+    """Returns a cache of zeros: a tree of arrays [B, ...].
 
     Args:
       layer: a mixer of `gdn2_jax.layers`.

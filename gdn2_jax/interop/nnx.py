@@ -109,7 +109,7 @@ class Mixer(nnx.Module):
         _attach(self, nnx.Cache, self.empty_cache(input_shape[0], dtype))
 
     def empty_cache(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-        """Returns a cache for `advance`, of zeros: a tree of arrays whose first axis is the batch.
+        """Returns a cache of zeros for `advance`: a tree of arrays [B, ...].
 
         Args:
           batch_size: rows B.
@@ -123,7 +123,7 @@ class Mixer(nnx.Module):
         cache: dict[str, Any],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """Goes on from a cache that the caller keeps; the module stays as it is.
+        """Goes on from a cache that the caller keeps; the module does not change.
 
         Args:
           x: the next inputs, any T >= 1.

@@ -176,7 +176,7 @@ def _advanced(
 
 
 def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H C"]:
-    """Splits the last axis, whose channels are head-major."""
+    """Splits the last axis into heads and their channels."""
     return x.reshape(*x.shape[:2], heads, -1)
 
 

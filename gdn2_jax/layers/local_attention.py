@@ -130,7 +130,7 @@ def attend(
 
 @jax.custom_vjp
 def _isolated_attention(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:
-    """`_masked_attention`, whose products give masked keys a weight of zero: 0 * NaN is NaN."""
+    """`_masked_attention`, where masked keys have a weight of zero in the products: 0 * NaN is NaN."""
     return _isolated_attention_fwd(q, k, v, mask)[0]
 
 

@@ -25,7 +25,7 @@ def dense(
     """A projection with the dtypes of `module`.
 
     Args:
-      module: has `dtype`, `param_dtype` and `kernel_init`, whose names of axes the kernel follows.
+      module: has `dtype`, `param_dtype` and `kernel_init`; the kernel's axes are named as the latter's.
       name: of the projection.
       features: channels of its result.
       axes: our names of the kernel's two axes.
@@ -47,7 +47,7 @@ def dense(
 
 
 def per_head(module: Any, name: str, init: Callable[..., Array], *shape: int) -> Array:
-    """A float32 parameter of `module`, whose first axis is the heads."""
+    """A float32 parameter of `module`; its first axis is the heads."""
     names = ("heads", *(None for _ in shape[1:]))
     init = partitioned(init, *names, like=module.kernel_init)
     return module.param(name, init, shape, jnp.float32)
@@ -69,7 +69,7 @@ def from_cached_state(
       module: has the cache.
       zeros: shapes and dtypes of the state's arrays [B, ...], by their names in the cache.
       segment_ids: document of each token; None continues the last one.
-      like: array [B, T, ...] beside whose rows the documents lie on a mesh of Explicit axes.
+      like: array [B, T, ...]; on a mesh of Explicit axes documents are split as its rows.
       advance: function of the state's arrays; returns the outputs and the arrays after them.
 
     Returns:

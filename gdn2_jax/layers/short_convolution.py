@@ -30,7 +30,7 @@ class ShortConvolution(nn.Module):
 
         y[t, c] = SiLU(sum_i kernel[i, c] x[t - (kernel_size - 1) + i, c] + bias[c])
 
-    Inputs before the first token, and those of another document, count as zero. The arithmetic
+    Inputs before the first token and of another document count as zero. The arithmetic
     is float32 (float64 for float64 inputs); the output has the input's dtype.
 
     Attributes:
@@ -39,7 +39,7 @@ class ShortConvolution(nn.Module):
       unit_dim: scale every so many channels of y, a head, to unit length; not if None.
       param_dtype: dtype of the kernel [kernel_size, channels] and the bias [channels].
       kernel_init: by default uniform within +-1 / sqrt(kernel_size).
-      axes_like: initialiser whose names of axes, if it has any, those of the parameters follow.
+      axes_like: initialiser; if its axes have names, the parameters' axes are named alike.
       decode: keep the last kernel_size - 1 inputs, and their documents, in the "cache"
         collection; see `GatedDeltaNet2` for the meaning of `segment_ids` between calls.
     """

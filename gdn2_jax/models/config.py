@@ -94,7 +94,7 @@ class ModelConfig:
 
 
 def with_state_rounding(config: ModelConfig, rounding: StateRounding | None) -> ModelConfig:
-    """The model with its decoding states kept so; None leaves it as it is.
+    """The model with this rounding of its decoding states; the same model for None.
 
     Raises:
       ValueError: its mixer is no delta rule.
@@ -109,7 +109,7 @@ def with_state_rounding(config: ModelConfig, rounding: StateRounding | None) -> 
 
 
 def config_from_json(fields: dict[str, Any]) -> ModelConfig:
-    """The configuration whose fields are given as `dataclasses.asdict` makes them.
+    """The configuration with these fields, as `dataclasses.asdict` gives them.
 
     Those of runs before version 0.2.0 are read, too: they hold the fields of all mixers side by side.
     """
@@ -145,7 +145,7 @@ _OLD_FIELDS = {
 
 
 def _nested(fields: dict[str, Any]) -> dict[str, Any]:
-    """Sorts fields that lie side by side into those of the mixer, the attention and the model."""
+    """Sorts one flat dict of fields into fields of the mixer, of the attention and of the model."""
     kind = fields["mixer"]
     if kind != "mamba3" or fields.get("mamba3_form") != "mimo":
         fields = fields | {"mimo_rank": None}

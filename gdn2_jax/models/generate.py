@@ -99,10 +99,10 @@ def continue_session(
     """Continues each row of a session; see `generate` for arguments and errors.
 
     Returns:
-      The new tokens of each row until it ended, and the session after them. All rows of it have
-      read the same number of tokens: a row that ended early has read `eos` or 0 since then. It may
-      have read some tokens that `on_token` was not called with. `session` itself must not be used
-      again.
+      The new tokens of each row until it ended, and the session after them. All its rows have read
+      the same number of tokens: a row that ended early has read `eos` or 0 since then. The session
+      may have read some tokens that `on_token` did not get. The session that was given must not be
+      used again.
     """
     _check_options(config, max_new_tokens, options)
     key = jax.random.key(options.get("seed", 0) % 2**32)
@@ -172,7 +172,7 @@ class Sampling(NamedTuple):
 def _decode(config, params, session, ended, sampling, key, eos, known, steps):
     """Up to `steps` tokens more than the `known` ones.
 
-    Stops early when all rows have ended, and before a token of which the logits are not finite.
+    Stops early when all rows have ended, and before a token whose logits are not finite.
 
     Returns:
       The session, the tokens [_MOST_STEPS, B], how many of these there are, and the rows whose

@@ -240,7 +240,7 @@ class SoftmaxAttention:
 
     @property
     def splits_sequences(self) -> bool:
-        """Whether it runs on sequences of which every device holds a span."""
+        """Whether it runs on sequences that are split over devices."""
         return not self.cache_grows
 
     @property

@@ -47,8 +47,8 @@ _PAPER = {"d_model": 2304, "num_layers": 18, "remat": "elementwise", "unroll": T
 _Sizes = dict[type, dict[str, Any]]
 # Names are filled with the mixer; "swa_" makes a hybrid. Each scale: the fields that all models share,
 # sizes of the mixers, and MLP widths in the order of MIXERS: gdn2, kda, gdn, deltanet,
-# gated_deltaproduct, mamba2, mamba3, mamba3_mimo, attention and sliding_window_attention, of which
-# there are no hybrids.
+# gated_deltaproduct, mamba2, mamba3, mamba3_mimo, attention and sliding_window_attention. The last
+# two have no hybrids.
 _SCALES: dict[str, tuple[dict[str, Any], _Sizes, tuple[int, ...]]] = {
     "{}_tiny": (_TINY, _TINY_MIXERS, (168, 256, 296, 296, 208, 232, 232, 152, 344, 344)),
     "swa_{}_tiny": (_TINY, _TINY_MIXERS, (256, 296, 320, 320, 272, 288, 288, 248, 344)),

@@ -111,7 +111,7 @@ def sessions_along(
     positions: Sequence[int],
     segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> Iterator[Session]:
-    """Yields the session after each of some positions of one text, such as the prefixes of a cache.
+    """Yields the session after each given position of one text, for example for a prefix cache.
 
     All is read once. A program is compiled for each distance between neighbouring positions.
 
@@ -253,7 +253,7 @@ def in_pieces(length: int) -> int:
 
 
 def _read_rows(config, params, cache, rows: list[np.ndarray], length: int) -> Session:
-    """Reads prompts, whose padding on the left is a document of its own."""
+    """Reads prompts; their padding on the left is a document of its own."""
     tokens = np.zeros((len(rows), length), np.int32)
     segment_ids = np.zeros_like(tokens)
     for i, row in enumerate(rows):

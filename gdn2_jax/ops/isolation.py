@@ -55,7 +55,7 @@ def isolated[Tokens, State](
     Args:
       run: a recurrence; returns outputs [B, T, ...] and the state after the last token.
       tokens: arrays [B, T, ...].
-      state: arrays [B, ...], before the first token, whose document they belong to.
+      state: arrays [B, ...] before the first token; they belong to its document.
       starts: where a document starts; without documents there is nothing to do.
     """
     if starts is None:

@@ -60,7 +60,7 @@ def partitioned(init: Callable, *names: str | None, like: Callable | None = None
 
     Args:
       init: initialiser of the parameter.
-      names: ours, of its axes.
+      names: our names of its axes.
       like: initialiser of matrices [width, channels] whose two names stand for our "embed" and for
         our other names.
     """
@@ -164,7 +164,7 @@ def per_device(function: Callable, inputs: tuple[Any, ...], outputs: Any) -> Cal
 def as_typed(
     function: Callable, inputs: tuple[Any, ...], outputs: Any, heads: int | None = None
 ) -> Callable:
-    """Runs `function` on parts of arguments whose types lie on Explicit axes; plainly on others.
+    """Runs `function` on each device's part of arguments on Explicit axes; on others as usual.
 
     Rows stay split as the arguments' are, and heads where each device gets whole ones of all.
 
@@ -201,7 +201,7 @@ def as_typed(
 
 
 def explicit_sharding(arrays: Any) -> NamedSharding | None:
-    """Of the first array whose type says how it lies on a mesh of Explicit axes, else None."""
+    """Sharding of the first array on a mesh of Explicit axes; None if there is no such array."""
     for x in jax.tree.leaves(arrays):
         sharding = jax.typeof(x).sharding
         if _explicit_axes(sharding.mesh) and sharding.mesh.size > 1:

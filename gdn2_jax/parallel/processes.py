@@ -35,7 +35,7 @@ def join_processes() -> None:
 
 
 def greatest_of_processes(value: int) -> int:
-    """Returns the greatest value of all processes, each of which must call this."""
+    """Returns the greatest value of all processes; every process must call this."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.array(value)).max())

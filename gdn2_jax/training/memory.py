@@ -24,7 +24,7 @@ class Memory(NamedTuple):
       gathered: parameters gathered over "fsdp": those of one iteration of the loop over layers, and
         the largest parameter outside the loop.
       gradients: of all parameters, twice when they are accumulated.
-      activations: what the backward finds kept of the forward.
+      activations: what the forward keeps for the backward.
       states: the recurrent states among them.
       working: what the backward of a block computes, and the logits of a block of tokens if those
         are more.

@@ -312,7 +312,7 @@ def load_config(path: Path) -> TrainingConfig:
 
 
 def compare_configs(old: TrainingConfig, new: TrainingConfig) -> list[str]:
-    """Describes the fields whose difference keeps a run from going on exactly."""
+    """Describes the fields that differ, so that the run cannot go on exactly."""
     there, here = (flatten_dict(dataclasses.asdict(config), sep=".") for config in (old, new))
     return [
         f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"

@@ -36,7 +36,7 @@ def open_weights(path: str | Path) -> Weights:
     """Opens what `TrainingConfig.init_from` names.
 
     Args:
-      path: the directory of a run, of which the latest checkpoint is used; one of its checkpoints,
+      path: the directory of a run, for its latest checkpoint; one of its checkpoints,
         such as runs/tiny/checkpoints/100; or a checkpoint for
         `gdn2_jax.interop.pytorch.load_pretrained`.
 

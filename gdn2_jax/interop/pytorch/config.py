@@ -121,8 +121,8 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
       dtype: of the weights; the model computes in it.
 
     Raises:
-      ValueError: it describes a model that `ModelConfig` cannot, or has keys that are not known to
-        leave the model's function as it is; all are named.
+      ValueError: `ModelConfig` cannot describe the model, or a key may change the model in a way that
+        is not known here; the message names all such keys.
     """
     check_model_type(content)
     if content["model_type"] == "mamba2":

@@ -53,7 +53,7 @@ def check_params(params: Any, abstract: Any) -> None:
 
 
 def leaf_shapes(params: Any, entries: Iterable[Entry]) -> dict[Leaf, tuple[int, ...]]:
-    """Returns the shape of every parameter in the entries, of one layer where layers are stacked."""
+    """Returns the shape of every parameter in the entries; without the axis of stacked layers."""
     flat = flatten(params)
     return {
         (path, entry.index): tuple(flat[path].shape[0 if entry.index is None else 1 :])
@@ -82,7 +82,7 @@ def leaves_of_tensors(
     entries: Iterable[Entry],
     shapes: Mapping[Leaf, tuple[int, ...]],
 ) -> dict[Leaf, StoredTensor]:
-    """Returns every parameter, read from the tensors; those of entries without one are ignored.
+    """Returns every parameter, read from the tensors; entries without a parameter are ignored.
 
     Raises:
       ValueError: tensors are missing, too many, of a wrong shape or not of floats; the message

@@ -30,7 +30,7 @@ _SAFETENSORS_DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    """A tensor whose numbers are read, or computed, when asked for.
+    """A tensor; its numbers are read or computed when they are asked for.
 
     Attributes:
       read: gives them.

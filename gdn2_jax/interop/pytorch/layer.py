@@ -42,8 +42,8 @@ def layer_from_pytorch(
 ) -> dict[str, Any]:
     """Returns a layer's parameters from a PyTorch state dict, in the state dict's dtypes.
 
-    The names are those of the layers of the paper's repository and of flash-linear-attention,
-    whose GDN-2 layers differ in `output_gate`: "silu" and "sigmoid". Mamba-2's names are the same in
+    The names are as in the paper's repository and in flash-linear-attention. Their GDN-2 layers differ
+    in `output_gate`: "silu" in the first, "sigmoid" in the second. Mamba-2's names are the same in
     mamba_ssm, transformers and flash-linear-attention. So is its function, which `Mamba2` computes
     where their `dt_limit` (`time_step_limit`) is (0, inf), `norm_before_gate` is False and biases
     are the convolution's alone; transformers' layer is `Mamba2(..., norm_groups=1)`.
@@ -51,7 +51,7 @@ def layer_from_pytorch(
     Args:
       layer: a `GatedDeltaNet2`, `KimiDeltaAttention`, `GatedDeltaNet`, `Mamba2` or attention module.
       tensors: NumPy arrays, PyTorch tensors, or the result of `open_tensors`.
-      prefix: what the names of the layer's tensors begin with, as "model.layers.0.attn."; others
+      prefix: beginning of the names of the layer's tensors, as "model.layers.0.attn."; others
         are ignored. What torch.compile, DDP and FSDP put into names is taken out.
 
     Returns:

@@ -116,8 +116,8 @@ def save_pretrained(
     Raises:
       FileExistsError: there are weights already.
       TypeError: the parameters are no tree of dicts.
-      ValueError: the style has no such model, or the parameters are not the model's: those that
-        are missing, unexpected or misshapen are all listed.
+      ValueError: the style has no such model, or the parameters do not fit the model; the message
+        lists every missing, unexpected and misshapen one.
     """
     entries = model_entries(config, style)
     check_params(params, _abstract_params(config))

@@ -156,7 +156,7 @@ def _forward(
     segments: Int[Array, "B T"] | None,
     documents: Chunks | None,
 ):
-    """Outputs, final states and what the backward needs; the last two arguments exclude each other.
+    """Outputs, final states and what the backward needs. Not both of the last two arguments are given.
 
     With `documents` [S, N, B], of the chunks of all spans, there is a state for each document.
     """

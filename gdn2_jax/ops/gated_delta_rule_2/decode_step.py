@@ -79,7 +79,7 @@ def _(primals, tangents):
 
 
 def rounding_seeds(position: UInt32[Array, "B"], heads: int) -> UInt32[Array, "B {heads}"]:
-    """Seeds of a row's heads after so many tokens: those of a row do not depend on other rows."""
+    """Seeds of a row's heads after so many tokens; they do not depend on other rows."""
     return mixed(position)[:, None] + jnp.arange(heads, dtype=jnp.uint32)[None]
 
 

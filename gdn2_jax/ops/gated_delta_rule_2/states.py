@@ -41,8 +41,8 @@ def gated_delta_rule_2_states(
       implementation: as there.
 
     Returns:
-      Outputs, and the N = T / every states after tokens `every`, 2 `every`, ..., T, of which the last
-      is the final state. Both are differentiable in every array.
+      Outputs, and the N = T / every states after tokens `every`, 2 `every`, ..., T. The last one is
+      the final state. Both are differentiable in every array.
 
     Raises:
       ValueError: as there, or `every` does not divide T.

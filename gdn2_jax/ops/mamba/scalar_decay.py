@@ -135,7 +135,7 @@ def mix_chunks(
       v: values of each of the group's E heads.
       g: log-decay, finite; in full precision as `weight`, `own` and `state`.
       weight: of the token's write into the state.
-      own: weight of the token's write in what it reads itself.
+      own: weight of a token's write in its own output.
       state: before the first chunk.
       segments: of the span's tokens; None if the state never restarts.
       arithmetic: of the products.

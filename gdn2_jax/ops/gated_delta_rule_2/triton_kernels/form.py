@@ -325,7 +325,7 @@ def _arithmetic(q, k, v, b, w) -> tuple[jnp.dtype, dict[str, Any]]:
 
 
 def _launch(kernel, arguments, outputs, grid, constants, **options):
-    """Runs a kernel with those of the constants and options that it takes."""
+    """Runs a kernel with the constants and options that it takes."""
     taken = {*kernel.arg_names, "num_warps", "num_stages"}
     options = {name: x for name, x in (constants | options).items() if name in taken}
     return call_kernel(kernel, arguments, outputs, grid, **options)
