@@ -31,8 +31,9 @@ def train_iterator(
     Batch n of the run holds sequences `start_sequence + n * B` to `start_sequence + (n + 1) * B
     - 1`, where B is `global_batch_size`. Process p of P has the batch's rows `p * B / P` to
     `(p + 1) * B / P - 1`. So the stream does not depend on the number of processes or workers. A
-    run that has consumed N sequences goes on exactly with `start_sequence=N`. The iterator's own `get_state` and `set_state` (for orbax) count from
-    `start_sequence` and fit an iterator made with the same arguments.
+    run that has consumed N sequences goes on exactly with `start_sequence=N`. The iterator's own
+    `get_state` and `set_state` (for orbax) count from `start_sequence` and fit an iterator made with
+    the same arguments.
 
     Call `close()` on the iterator when done if `num_workers` > 0. Worker processes import the
     main script, which therefore needs an `if __name__ == "__main__"`.

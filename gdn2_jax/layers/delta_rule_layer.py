@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Int, UInt32
 from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import small_xavier_uniform
 from gdn2_jax.layers.inputs import check_attributes, check_choices
-from gdn2_jax.layers.parts import dense, from_cached_state
-from gdn2_jax.layers.short_convolution import ShortConvolution, to_unit_length
+from gdn2_jax.layers.parts import dense, from_cached_state, short_convolution
+from gdn2_jax.layers.short_convolution import to_unit_length
 from gdn2_jax.ops import (
     Implementation,
     gated_delta_rule_2_from_state,
@@ -80,15 +80,7 @@ class DeltaRuleLayer(nn.Module):
         if not self.use_short_conv:
             y = jax.nn.silu(y)
             return y if unit_dim is None else _heads_to_unit_length(y, unit_dim)
-        convolution = ShortConvolution(
-            self.conv_size,
-            unit_dim=unit_dim,
-            param_dtype=self.param_dtype,
-            axes_like=self.kernel_init,
-            decode=self.decode,
-            name=f"{name}_conv1d",
-        )
-        return convolution(y, segment_ids)
+        return short_convolution(self, f"{name}_conv1d", unit_dim=unit_dim)(y, segment_ids)
 
     def _mix_tied(self, q, k, v, g, beta, segment_ids) -> Float[Array, "B T Hv V"]:
         """The operator with one gate `beta` [B, T, Hv, 1] a value head, for erasing and writing.

@@ -15,8 +15,7 @@ from gdn2_jax.layers.initializers import (
     log_uniform_rate,
 )
 from gdn2_jax.layers.inputs import check_attributes, check_inputs
-from gdn2_jax.layers.parts import dense, from_cached_state, per_head
-from gdn2_jax.layers.short_convolution import ShortConvolution
+from gdn2_jax.layers.parts import dense, from_cached_state, per_head, short_convolution
 from gdn2_jax.ops import Implementation, mamba2_from_state, mamba2_on_mesh
 
 
@@ -82,14 +81,7 @@ class Mamba2(nn.Module):
         in_proj = dense(self, "in_proj", features, split_channels=False)
         projected = in_proj(x)
         z, vkq, s = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)
-        convolution = ShortConvolution(
-            self.conv_size,
-            use_bias=True,
-            param_dtype=self.param_dtype,
-            axes_like=self.kernel_init,
-            decode=self.decode,
-            name="conv1d",
-        )
+        convolution = short_convolution(self, "conv1d", use_bias=True)
         v, k, q = jnp.split(convolution(vkq, segment_ids), [inner, inner + shared], axis=-1)
         q, k = (u.reshape(*x.shape[:2], groups, self.state_dim) for u in (q, k))
         v = v.reshape(*x.shape[:2], heads, self.head_dim)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Int
 
+from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.parallel import beside, dense_product, partitioned
 
 
@@ -43,6 +44,24 @@ def dense(
         bias_init=partitioned(nn.initializers.zeros, axes[1], like=like),
         dot_general=functools.partial(dense_product, split_channels=split_channels),
         name=name,
+    )
+
+
+def short_convolution(module: Any, name: str, **options: Any) -> ShortConvolution:
+    """A convolution over `module.conv_size` tokens, with the dtype, names of axes and cache of `module`.
+
+    Args:
+      module: has `conv_size`, `param_dtype`, `kernel_init` and `decode`.
+      name: of the convolution.
+      **options: other attributes of `ShortConvolution`.
+    """
+    return ShortConvolution(
+        module.conv_size,
+        param_dtype=module.param_dtype,
+        axes_like=module.kernel_init,
+        decode=module.decode,
+        name=name,
+        **options,
     )
 
 

@@ -17,9 +17,8 @@ from gdn2_jax.layers.local_attention import (
     local_attention,
     local_attention_of_span,
 )
-from gdn2_jax.layers.parts import dense
+from gdn2_jax.layers.parts import dense, short_convolution
 from gdn2_jax.layers.rotary import PERIOD, rotate
-from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.parallel import as_typed, axis_size, per_device
 
 
@@ -88,14 +87,7 @@ class SlidingWindowAttention(nn.Module):
     def _convolved(self, name: str, x: Array, segment_ids: Array | None) -> Float[Array, "B T D"]:
         if self.conv_size is None:
             return x
-        convolution = ShortConvolution(
-            self.conv_size,
-            param_dtype=self.param_dtype,
-            axes_like=self.kernel_init,
-            decode=self.decode,
-            name=f"{name}_conv1d",
-        )
-        return convolution(x, segment_ids)
+        return short_convolution(self, f"{name}_conv1d")(x, segment_ids)
 
     def _attend_on_mesh(self, q, k, v, segment_ids) -> Float[Array, "B T N H"]:
         split = axis_size("sequence") > 1
