@@ -7,6 +7,7 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
+from gdn2_jax.ops.gated_delta_rule_2.batching import joining_the_batch
 from gdn2_jax.ops.gated_delta_rule_2.recurrent import step
 from gdn2_jax.pallas.decode_step import decode_step
 from gdn2_jax.pallas.rounding import mixed, round_stochastically
@@ -89,7 +90,12 @@ def decode_kernel(state, q, k, v, g, b, w, seeds, scale: float):
 
     It updates the state's buffer in place where the caller donates it.
     """
-    return _mapped(scale)(state, q, k, v, g, b, w, seeds)
+
+    def run(*arrays):
+        *arrays, seeds = arrays
+        return decode_step(*arrays, scale, seeds=seeds)
+
+    return joining_the_batch(run)(state, q, k, v, g, b, w, seeds)
 
 
 def _forward(*arguments):
@@ -101,24 +107,3 @@ def _backward(scale, arrays, cotangents):
 
 
 decode_kernel.defvjp(_forward, _backward)
-
-
-def _mapped(scale: float):
-    """The kernel with a batching rule: a mapped axis joins the batch."""
-
-    @jax.custom_batching.custom_vmap
-    def call(*arrays):
-        *arrays, seeds = arrays
-        return decode_step(*arrays, scale, seeds=seeds)
-
-    @call.def_vmap
-    def _(axis_size, mapped, *arrays):
-        def join(x, is_mapped):
-            x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        results = call(*jax.tree.map(join, arrays, tuple(mapped)))
-        split = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
-        return split, (True, True)
-
-    return call

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
+    chunk_rows,
     chunk_segments,
     dot_wide,
     first_row,
@@ -108,9 +109,7 @@ def value_backward(
 ):
     """One program a chunk and key head: what sums over value channels, and their gradients."""
     index = tl.program_id(0)
-    chunks = tl.cdiv(T, C)
-    chunk, head, batch = index % chunks, index // chunks % H, index // (chunks * H)
-    row, count = first_row(batch, chunk, head, T, H, C)
+    batch, chunk, row, count = chunk_rows(index, T, H, C)
     here, _, _ = chunk_segments(segment, batch, chunk, T, C)
     operand = residual.dtype.element_ty
     x = tl.trans(load_square(inverse, index, C))
@@ -172,9 +171,7 @@ def key_backward(
     # The blocks of a chunk follow one another, so that what they share is read from memory once.
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     index = tl.program_id(0) // blocks
-    chunks = tl.cdiv(T, C)
-    chunk, head, batch = index % chunks, index // chunks % H, index // (chunks * H)
-    row, count = first_row(batch, chunk, head, T, H, C)
+    batch, chunk, row, count = chunk_rows(index, T, H, C)
     here, before, last = chunk_segments(segment, batch, chunk, T, C)
     operand = residual.dtype.element_ty
     channel = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)

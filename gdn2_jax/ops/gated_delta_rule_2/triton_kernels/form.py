@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.ops.arguments import match_varying_axes
+from gdn2_jax.ops.gated_delta_rule_2.batching import joining_the_batch
 from gdn2_jax.ops.gated_delta_rule_2.decode_step import decode_xla
 from gdn2_jax.ops.isolation import isolated
 from gdn2_jax.ops.precision import HIGHEST, arithmetic_for, finite_log_decay
@@ -132,7 +133,7 @@ def decode_triton(state, q, k, v, g, b, w, scale: float):
 
     The new state is a new buffer: jax-triton's versions differ in what they pass for one that is reused.
     """
-    results: Any = _joined(functools.partial(_run_decode, scale))(state, q, k, v, g, b, w)
+    results: Any = joining_the_batch(functools.partial(_run_decode, scale))(state, q, k, v, g, b, w)
     return results
 
 
@@ -150,41 +151,23 @@ decode_triton.defvjp(_decode_forward, _decode_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _triton(scale, *arguments):
-    return _joined(functools.partial(_run_forward, scale, False))(*arguments)[:2]
+    return joining_the_batch(functools.partial(_run_forward, scale, False))(*arguments)[:2]
 
 
 def _forward(scale, *arguments):
-    outputs, final_state, *saved = _joined(functools.partial(_run_forward, scale, True))(*arguments)
+    outputs, final_state, *saved = joining_the_batch(functools.partial(_run_forward, scale, True))(
+        *arguments
+    )
     *inputs, _, segment = arguments
     return (outputs, final_state), (*inputs, segment, *saved)
 
 
 def _backward(scale, residuals, cotangents):
-    gradients = _joined(functools.partial(_run_backward, scale))(*residuals, *cotangents)
+    gradients = joining_the_batch(functools.partial(_run_backward, scale))(*residuals, *cotangents)
     return *gradients, None
 
 
 _triton.defvjp(_forward, _backward)
-
-
-def _joined(run):
-    """`run`, arrays [B, ...] in, arrays [B, ...] out, with a rule by which a mapped axis joins the batch."""
-
-    @jax.custom_batching.custom_vmap
-    def call(*arrays):
-        return run(*arrays)
-
-    @call.def_vmap
-    def _(axis_size, mapped, *arrays):
-        def join(x, is_mapped):
-            x = x if is_mapped else jnp.broadcast_to(x, (axis_size, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        results = call(*map(join, arrays, mapped))
-        split = tuple(x.reshape(axis_size, -1, *x.shape[1:]) for x in results)
-        return split, (True,) * len(split)
-
-    return call
 
 
 def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):

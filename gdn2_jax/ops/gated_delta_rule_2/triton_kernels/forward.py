@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
+    chunk_rows,
     chunk_segments,
     first_row,
     level_pairs,
@@ -62,9 +63,7 @@ def intra_chunk_forward(
 ):
     """One program a chunk and key head; y, u, Kt, Qg, A in the operands' dtype, X and D in fp32."""
     index = tl.program_id(0)
-    chunks = tl.cdiv(T, C)
-    chunk, head, batch = index % chunks, index // chunks % H, index // (chunks * H)
-    row, count = first_row(batch, chunk, head, T, H, C)
+    batch, chunk, row, count = chunk_rows(index, T, H, C)
     here, before, last = chunk_segments(segment, batch, chunk, T, C)
     same = here[:, None] == here[None, :]
     reads = (here == before).to(tl.float32)[:, None]

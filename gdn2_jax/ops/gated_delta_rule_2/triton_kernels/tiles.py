@@ -24,6 +24,15 @@ def first_row(batch, chunk, head, T, H, C: tl.constexpr):
 
 
 @triton.jit
+def chunk_rows(index, T, H, C: tl.constexpr):
+    """Where the chunk with this number of [B H chunks] is: batch row, place in it, and `first_row`."""
+    chunks = tl.cdiv(T, C)
+    chunk, head, batch = index % chunks, index // chunks % H, index // (chunks * H)
+    row, count = first_row(batch, chunk, head, T, H, C)
+    return batch, chunk, row, count
+
+
+@triton.jit
 def load_rows(x, row, count, H, channel, D: tl.constexpr, C: tl.constexpr):
     """A chunk's rows of [B T H D] in fp32 at these channels; zero beyond the sequence and beyond D."""
     r = tl.arange(0, C)[:, None]
