@@ -28,10 +28,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, BFloat16, Float32
 
 from gdn2_jax.pallas import mosaic
 from gdn2_jax.pallas.intra_chunk_forward import BLOCK, CLAMP, HALF, LOG2_E, UNDERFLOW, sum_matrices
 from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
+from gdn2_jax.pallas.segments import Masks
 
 _WARPGROUPS = 2
 _BLOCKS = CHUNK // BLOCK
@@ -44,35 +46,71 @@ _ROW_CENTRE, _COLUMN_CENTRE = -CLAMP * HALF - 16, -CLAMP * HALF + 8
 
 
 def chunk_backward(
-    q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, masks, poison, *, scale: float
-):
+    q: BFloat16[Array, "B T H K"],
+    k: BFloat16[Array, "B T H K"],
+    v: BFloat16[Array, "B T H V"],
+    g: Float32[Array, "B T H K"],
+    b: BFloat16[Array, "B T H K"],
+    w: BFloat16[Array, "B T H V"],
+    d_o: BFloat16[Array, "B T H V"],
+    r_t: BFloat16[Array, "BH N V 64"],
+    d_z: BFloat16[Array, "BH T V"],
+    states: BFloat16[Array, "BH N V K"],
+    d_states: BFloat16[Array, "BH N V K"],
+    decay: Float32[Array, "BH N K"],
+    steps: Float32[Array, "BH N 6 K"],
+    masks: Masks | None,
+    poison: Float32[Array, "BH T"] | None,
+    *,
+    scale: float,
+) -> tuple[
+    BFloat16[Array, "B T H K"],
+    BFloat16[Array, "B T H K"],
+    Float32[Array, "B T H K"],
+    BFloat16[Array, "B T H K"],
+    BFloat16[Array, "B T H V"],
+    BFloat16[Array, "B T H V"],
+]:
     """Computes the gradients of a chunk's inputs.
 
     Args:
-      q: [B, T, H, K] bf16, T a multiple of 64, K 64 or 128; also `k` and `b`.
+      q: queries; T is a multiple of 64, K is 64 or 128.
       k: keys.
-      v: [B, T, H, V] bf16, V a multiple of 64 and of K; also `w`.
-      g: [B, T, H, K] fp32, <= 0.
+      v: values; V is a multiple of 64 and of K.
+      g: log-decay, <= 0.
       b: erase gate.
       w: write gate.
-      d_o: [B, T, H, V] bf16, cotangent of the outputs.
-      r_t: [BH, N, V, 64] bf16, R^T.
-      d_z: [BH, T, V] bf16.
-      states: [BH, N, V, K] bf16, before each chunk.
-      d_states: [BH, N, V, K] bf16, gradient of the state after each chunk.
-      decay: [BH, N, K] fp32, decay of a whole chunk, zero where no segment spans the chunk.
-      steps: [BH, N, 6, K] fp32, from `intra_chunk_forward`.
-      masks: None, or `Masks` of the segments.
-      poison: None, or with masks what is added to the gradients of each row [BH, T] fp32, NaN or
-        zero; what is not finite in the inputs counts as zero then.
+      d_o: cotangent of the outputs.
+      r_t: R^T, from `state_pass_forward`, as `states`.
+      d_z: from `state_pass_backward`, as `d_states`.
+      states: before each chunk.
+      d_states: gradient of the state after each chunk.
+      decay: of a whole chunk; zero where no segment spans the chunk.
+      steps: from `intra_chunk_forward`.
+      masks: of the segments, if there are any.
+      poison: None, or with masks what is added to the gradients of each row, NaN or zero; what is not
+        finite in the inputs counts as zero then.
       scale: factor on q.
 
     Returns:
-      dq, dk, dg and db [B, T, H, K]: bf16, dg fp32; dv and dw [B, T, H, V] in bf16.
+      dq, dk, dg, db, dv and dw.
     """
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     chunks = length // CHUNK
+    key_side = (batch, chunks * CHUNK, heads, key_dim)
+    value_side = (*key_side[:3], value_dim)
+    state_side = (batch * heads, chunks, value_dim, key_dim)
+    mosaic.check_shapes(
+        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g, "b": b}.items()},
+        **{name: (x, value_side) for name, x in {"v": v, "w": w, "d_o": d_o}.items()},
+        r_t=(r_t, (*state_side[:3], CHUNK)),
+        d_z=(d_z, (batch * heads, length, value_dim)),
+        states=(states, state_side),
+        d_states=(d_states, state_side),
+        decay=(decay, (*state_side[:2], key_dim)),
+        steps=(steps, (*state_side[:2], _STEPS, key_dim)),
+    )
     own_channels = key_dim // _WARPGROUPS
     swizzle = 2 * own_channels
     block = _VALUES if value_dim % _VALUES == 0 else _VALUES // 2

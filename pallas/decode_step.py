@@ -83,6 +83,11 @@ def decode_step(
     """
     batch, value_heads, key_dim, value_dim = state.shape
     group = value_heads // q.shape[1]
+    key_side, value_side = (batch, q.shape[1], key_dim), (batch, value_heads, value_dim)
+    mosaic.check_shapes(
+        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g, "b": b}.items()},
+        **{name: (x, value_side) for name, x in {"v": v, "w": w}.items()},
+    )
     columns = (tuning or default_tuning(batch * value_heads, value_dim)).columns
     layout = _layout(columns)
     shape = (key_dim, columns)
@@ -91,9 +96,9 @@ def decode_step(
     def divide(x, divisor):
         return lax.div(x, jnp.int32(divisor)), lax.rem(x, jnp.int32(divisor))
 
-    def kernel(q, k, v, g, b, w, *refs):
+    def kernel(q, k, v, g, b, w, *refs, slab, arrived):
         seeds, refs = ((), refs) if is_nearest else (refs[:1], refs[1:])
-        state, *new_state, o, slab, arrived = refs
+        state, *new_state, o = refs
         # One flat axis: a GPU grid's other axes end at 65535.
         index, cut = divide(lax.axis_index("block"), value_dim // columns)
         row, head = divide(index, value_heads)
@@ -105,15 +110,14 @@ def decode_step(
             return plgpu.load(ref, layout=vector_layout, optimized=False).astype(jnp.float32)
 
         # The vectors arrive while the slab is on its way.
-        key_side = layout.reduce(1)
-        decay = jnp.exp(load(g.at[row, key_head], key_side))
-        key = load(k.at[row, key_head], key_side)
-        erase = load(b.at[row, key_head], key_side) * key
-        query = load(q.at[row, key_head], key_side) * scale
-        value_side = layout.reduce(0)
-        write = load(w.at[row, head, values], value_side) * load(
-            v.at[row, head, values], value_side
-        )
+        rows_layout = layout.reduce(1)
+        decay = jnp.exp(load(g.at[row, key_head], rows_layout))
+        key = load(k.at[row, key_head], rows_layout)
+        erase = load(b.at[row, key_head], rows_layout) * key
+        query = load(q.at[row, key_head], rows_layout) * scale
+        columns_layout = layout.reduce(0)
+        write = load(w.at[row, head, values], columns_layout)
+        write *= load(v.at[row, head, values], columns_layout)
         seed = [ref[row, head] for ref in seeds]
 
         plgpu.barrier_wait(arrived)
@@ -143,12 +147,12 @@ def decode_step(
     # Kernels take no refs to what varies over a mesh: inside shard_map the new state is a new array.
     in_place = not jax.typeof(state).manual_axis_type.varying
     o_type = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    run = plgpu.kernel(
+    run = mosaic.kernel(
         kernel,
         out_type=o_type if in_place else (jax.ShapeDtypeStruct(state.shape, state.dtype), o_type),
         grid=(batch * value_heads * value_dim // columns,),
         grid_names=("block",),
-        scratch_types=[plgpu.SMEM(shape, state.dtype), plgpu.Barrier()],
+        scratch_types={"slab": plgpu.SMEM(shape, state.dtype), "arrived": plgpu.Barrier()},
         compiler_params=mosaic.COMPILER_PARAMS,
     )
     if not in_place:

@@ -25,9 +25,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, BFloat16, Float32
 
 from gdn2_jax.pallas import mosaic
 from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
+from gdn2_jax.pallas.segments import Masks
 
 CLAMP = -12.0
 """Smallest log2 of a token's decay between the tokens of a chunk; bf16 holds it exactly."""
@@ -49,37 +51,62 @@ _PIECE = 32
 _SWIZZLE = 2 * _PIECE
 
 
-def sum_matrices():
-    """[3, 64, 64] bf16: sums over the rows up to each, those of them in its block, and the rest."""
+def sum_matrices() -> BFloat16[Array, "3 64 64"]:
+    """Sums over the rows up to each row, over those rows in its block, and over the later rows."""
     block = jnp.arange(CHUNK) // BLOCK
     up_to = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.bfloat16))
     return jnp.stack([up_to, jnp.where(block[:, None] == block, up_to, 0), 1 - up_to])
 
 
-def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
+def intra_chunk_forward(
+    q: BFloat16[Array, "B T H K"],
+    k: BFloat16[Array, "B T H K"],
+    v: BFloat16[Array, "B T H V"],
+    g: Float32[Array, "B T H K"],
+    b: BFloat16[Array, "B T H K"],
+    w: BFloat16[Array, "B T H V"],
+    masks: Masks | None,
+    *,
+    scale: float,
+    save: bool,
+) -> tuple[
+    BFloat16[Array, "BH N K 64"],
+    BFloat16[Array, "BH N V 64"],
+    BFloat16[Array, "BH T K"],
+    BFloat16[Array, "BH T K"],
+    BFloat16[Array, "BH N 64 64"],
+    Float32[Array, "BH N K"],
+    BFloat16[Array, "BH N 2 64 64"] | None,
+    Float32[Array, "BH N 6 K"] | None,
+    Float32[Array, "BH T"] | None,
+]:
     """Computes a chunk's operands for the pass over states.
 
     Args:
-      q: [B, T, H, K] bf16, T a multiple of 64, K 64 or 128; also `k` and `b`.
+      q: queries; T is a multiple of 64, K is 64 or 128.
       k: keys.
-      v: [B, T, H, V] bf16, V a multiple of 64; also `w`.
-      g: [B, T, H, K] fp32, <= 0.
+      v: values; V is a multiple of 64.
+      g: log-decay, <= 0.
       b: erase gate.
       w: write gate.
-      masks: None, or `Masks` of the segments.
+      masks: of the segments, if there are any.
       scale: factor on q.
       save: also return what only the backward needs.
 
     Returns:
-      y_t [BH, N, K, 64], u_t [BH, N, V, 64], k_tail and q_gamma [BH, T, K], a_qk_t
-      [BH, N, 64, 64] in bf16, the decay of a whole chunk [BH, N, K] in fp32; and, or None, X in two
-      parts [BH, N, 2, 64, 64] in bf16 and the clamped decays of the halves of all blocks but the
-      last [BH, N, 6, K] in fp32; and, or None without masks, the number of elements that are not
-      finite in each row [BH, T] in fp32.
+      Y^T, U^T, Kt, Qg, Aqk^T and the decay of a whole chunk; or None, X in two parts and the clamped
+      decays of the halves of all blocks but the last; or None, without masks, the number of elements
+      that are not finite in each row.
     """
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     chunks = length // CHUNK
+    key_side = (batch, chunks * CHUNK, heads, key_dim)
+    value_side = (*key_side[:3], value_dim)
+    mosaic.check_shapes(
+        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g, "b": b}.items()},
+        **{name: (x, value_side) for name, x in {"v": v, "w": w}.items()},
+    )
     value_block = 128 if value_dim % 128 == 0 else 64
     # A row of g, one channel a thread; 64 channels do not fill the 128 threads.
     row_layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1) if key_dim == 128 else COLUMNS
@@ -314,7 +341,7 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
     key_tile, value_tile = (
         tile((CHUNK, columns), bf16, _SWIZZLE) for columns in (key_dim, value_block)
     )
-    results = mosaic.kernel(
+    results: Any = mosaic.kernel(
         intra_chunk_forward_kernel,
         out_type=(
             out(bf16, chunks, key_dim, CHUNK),
@@ -361,6 +388,6 @@ def intra_chunk_forward(q, k, v, g, b, w, masks, *, scale: float, save: bool):
         sum_matrices(),
         *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )
-    always, rest = results[:6], list(results[6:])
-    saved = (rest.pop(0), rest.pop(0)) if save else (None, None)
-    return *always, *saved, rest[0] if rest else None
+    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, *rest = results
+    x, steps, *rest = rest if save else (None, None, *rest)
+    return y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps, rest[0] if rest else None

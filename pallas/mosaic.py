@@ -62,6 +62,13 @@ def overlaid(*groups: tuple):
     return groups if interpreting() else plgpu.RefUnion(*groups)
 
 
+def check_shapes(**operands: tuple[jax.Array, tuple[int, ...]]) -> None:
+    """Raises a ValueError for an array of another shape: its kernel would read what is not there."""
+    for name, (array, shape) in operands.items():
+        if array.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+
+
 def kernel(body: Callable, *, scratch_types: dict[str, Any], **options) -> Callable:
     """`plgpu.kernel` whose body takes its scratch by name.
 

@@ -7,14 +7,16 @@ whole sequence; a second warpgroup fetches the chunks' operands ahead of it.
     backward:  dR = Aqk^T dO + Kt dS'    dS = gamma_C dS' + Qg^T dO - Y^T dR    dZ = X dR
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, BFloat16, Float32
 
 from gdn2_jax.pallas import mosaic
 from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, WGMMA, split, tile
@@ -22,69 +24,80 @@ from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, WGMMA, split, tile
 _VALUE_ROWS = 64
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 240
 
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How far copies run ahead.
-
-    Attributes:
-      stages: chunks whose operands are in shared memory: the one in use and those on their way.
-    """
-
-    stages: int
-
-    def __post_init__(self):
-        """Raises a ValueError where nothing could run ahead."""
-        if self.stages < 2:
-            raise ValueError(f"stages: expected at least 2, got {self.stages}")
+_FORWARD_STAGES, _BACKWARD_STAGES = 3, 2
+"""Chunks whose operands are in shared memory, the one in use and those on their way: all that fit."""
 
 
-FORWARD, BACKWARD = Tuning(stages=3), Tuning(stages=2)
-"""As many as shared memory holds."""
+class _Place(NamedTuple):
+    """Where a block works: `index` counts heads of all rows, `values` are its value channels."""
+
+    index: jax.Array
+    row: jax.Array
+    head: jax.Array
+    values: pl.Slice
+    chunk: jax.Array
 
 
 def state_pass_forward(
-    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, *, save: bool, tuning: Tuning = FORWARD
-):
+    y_t: BFloat16[Array, "BH N K 64"],
+    u_t: BFloat16[Array, "BH N V 64"],
+    k_tail: BFloat16[Array, "BH T K"],
+    q_gamma: BFloat16[Array, "BH T K"],
+    a_qk_t: BFloat16[Array, "BH N 64 64"],
+    decay: Float32[Array, "BH N K"],
+    state: Float32[Array, "B H V K"],
+    *,
+    save: bool,
+) -> tuple[
+    BFloat16[Array, "B T H V"],
+    Float32[Array, "B H V K"],
+    BFloat16[Array, "BH N V K"] | None,
+    BFloat16[Array, "BH N V 64"] | None,
+]:
     """Runs the states through a sequence.
 
     Args:
-      y_t: [BH, N, K, 64] bf16, as the others from `intra_chunk_forward`.
-      u_t: [BH, N, V, 64].
-      k_tail: [BH, T, K].
-      q_gamma: [BH, T, K].
-      a_qk_t: [BH, N, 64, 64].
-      decay: [BH, N, K] fp32.
-      state: [B, H, V, K] fp32, before the first chunk.
+      y_t: from `intra_chunk_forward`, as `u_t`, `k_tail`, `q_gamma`, `a_qk_t` and `decay`.
+      u_t: values.
+      k_tail: keys, decayed to the chunk's end.
+      q_gamma: queries, decayed from the chunk's start.
+      a_qk_t: weights of pairs in a chunk.
+      decay: of a whole chunk.
+      state: before the first chunk.
       save: also return what the backward needs.
-      tuning: how far copies run ahead.
 
     Returns:
-      Outputs [B, T, H, V] bf16, the final state [B, H, V, K] fp32, and, or None, the states
-      before each chunk [BH, N, V, K] and R^T [BH, N, V, 64], both bf16.
+      Outputs, the final state and, or None, the states before each chunk and R^T.
     """
     batch, heads, value_dim, key_dim = state.shape
     length = k_tail.shape[1]
     chunks = length // CHUNK
     bf16 = jnp.bfloat16
+    chunked = (batch * heads, chunks)
+    mosaic.check_shapes(
+        y_t=(y_t, (*chunked, key_dim, CHUNK)),
+        u_t=(u_t, (*chunked, value_dim, CHUNK)),
+        k_tail=(k_tail, (batch * heads, chunks * CHUNK, key_dim)),
+        q_gamma=(q_gamma, k_tail.shape),
+        a_qk_t=(a_qk_t, (*chunked, CHUNK, CHUNK)),
+        decay=(decay, (*chunked, key_dim)),
+    )
 
-    def prefetch(refs, tiles, barrier, index, row, head, values, chunk):
+    def sources(refs, at):
         y_t, u_t, k_tail, q_gamma, a_qk_t, decay = refs
-        rows = pl.ds(chunk * CHUNK, CHUNK)
-        sources = (
-            y_t.at[index, chunk],
-            u_t.at[index, chunk, values],
-            k_tail.at[index, rows],
-            q_gamma.at[index, rows],
-            a_qk_t.at[index, chunk],
-            decay.at[index, chunk],
-        )
-        for source, target in zip(sources, tiles):
-            plgpu.copy_gmem_to_smem(source, target, barrier)
+        rows = pl.ds(at.chunk * CHUNK, CHUNK)
+        return {
+            "y_t": y_t.at[at.index, at.chunk],
+            "u_t": u_t.at[at.index, at.chunk, at.values],
+            "k_tail": k_tail.at[at.index, rows],
+            "q_gamma": q_gamma.at[at.index, rows],
+            "a_qk_t": a_qk_t.at[at.index, at.chunk],
+            "decay": decay.at[at.index, at.chunk],
+        }
 
-    def advance(state, tiles, staging):
-        y_t, u_t, k_tail, q_gamma, a_qk_t, decay = tiles
-        o_tile, *saved_tiles = staging
+    def advance(
+        state, *, y_t, u_t, k_tail, q_gamma, a_qk_t, decay, o_tile, state_tile=None, r_t_tile=None
+    ):
         state16 = state.astype(bf16)
 
         def products(residual, output, next_state):
@@ -97,8 +110,9 @@ def state_pass_forward(
             next_state.add(r, k_tail)
             output.add(r, a_qk_t)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for target, value in zip(saved_tiles, (state16, r)):
-                target[...] = value
+            if state_tile is not None and r_t_tile is not None:
+                state_tile[...] = state16
+                r_t_tile[...] = r
             o_tile.transpose((1, 0))[...] = output.get().astype(bf16)
             advanced = next_state.get()
             plgpu.commit_smem()
@@ -107,85 +121,101 @@ def state_pass_forward(
         square = (_VALUE_ROWS, CHUNK)
         return mosaic.with_accumulators(products, square, square, (_VALUE_ROWS, key_dim))
 
-    def store(outputs, staging, index, row, head, values, chunk):
+    def targets(outputs, at):
         o, *saved = outputs
-        plgpu.copy_smem_to_gmem(staging[0], o.at[row, pl.ds(chunk * CHUNK, CHUNK), head, values])
-        for source, target in zip(staging[1:], saved):
-            plgpu.copy_smem_to_gmem(source, target.at[index, chunk, values])
+        rows = pl.ds(at.chunk * CHUNK, CHUNK)
+        names = ("state_tile", "r_t_tile")
+        return {"o_tile": o.at[at.row, rows, at.head, at.values]} | {
+            name: ref.at[at.index, at.chunk, at.values] for name, ref in zip(names, saved)
+        }
 
-    heads_shape = (batch * heads, chunks, value_dim)
     saved_types = (
-        jax.ShapeDtypeStruct((*heads_shape, key_dim), bf16),
-        jax.ShapeDtypeStruct((*heads_shape, CHUNK), bf16),
+        jax.ShapeDtypeStruct((*chunked, value_dim, key_dim), bf16),
+        jax.ShapeDtypeStruct((*chunked, value_dim, CHUNK), bf16),
     )
-    saved_tiles = (tile((_VALUE_ROWS, key_dim), bf16), tile((_VALUE_ROWS, CHUNK), bf16))
+    saved_tiles = {
+        "state_tile": tile((_VALUE_ROWS, key_dim), bf16),
+        "r_t_tile": tile((_VALUE_ROWS, CHUNK), bf16),
+    }
     final_state, outputs, *saved = _run(
         (y_t, u_t, k_tail, q_gamma, a_qk_t, decay),
         state,
         chunks,
-        (prefetch, advance, store),
-        tiles=(
-            tile((tuning.stages, key_dim, CHUNK), bf16),
-            tile((tuning.stages, _VALUE_ROWS, CHUNK), bf16),
-            tile((tuning.stages, CHUNK, key_dim), bf16),
-            tile((tuning.stages, CHUNK, key_dim), bf16),
-            tile((tuning.stages, CHUNK, CHUNK), bf16),
-            plgpu.SMEM((tuning.stages, key_dim), jnp.float32),
-        ),
-        staging=(tile((CHUNK, _VALUE_ROWS), bf16), *(saved_tiles if save else ())),
+        (sources, advance, targets),
+        tiles={
+            "y_t": tile((_FORWARD_STAGES, key_dim, CHUNK), bf16),
+            "u_t": tile((_FORWARD_STAGES, _VALUE_ROWS, CHUNK), bf16),
+            "k_tail": tile((_FORWARD_STAGES, CHUNK, key_dim), bf16),
+            "q_gamma": tile((_FORWARD_STAGES, CHUNK, key_dim), bf16),
+            "a_qk_t": tile((_FORWARD_STAGES, CHUNK, CHUNK), bf16),
+            "decay": plgpu.SMEM((_FORWARD_STAGES, key_dim), jnp.float32),
+        },
+        staging={"o_tile": tile((CHUNK, _VALUE_ROWS), bf16), **(saved_tiles if save else {})},
         out_type=(
             jax.ShapeDtypeStruct((batch, length, heads, value_dim), bf16),
             *(saved_types if save else ()),
         ),
         reverse=False,
-        tuning=tuning,
+        stages=_FORWARD_STAGES,
     )
-    return outputs, final_state, *(saved if save else (None, None))
+    states, r_t = saved if save else (None, None)
+    return outputs, final_state, states, r_t
 
 
 def state_pass_backward(
-    y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_state, *, tuning: Tuning = BACKWARD
-):
+    y_t: BFloat16[Array, "BH N K 64"],
+    d_o: BFloat16[Array, "B T H V"],
+    k_tail: BFloat16[Array, "BH T K"],
+    q_gamma: BFloat16[Array, "BH T K"],
+    a_qk_t: BFloat16[Array, "BH N 64 64"],
+    decay: Float32[Array, "BH N K"],
+    x: BFloat16[Array, "BH N 2 64 64"],
+    d_state: Float32[Array, "B H V K"],
+) -> tuple[BFloat16[Array, "BH T V"], BFloat16[Array, "BH N V K"], Float32[Array, "B H V K"]]:
     """Runs the gradients of the states back through a sequence.
 
     Args:
-      y_t: [BH, N, K, 64] bf16, as in `state_pass_forward`.
-      d_o: [B, T, H, V] bf16, cotangent of the outputs.
-      k_tail: [BH, T, K].
-      q_gamma: [BH, T, K].
-      a_qk_t: [BH, N, 64, 64].
-      decay: [BH, N, K] fp32.
-      x: [BH, N, 2, 64, 64] bf16, in two parts.
-      d_state: [B, H, V, K] fp32, cotangent of the final state.
-      tuning: how far copies run ahead.
+      y_t: as in `state_pass_forward`, and so are `k_tail`, `q_gamma`, `a_qk_t` and `decay`.
+      d_o: cotangent of the outputs.
+      k_tail: keys, decayed to the chunk's end.
+      q_gamma: queries, decayed from the chunk's start.
+      a_qk_t: weights of pairs in a chunk.
+      decay: of a whole chunk.
+      x: X, in two parts, from `intra_chunk_forward`.
+      d_state: cotangent of the final state.
 
     Returns:
-      dZ [BH, T, V] bf16, the gradient of each chunk's outgoing state [BH, N, V, K] bf16, and that
-      of the initial state [B, H, V, K] fp32.
+      dZ, the gradient of each chunk's outgoing state, and the gradient of the initial state.
     """
     batch, heads, value_dim, key_dim = d_state.shape
     length = k_tail.shape[1]
     chunks = length // CHUNK
     bf16 = jnp.bfloat16
+    chunked = (batch * heads, chunks)
+    mosaic.check_shapes(
+        y_t=(y_t, (*chunked, key_dim, CHUNK)),
+        d_o=(d_o, (batch, length, heads, value_dim)),
+        k_tail=(k_tail, (batch * heads, chunks * CHUNK, key_dim)),
+        q_gamma=(q_gamma, k_tail.shape),
+        a_qk_t=(a_qk_t, (*chunked, CHUNK, CHUNK)),
+        decay=(decay, (*chunked, key_dim)),
+        x=(x, (*chunked, 2, CHUNK, CHUNK)),
+    )
 
-    def prefetch(refs, tiles, barrier, index, row, head, values, chunk):
+    def sources(refs, at):
         y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x = refs
-        rows = pl.ds(chunk * CHUNK, CHUNK)
-        sources = (
-            y_t.at[index, chunk],
-            d_o.at[row, rows, head, values],
-            k_tail.at[index, rows],
-            q_gamma.at[index, rows],
-            a_qk_t.at[index, chunk],
-            decay.at[index, chunk],
-            x.at[index, chunk],
-        )
-        for source, target in zip(sources, tiles):
-            plgpu.copy_gmem_to_smem(source, target, barrier)
+        rows = pl.ds(at.chunk * CHUNK, CHUNK)
+        return {
+            "y_t": y_t.at[at.index, at.chunk],
+            "d_o": d_o.at[at.row, rows, at.head, at.values],
+            "k_tail": k_tail.at[at.index, rows],
+            "q_gamma": q_gamma.at[at.index, rows],
+            "a_qk_t": a_qk_t.at[at.index, at.chunk],
+            "decay": decay.at[at.index, at.chunk],
+            "x": x.at[at.index, at.chunk],
+        }
 
-    def advance(d_state, tiles, staging):
-        y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x = tiles
-        d_z_tile, d_state_tile = staging
+    def advance(d_state, *, y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x, d_z_tile, d_state_tile):
         d_state16 = d_state.astype(bf16)
         d_o_t = d_o.transpose((1, 0))
 
@@ -210,69 +240,86 @@ def state_pass_backward(
         square = (_VALUE_ROWS, CHUNK)
         return mosaic.with_accumulators(products, square, (_VALUE_ROWS, key_dim), square)
 
-    def store(outputs, staging, index, row, head, values, chunk):
+    def targets(outputs, at):
         d_z, d_states = outputs
-        d_z_tile, d_state_tile = staging
-        plgpu.copy_smem_to_gmem(d_z_tile, d_z.at[index, pl.ds(chunk * CHUNK, CHUNK), values])
-        plgpu.copy_smem_to_gmem(d_state_tile, d_states.at[index, chunk, values])
+        return {
+            "d_z_tile": d_z.at[at.index, pl.ds(at.chunk * CHUNK, CHUNK), at.values],
+            "d_state_tile": d_states.at[at.index, at.chunk, at.values],
+        }
 
     d_initial_state, d_z, d_states = _run(
         (y_t, d_o, k_tail, q_gamma, a_qk_t, decay, x),
         d_state,
         chunks,
-        (prefetch, advance, store),
-        tiles=(
-            tile((tuning.stages, key_dim, CHUNK), bf16),
-            tile((tuning.stages, CHUNK, _VALUE_ROWS), bf16),
-            tile((tuning.stages, CHUNK, key_dim), bf16),
-            tile((tuning.stages, CHUNK, key_dim), bf16),
-            tile((tuning.stages, CHUNK, CHUNK), bf16),
-            plgpu.SMEM((tuning.stages, key_dim), jnp.float32),
-            tile((tuning.stages, 2, CHUNK, CHUNK), bf16),
-        ),
-        staging=(tile((CHUNK, _VALUE_ROWS), bf16), tile((_VALUE_ROWS, key_dim), bf16)),
+        (sources, advance, targets),
+        tiles={
+            "y_t": tile((_BACKWARD_STAGES, key_dim, CHUNK), bf16),
+            "d_o": tile((_BACKWARD_STAGES, CHUNK, _VALUE_ROWS), bf16),
+            "k_tail": tile((_BACKWARD_STAGES, CHUNK, key_dim), bf16),
+            "q_gamma": tile((_BACKWARD_STAGES, CHUNK, key_dim), bf16),
+            "a_qk_t": tile((_BACKWARD_STAGES, CHUNK, CHUNK), bf16),
+            "decay": plgpu.SMEM((_BACKWARD_STAGES, key_dim), jnp.float32),
+            "x": tile((_BACKWARD_STAGES, 2, CHUNK, CHUNK), bf16),
+        },
+        staging={
+            "d_z_tile": tile((CHUNK, _VALUE_ROWS), bf16),
+            "d_state_tile": tile((_VALUE_ROWS, key_dim), bf16),
+        },
         out_type=(
             jax.ShapeDtypeStruct((batch * heads, length, value_dim), bf16),
-            jax.ShapeDtypeStruct((batch * heads, chunks, value_dim, key_dim), bf16),
+            jax.ShapeDtypeStruct((*chunked, value_dim, key_dim), bf16),
         ),
         reverse=True,
-        tuning=tuning,
+        stages=_BACKWARD_STAGES,
     )
     return d_z, d_states, d_initial_state
 
 
 def _run(
-    operands,
-    state,
+    operands: tuple[Array, ...],
+    state: Float32[Array, "B H V K"],
     chunks: int,
     roles: tuple[Callable, Callable, Callable],
     *,
-    tiles,
-    staging,
-    out_type,
+    tiles: dict[str, pl.MemoryRef],
+    staging: dict[str, pl.MemoryRef],
+    out_type: tuple[jax.ShapeDtypeStruct, ...],
     reverse: bool,
-    tuning: Tuning,
-):
+    stages: int,
+) -> tuple[Array, ...]:
     """A block per 64 value rows and head: one warpgroup prefetches chunks, one advances the state.
 
-    Returns the state after the last chunk, and the outputs of `out_type`.
+    Args:
+      operands: of the kernel, in global memory.
+      state: before the first chunk.
+      chunks: their number.
+      roles: `sources(operands, place)`, a chunk's part of the operands by names of `tiles`;
+        `advance(state, **tiles, **staging)`, the state after the chunk, whose results it leaves in
+        `staging`; `targets(outputs, place)`, their places by names of `staging`.
+      tiles: shared memory for the operands of `stages` chunks.
+      staging: shared memory for a chunk's results.
+      out_type: shapes and dtypes of the outputs.
+      reverse: begin with the last chunk.
+      stages: chunks whose operands are in shared memory.
+
+    Returns:
+      The state after the last chunk, and the outputs.
     """
-    prefetch, advance, store = roles
+    sources, advance, targets = roles
     batch, heads, value_dim, _ = state.shape
 
-    def kernel(*refs):
-        inputs, refs = refs[: len(operands)], refs[len(operands) :]
-        first_state, final_state, *refs = refs
-        outputs, refs = refs[: len(out_type)], refs[len(out_type) :]
-        all_tiles, refs = refs[: len(tiles)], refs[len(tiles) :]
-        staged, (full, empty) = refs[: len(staging)], refs[len(staging) :]
+    def kernel(*refs, full, empty, **scratch):
+        inputs, (first_state, final_state, *outputs) = refs[: len(operands)], refs[len(operands) :]
+        staged = {name: scratch[name] for name in staging}
         row, head = lax.axis_index("b"), lax.axis_index("h")
         values = pl.ds(lax.axis_index("v") * _VALUE_ROWS, _VALUE_ROWS)
         warpgroup = lax.axis_index("wg")
-        place = (row * heads + head, row, head, values)
-        stages = tuning.stages
+        place = functools.partial(_Place, row * heads + head, row, head, values)
         # With 64-bit types on, Python numbers would count in int64.
         first, end = jnp.int32(0), jnp.int32(chunks)
+
+        def tiles_of(stage):
+            return {name: scratch[name].at[stage] for name in tiles}
 
         def stage_and_chunk(j):
             return lax.rem(j, jnp.int32(stages)), chunks - 1 - j if reverse else j
@@ -288,7 +335,9 @@ def _run(
                 def _():
                     plgpu.barrier_wait(empty.at[stage])
 
-                prefetch(inputs, [x.at[stage] for x in all_tiles], full.at[stage], *place, chunk)
+                stage_tiles = tiles_of(stage)
+                for name, source in sources(inputs, place(chunk)).items():
+                    plgpu.copy_gmem_to_smem(source, stage_tiles[name], full.at[stage])
 
             lax.fori_loop(first, end, body, None)
 
@@ -304,9 +353,10 @@ def _run(
             def body(j, state):
                 stage, chunk = stage_and_chunk(j)
                 plgpu.barrier_wait(full.at[stage])
-                state = advance(state, [x.at[stage] for x in all_tiles], staged)
+                state = advance(state, **tiles_of(stage), **staged)
                 plgpu.barrier_arrive(empty.at[stage])
-                store(outputs, staged, *place, chunk)
+                for name, target in targets(outputs, place(chunk)).items():
+                    plgpu.copy_smem_to_gmem(staged[name], target)
                 return state
 
             state = plgpu.load(first_state.at[row, head, values], layout=WGMMA, optimized=False)
@@ -322,7 +372,7 @@ def _run(
             final_state.at[row, head, values][...] = lax.fori_loop(first, end, body, state)
             plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    return mosaic.kernel(
         kernel,
         kernel_name=f"state_pass_{'backward' if reverse else 'forward'}_kernel",
         out_type=(jax.ShapeDtypeStruct(state.shape, jnp.float32), *out_type),
@@ -330,11 +380,11 @@ def _run(
         grid_names=("h", "b", "v"),
         num_threads=2,
         thread_name="wg",
-        scratch_types=[
-            *tiles,
-            *staging,
-            plgpu.Barrier(num_arrivals=len(tiles), num_barriers=tuning.stages),
-            plgpu.Barrier(num_barriers=tuning.stages),
-        ],
+        scratch_types={
+            **tiles,
+            **staging,
+            "full": plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
+            "empty": plgpu.Barrier(num_barriers=stages),
+        },
         compiler_params=mosaic.COMPILER_PARAMS,
     )(*operands, state)

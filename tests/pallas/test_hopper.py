@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops.gated_delta_rule_2 import hopper
+from gdn2_jax.pallas.intra_chunk_forward import intra_chunk_forward
 from gdn2_jax.pallas.mosaic import interpret_mode
-from gdn2_jax.pallas.state_pass import Tuning
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
 
 kernels = functools.partial(gated_delta_rule_2, implementation="pallas")
@@ -161,9 +161,14 @@ def test_kernels_refuse_more_sequences_than_a_grid_holds():
     jax.eval_shape(gated_delta_rule_2, shape, shape, shape, g, shape, shape)
 
 
-def test_a_state_pass_without_a_chunk_on_its_way_is_refused():
-    with pytest.raises(ValueError, match="stages: expected at least 2, got 1"):
-        Tuning(stages=1)
+def test_a_kernel_refuses_an_operand_of_another_shape():
+    x = jax.ShapeDtypeStruct((1, 64, 2, 128), jnp.bfloat16)
+    short = jax.ShapeDtypeStruct((1, 64, 1, 128), jnp.float32)
+    run = functools.partial(intra_chunk_forward, masks=None, scale=1.0, save=False)
+    with pytest.raises(
+        ValueError, match=r"^g: expected shape \(1, 64, 2, 128\), got \(1, 64, 1, 128"
+    ):
+        jax.eval_shape(run, x, x, x, short, x, x)
 
 
 def test_the_default_is_the_kernels_where_a_hopper_gpu_is_attached(monkeypatch):
