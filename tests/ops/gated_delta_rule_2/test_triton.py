@@ -103,7 +103,9 @@ def interpreter(monkeypatch):
 
     def dot(self, a, b, total, *_):
         wide = [
-            x.data.view(ml_dtypes.bfloat16).astype(np.float32) if x.dtype == tl.bfloat16 else x.data
+            (x.data.view(ml_dtypes.bfloat16) if x.dtype == tl.bfloat16 else x.data).astype(
+                np.float32
+            )
             for x in (a, b)
         ]
         return module.TensorHandle(np.matmul(*wide) + total.data, total.dtype.scalar)
@@ -117,7 +119,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(module, "_patch_lang_tensor", patch_tensor)
     monkeypatch.setattr(module.InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(form, "call_kernel", interpret)
-    monkeypatch.setattr(form, "_attached", lambda: True)
+    monkeypatch.setattr(form, "capability", lambda: 90)
 
 
 @pytest.mark.parametrize(

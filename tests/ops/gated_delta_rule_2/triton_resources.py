@@ -19,13 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
-from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form, plans
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def launches(key_dim, value_dim, dtype):
+def launches(key_dim, value_dim, dtype, capability=90):
     """What the forward, the forward that saves, the backward and a decoding step launch."""
     recorded = {}
 
@@ -34,7 +34,8 @@ def launches(key_dim, value_dim, dtype):
         recorded[name] = kernel, [*arguments, *outputs], options
         return tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)
 
-    form.call_kernel, form._attached = record, lambda: True
+    form.call_kernel = record
+    form.capability = plans.capability = lambda: capability
     key, value = (jax.ShapeDtypeStruct((2, 70, 2, d), dtype) for d in (key_dim, value_dim))
     decay = jax.ShapeDtypeStruct(key.shape, "float32")
     arrays = key, key, value, decay, key, value
@@ -77,5 +78,5 @@ def resources(kernel, arguments, options, capability):
 
 if __name__ == "__main__":
     key_dim, value_dim, dtype, capability = sys.argv[1:]
-    for name, launch in launches(int(key_dim), int(value_dim), dtype).items():
+    for name, launch in launches(int(key_dim), int(value_dim), dtype, int(capability)).items():
         print(name, *resources(*launch, int(capability)), sep="\t", flush=True)

@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
+    bf16_part,
     chunk_rows,
     chunk_segments,
     dot_wide,
     first_row,
-    level_pairs,
     load_log2_decay,
     load_operand,
+    load_pairs,
     load_rows,
     load_square,
     load_state,
@@ -31,6 +32,7 @@ from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
     store_rows,
     store_square,
     store_state,
+    sum_in_block,
     sum_rows,
     wide_dot,
 )
@@ -102,8 +104,10 @@ def value_backward(
     dz,
     d_erase,
     d_read,
+    diagonal,
     V: tl.constexpr,
     C: tl.constexpr,
+    LOW: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -131,9 +135,43 @@ def value_backward(
     i = tl.arange(0, C)
     same = here[:, None] == here[None, :]
     strict = i[:, None] > i[None, :]
-    store_square(d_erase, index, tl.where(same & strict, erase_pairs, 0.0), C)
-    lower = i[:, None] >= i[None, :]
-    store_square(d_read, index, tl.where(same & lower, read_pairs, 0.0), C)
+    erase_pairs = tl.where(same & strict, erase_pairs, 0.0)
+    if LOW > 0:
+        # Along a row of repeated keys dE telescopes, so its entries must not be rounded: two parts.
+        high = bf16_part(erase_pairs)
+        store_square(d_erase, 2 * index, high, C)
+        store_square(d_erase, 2 * index + 1, erase_pairs - high, C)
+    else:
+        store_square(d_erase, index, erase_pairs, C)
+    store_square(d_read, index, tl.where(same & strict, read_pairs, 0.0), C)
+    read_pairs = tl.where(i[:, None] == i[None, :], read_pairs, 0.0)
+    tl.store(diagonal + index.to(tl.int64) * C + i, tl.sum(read_pairs, axis=1))
+
+
+@triton.jit
+def pair_gradients(
+    d_erase,
+    d_read,
+    index,
+    step,
+    left_e,
+    left_q,
+    right,
+    LOW: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of these operands of the products over some pairs of rows, see `level_pairs`."""
+    pairs = load_pairs(d_read, index, step, LOW, C)
+    d_left_q = tl.dot(pairs, right, input_precision=PRECISION)
+    d_right = tl.dot(tl.trans(pairs), left_q, input_precision=PRECISION)
+    parts: tl.constexpr = 2 if LOW > 0 else 1
+    d_left_e = tl.zeros(left_e.shape, tl.float32)
+    for part in tl.static_range(parts):
+        pairs = load_pairs(d_erase, parts * index + part, step, LOW, C)
+        d_left_e = tl.dot(pairs, right, d_left_e, input_precision=PRECISION)
+        d_right = tl.dot(tl.trans(pairs), left_e, d_right, input_precision=PRECISION)
+    return d_left_e, d_left_q, d_right
 
 
 @triton.jit
@@ -151,6 +189,7 @@ def key_backward(
     d_states,
     d_erase,
     d_read,
+    diagonal,
     T,
     H,
     dq,
@@ -162,6 +201,7 @@ def key_backward(
     V: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
+    LOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -213,26 +253,36 @@ def key_backward(
     d_decay += tl.where(before == last, total, 0.0)[None, :]
 
     # Through pairs of rows. Rows of a pair with themselves do not decay.
-    all_read = load_square(d_read, index, C).to(tl.float32)
-    diagonal = tl.where(i[:, None] == i[None, :], all_read, 0.0)
-    diagonal = tl.sum(diagonal, axis=1)[:, None]
-    d_query += diagonal * key
-    d_key += diagonal * query
-    for level in range(LEVELS):
-        factor = tl.exp2(sum_rows(load_sums(sums, 2 + level, C), log_decay, PARTS))
-        pairs = level_pairs(level, C)
-        # Read again for each level: registers are scarcer than the time that takes.
-        erase_pairs = tl.where(pairs, load_square(d_erase, index, C), 0.0)
-        read_pairs = tl.where(pairs, load_square(d_read, index, C), 0.0).to(operand)
+    own = tl.load(diagonal + index.to(tl.int64) * C + i)[:, None]
+    d_query += own * key
+    d_key += own * query
+    if LOW > 0:
+        exponent = sum_in_block(sums, log_decay, C, PARTS)
+        # Weights of pairs fill fp32's range: gradients of pairs times a key may be 2^-38 to 2^15.
+        up, down = tl.exp2(exponent + 104), tl.exp2(-80 - exponent)
+        left_e = (erase * up).to(operand)
+        left_q = (query * up).to(operand)
+        right = (key * down).to(operand)
+        d_left_e, d_left_q, d_right = pair_gradients(
+            d_erase, d_read, index, 0, left_e, left_q, right, LOW, C, PRECISION
+        )
+        # Both sides of a pair enter this difference with the same rounding: pairs of rows that are
+        # summed over cancel.
+        d_exponent = left_e.to(tl.float32) * d_left_e + left_q.to(tl.float32) * d_left_q
+        d_exponent = (d_exponent - right.to(tl.float32) * d_right) * 2.0**-24
+        d_decay += sum_rows(load_sums_transposed(sums, 2, C), d_exponent, PARTS)
+        up, down = up * 2.0**-24, down * 2.0**-24
+        d_erase_row += d_left_e * up
+        d_query += d_left_q * up
+        d_key += d_right * down
+    for step in range(1, LEVELS - LOW + 1):
+        factor = tl.exp2(sum_rows(load_sums(sums, 2 + LOW + step, C), log_decay, PARTS))
         left_e = (erase * factor).to(operand)
         left_q = (query * factor).to(operand)
         right = (key * factor).to(operand)
-        # Along a row of repeated keys dE telescopes, so its entries must not be rounded.
-        d_left_e = wide_dot(erase_pairs, right, PRECISION)
-        d_left_q = tl.dot(read_pairs, right, input_precision=PRECISION)
-        erase_pairs = tl.trans(erase_pairs.to(operand))
-        d_right = tl.dot(erase_pairs, left_e, input_precision=PRECISION)
-        d_right = tl.dot(tl.trans(read_pairs), left_q, d_right, input_precision=PRECISION)
+        d_left_e, d_left_q, d_right = pair_gradients(
+            d_erase, d_read, index, step, left_e, left_q, right, LOW, C, PRECISION
+        )
         d_left_e *= factor
         d_left_q *= factor
         d_right *= factor
@@ -240,7 +290,7 @@ def key_backward(
         d_query += d_left_q
         d_key += d_right
         d_exponent = erase * d_left_e + query * d_left_q + key * d_right
-        d_decay += sum_rows(load_sums_transposed(sums, 2 + level, C), d_exponent, PARTS)
+        d_decay += sum_rows(load_sums_transposed(sums, 2 + LOW + step, C), d_exponent, PARTS)
 
     store_rows(dg, row, count, H, channel, d_decay, K, C)
     store_rows(dq, row, count, H, channel, d_query * SCALE, K, C)

@@ -6,71 +6,34 @@ The forward keeps the kernels' own intermediates for the backward, as `hopper` d
 import functools
 import importlib.util
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.ops.arguments import match_varying_axes
 from gdn2_jax.ops.gated_delta_rule_2.batching import joining_the_batch
 from gdn2_jax.ops.gated_delta_rule_2.decode_step import decode_xla
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import (
+    Plan,
+    capability,
+    case,
+    plan,
+    tile,
+)
 from gdn2_jax.ops.isolation import isolated
 from gdn2_jax.ops.precision import HIGHEST, arithmetic_for, finite_log_decay
 
 _MAX_CHANNELS = 256
 _CHUNK = 64
-_MIN_TILE = 16
+_LOW_LEVELS = 4
 _DECODE_VALUES = 32
-
-
-class Plan(NamedTuple):
-    """How the kernels are cut and compiled.
-
-    Attributes:
-      block_k: key channels that a program of the kernels inside chunks holds at a time.
-      block_v: value channels that it holds at a time.
-      warps: its warps.
-      state_block_v: value channels of a program that passes over the states.
-      state_warps: its warps.
-      state_stages: chunks whose loads it has in flight.
-    """
-
-    block_k: int
-    block_v: int
-    warps: int
-    state_block_v: int
-    state_warps: int
-    state_stages: int
-
-    def intra(self) -> dict[str, int]:
-        """Constants and options of the kernels inside chunks."""
-        return {
-            "BLOCK_K": self.block_k,
-            "BLOCK_V": self.block_v,
-            "num_warps": self.warps,
-            "num_stages": 1,
-        }
-
-    def states(self) -> dict[str, int]:
-        """Constants and options of the passes over the states."""
-        return {
-            "BLOCK_V": self.state_block_v,
-            "num_warps": self.state_warps,
-            "num_stages": self.state_stages,
-        }
-
-
-def plan(key_dim: int, value_dim: int, half: bool) -> Plan:
-    """The plan for a size of heads, bf16 operands or fp32 ones."""
-    block_k, block_v = min(32, _tile(key_dim)), min(64, _tile(value_dim))
-    small = half and key_dim <= 128
-    return Plan(
-        block_k, block_v, 4, min(32 if small else 16, _tile(value_dim)), 4, 2 if small else 1
-    )
 
 
 def why_not_triton(q, k, v, g, b, w) -> str | None:
@@ -85,17 +48,11 @@ def why_not_triton(q, k, v, g, b, w) -> str | None:
     for module in ("triton", "jax_triton"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed (pip install gdn2-jax[triton])"
-    if not _attached():
+    if capability() is None:
         return (
             "the kernels need an NVIDIA GPU of compute capability 8.0 or more, and none is attached"
         )
     return None
-
-
-def _attached() -> bool:
-    """Whether a local GPU can run the kernels; what compiles them asks it for its kind."""
-    capabilities = (getattr(device, "compute_capability", None) for device in jax.local_devices())
-    return any(isinstance(x, str) and x[:1].isdigit() and float(x) >= 8 for x in capabilities)
 
 
 def triton(
@@ -177,7 +134,7 @@ def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
     (batch, length, heads, key_dim), value_dim = q.shape, v.shape[-1]
     chunks = -(-length // _CHUNK)
     operand, constants = _arithmetic(q, k, v, b, w)
-    cut = plan(key_dim, value_dim, operand == jnp.bfloat16)
+    cut = functools.partial(_cut, q, v, operand)
     like = functools.partial(jax.ShapeDtypeStruct, dtype=operand)
     square = (batch, heads, chunks, _CHUNK, _CHUNK)
     y, u, k_tail, q_gamma, read, inverse, decay = _launch(
@@ -189,8 +146,7 @@ def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
             _fp32((batch, heads, chunks, key_dim)),
         ),
         (batch * heads * chunks,),
-        constants,
-        **cut.intra(),
+        constants | cut("intra_chunk_forward").options(),
         SCALE=scale,
     )
     outputs, final_state, *saved = _launch(
@@ -202,9 +158,8 @@ def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
             like(v.shape if save else (batch,)),
             like((batch, heads, chunks, key_dim, value_dim) if save else (batch,)),
         ),
-        (batch * heads, -(-value_dim // cut.state_block_v)),
-        constants,
-        **cut.states(),
+        (batch * heads, -(-value_dim // cut("state_pass_forward").block_v)),
+        constants | cut("state_pass_forward").options(),
         SAVE=save,
     )
     results = outputs, final_state, y, k_tail, q_gamma, read, inverse, decay, *saved
@@ -221,7 +176,9 @@ def _run_backward(scale, *arrays):
     (batch, length, heads, key_dim), value_dim = q.shape, v.shape[-1]
     chunks = -(-length // _CHUNK)
     operand, constants = _arithmetic(q, k, v, b, w)
-    cut = plan(key_dim, value_dim, operand == jnp.bfloat16)
+    cut = functools.partial(_cut, q, v, operand)
+    # In two parts, if they are of bf16.
+    pairs = (*read.shape[:3], 2 if constants["LOW"] else 1, *read.shape[3:])
     d_residual, d_states, d_initial_state = _launch(
         backward.state_pass_backward,
         (y, k_tail, q_gamma, read, decay, d_o, d_final_state, length, heads),
@@ -230,28 +187,28 @@ def _run_backward(scale, *arrays):
             jax.ShapeDtypeStruct(states.shape, operand),
             _fp32(d_final_state.shape),
         ),
-        (batch * heads, -(-value_dim // cut.state_block_v)),
-        constants,
-        **cut.states(),
+        (batch * heads, -(-value_dim // cut("state_pass_backward").block_v)),
+        constants | cut("state_pass_backward").options(),
     )
-    dv, dw, dz, d_erase, d_read = _launch(
+    dv, dw, dz, d_erase, d_read, diagonal = _launch(
         backward.value_backward,
         (v, w, segment, inverse, d_o, residual, d_residual, length, heads),
-        (_like(v), _like(w), _fp32(v.shape), _fp32(inverse.shape), _like(read)),
+        (
+            *(_like(v), _like(w), _fp32(v.shape), jax.ShapeDtypeStruct(pairs, operand)),
+            *(_like(read), _fp32(read.shape[:-1])),
+        ),
         (batch * heads * chunks,),
-        constants,
-        **cut.intra(),
+        constants | cut("value_backward").options(),
     )
     dq, dk, dg, db = _launch(
         backward.key_backward,
         (
             *(q, k, g, b, segment, _sums(), d_o, residual, dz, states, d_states, d_erase, d_read),
-            *(length, heads),
+            *(diagonal, length, heads),
         ),
         tuple(map(_like, (q, k, g, b))),
-        (batch * heads * chunks * -(-key_dim // cut.block_k),),
-        constants,
-        **cut.intra(),
+        (batch * heads * chunks * -(-key_dim // cut("key_backward").block_k),),
+        constants | cut("key_backward").options(),
         SCALE=scale,
     )
     *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, q))
@@ -262,8 +219,8 @@ def _run_decode(scale, state, *arrays):
     from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import decode
 
     batch, heads, key_dim, value_dim = state.shape
-    block_v = min(_DECODE_VALUES, _tile(value_dim))
-    constants = {"K": key_dim, "V": value_dim, "ALL_K": _tile(key_dim), "BLOCK_V": block_v}
+    block_v = min(_DECODE_VALUES, tile(value_dim))
+    constants = {"K": key_dim, "V": value_dim, "ALL_K": tile(key_dim), "BLOCK_V": block_v}
     results = _launch(
         decode.decode_step,
         (state, *arrays, heads // arrays[0].shape[1]),
@@ -279,17 +236,26 @@ def _run_decode(scale, state, *arrays):
 
 
 def _sums() -> Array:
-    """[2 + levels, C, C] bf16, 1 where a row of a chunk sums over another one.
+    """[3 + levels, C, C] bf16, 1 where a row of a chunk sums over another one.
 
-    0: over the rows up to it. 1: over those after it. 2 + l: from the middle of its part of level l
-    up to it, if it lies in the second half; after it up to the middle, if in the first.
+    0: over the rows up to it. 1: over those after it. 2: over those of its block up to it. 3 + l:
+    from the middle of its part of level l up to it, if it lies in the second half; after it up to
+    the middle, if in the first.
     """
     row, other = np.arange(_CHUNK)[:, None], np.arange(_CHUNK)[None, :]
     sums = [other <= row, other > row]
+    sums.append((other <= row) & (row >> _LOW_LEVELS == other >> _LOW_LEVELS))
     for level in range(_CHUNK.bit_length() - 1):
         towards = np.where(row >> level & 1 == 1, other <= row, other > row)
         sums.append((row >> level == other >> level) & towards)
     return jnp.asarray(np.stack(sums), jnp.bfloat16)
+
+
+def _cut(q, v, operand, kernel: str) -> Plan:
+    """The plan of a kernel for these inputs."""
+    batch, _, heads, key_dim = q.shape
+    half = operand == jnp.bfloat16
+    return plan(case(kernel, key_dim, v.shape[-1], half, batch * heads))
 
 
 def _arithmetic(q, k, v, b, w) -> tuple[jnp.dtype, dict[str, Any]]:
@@ -300,7 +266,8 @@ def _arithmetic(q, k, v, b, w) -> tuple[jnp.dtype, dict[str, Any]]:
         "V": v.shape[-1],
         "C": _CHUNK,
         "LEVELS": _CHUNK.bit_length() - 1,
-        "ALL_K": _tile(q.shape[-1]),
+        "LOW": _LOW_LEVELS if half else 0,
+        "ALL_K": tile(q.shape[-1]),
         "PRECISION": "tf32" if half else "tf32x3",
         "PARTS": 2 if half else 3,
     }
@@ -333,12 +300,31 @@ def call_kernel(
     """
     import jax_triton
 
+    first, *others = arguments
     # jax-triton 0.4 has another name for it.
     parameters = inspect.signature(jax_triton.triton_call).parameters
     name = "out_type" if "out_type" in parameters else "out_shape"
     return jax_triton.triton_call(
-        *arguments, kernel=kernel, grid=grid, **{name: outputs}, **options
+        _not_exported.bind(first), *others, kernel=kernel, grid=grid, **{name: outputs}, **options
     )
+
+
+_not_exported = Primitive("not_exported")
+_not_exported.def_abstract_eval(lambda x: x)
+_not_exported.def_impl(lambda x: x)
+
+
+def _lower_not_exported(context, x):
+    """Lowers the identity, and says by name why a program with Triton kernels is not exported."""
+    if context.module_context.lowering_parameters.for_export:
+        raise NotImplementedError(
+            'implementation="triton": jax.export takes no custom calls without a guarantee of '
+            'compatibility, as these kernels are; use "xla"'
+        )
+    return [x]
+
+
+mlir.register_lowering(_not_exported, _lower_not_exported)
 
 
 def _fp32(shape) -> jax.ShapeDtypeStruct:
@@ -347,8 +333,3 @@ def _fp32(shape) -> jax.ShapeDtypeStruct:
 
 def _like(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _tile(channels: int) -> int:
-    """The smallest size of a tile that holds these channels: a power of two from 16."""
-    return max(_MIN_TILE, 1 << (channels - 1).bit_length())

@@ -25,7 +25,7 @@ from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
     store_rows,
     store_square,
     store_state,
-    strictly_lower,
+    sum_in_block,
     sum_rows,
     unit_lower_inverse,
     wide_dot,
@@ -56,6 +56,7 @@ def intra_chunk_forward(
     V: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
+    LOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -73,44 +74,50 @@ def intra_chunk_forward(
 
     erase_pairs = tl.zeros((C, C), tl.float32)
     read_pairs = tl.zeros((C, C), tl.float32)
-    diagonal = tl.zeros((C,), tl.float32)
     for first in range(0, K, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
         log_decay = load_log2_decay(g, row, count, H, channel, K, C)
         key = load_rows(k, row, count, H, channel, K, C)
         erase = load_rows(b, row, count, H, channel, K, C) * key
         query = load_rows(q, row, count, H, channel, K, C) * SCALE
-        diagonal += tl.sum(query * key, axis=1)
-        for level in range(LEVELS):
-            factor = tl.exp2(sum_rows(load_sums(sums, 2 + level, C), log_decay, PARTS))
-            pairs = level_pairs(level, C)
-            right = tl.trans((key * factor).to(operand))
-            product = tl.dot((erase * factor).to(operand), right, input_precision=PRECISION)
-            erase_pairs += tl.where(pairs, product, 0.0)
-            product = tl.dot((query * factor).to(operand), right, input_precision=PRECISION)
-            read_pairs += tl.where(pairs, product, 0.0)
-    read_pairs = strictly_lower(read_pairs, C)
-    read_pairs += tl.where(i[:, None] == i[None, :], diagonal[:, None], 0.0)
-    store_square(read, index, tl.where(same, read_pairs, 0.0), C)
-    erase_pairs = tl.where(same, strictly_lower(erase_pairs, C), 0.0)
-    x = unit_lower_inverse(erase_pairs, LEVELS, PRECISION)
-    store_square(inverse, index, x, C)
-
-    for first in range(0, K, BLOCK_K):
-        channel = first + tl.arange(0, BLOCK_K)
-        log_decay = load_log2_decay(g, row, count, H, channel, K, C)
         gamma = tl.exp2(sum_rows(load_sums(sums, 0, C), log_decay, PARTS)) * reads
-        tail = tl.exp2(sum_rows(load_sums(sums, 1, C), log_decay, PARTS)) * writes
-        key = load_rows(k, row, count, H, channel, K, C)
-        store_rows(k_tail, row, count, H, channel, key * tail, K, C)
-        query = load_rows(q, row, count, H, channel, K, C) * SCALE
         store_rows(q_gamma, row, count, H, channel, query * gamma, K, C)
-        erase = load_rows(b, row, count, H, channel, K, C) * key * gamma
-        product = wide_dot(x, erase.to(operand), PRECISION)
-        store_rows(y, row, count, H, channel, product, K, C)
+        # Waits in y for the inverse.
+        store_rows(y, row, count, H, channel, erase * gamma, K, C)
+        tail = tl.exp2(sum_rows(load_sums(sums, 1, C), log_decay, PARTS)) * writes
+        store_rows(k_tail, row, count, H, channel, key * tail, K, C)
         total = tl.exp2(tl.sum(log_decay, axis=0))
         total = tl.where(before == last, total, 0.0)
         tl.store(decay + index.to(tl.int64) * K + channel, total, mask=channel < K)
+        # Rows of a pair with themselves, which do not decay, or all pairs in blocks.
+        if LOW > 0:
+            exponent = sum_in_block(sums, log_decay, C, PARTS)
+            # What overflows is above the diagonal.
+            up, down = tl.exp2(exponent + 96), tl.exp2(-96 - exponent)
+        else:
+            up = tl.full((C, BLOCK_K), 1.0, tl.float32)
+            down = up
+        for step in range(LEVELS - LOW + 1):
+            if step > 0:
+                up = tl.exp2(sum_rows(load_sums(sums, 2 + LOW + step, C), log_decay, PARTS))
+                down = up
+            pairs = level_pairs(step, LOW, C)
+            right = tl.trans((key * down).to(operand))
+            product = tl.dot((erase * up).to(operand), right, input_precision=PRECISION)
+            erase_pairs += tl.where(pairs, product, 0.0)
+            product = tl.dot((query * up).to(operand), right, input_precision=PRECISION)
+            read_pairs += tl.where(pairs, product, 0.0)
+    lower = i[:, None] >= i[None, :]
+    store_square(read, index, tl.where(same & lower, read_pairs, 0.0), C)
+    strict = i[:, None] > i[None, :]
+    x = unit_lower_inverse(tl.where(same & strict, erase_pairs, 0.0), LEVELS, LOW > 0)
+    store_square(inverse, index, x, C)
+
+    tl.debug_barrier()  # for what waits in y
+    for first in range(0, K, BLOCK_K):
+        channel = first + tl.arange(0, BLOCK_K)
+        erase = load_operand(y, row, count, H, channel, K, C)
+        store_rows(y, row, count, H, channel, wide_dot(x, erase, PRECISION), K, C)
     for first in range(0, V, BLOCK_V):
         channel = first + tl.arange(0, BLOCK_V)
         value = load_rows(v, row, count, H, channel, V, C)

@@ -5,6 +5,10 @@ A chunk of C rows is halved recursively, as in `decayed_products`: at level l a 
 exp(sum of g from the middle to r) exp(sum of g from s to the middle). Both exponents are sums of
 log-decays, so they are never positive, and no row after r enters them. The sums are products with
 matrices of 0 and 1.
+
+bf16 operands take the LOW lowest levels in one: with P the sum of g from the beginning of a block of
+2^LOW = 16 rows, 2^(P_r + c) and 2^(-c - P_s) are in range, because log-decays below CLAMP count as
+CLAMP there. That changes no pair's weight by more than 2^-12.
 """
 
 import triton
@@ -13,6 +17,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # exp of this is 0 in fp32; sums of it over a chunk are finite.
 LOWEST = tl.constexpr(-104.3)
+# log2 of a row's smallest decay inside a block; bf16 holds it exactly.
+CLAMP = tl.constexpr(-12.0)
 
 
 @triton.jit
@@ -122,17 +128,25 @@ def load_sums_transposed(sums, index, C: tl.constexpr):
 
 
 @triton.jit
-def level_pairs(level, C: tl.constexpr):
-    """[C, C]: whether two rows lie in the two halves of one part of this level, in any order."""
-    i = tl.arange(0, C)
-    return ((i[:, None] ^ i[None, :]) >> level) == 1
+def level_pairs(step, LOW: tl.constexpr, C: tl.constexpr):
+    """[C, C]: whether two rows meet, in any order, at level LOW + step - 1; in a block, if step is 0."""
+    block = tl.arange(0, C) // (1 << LOW)
+    return (2 * (block[:, None] ^ block[None, :]) + 1) >> step == 1
 
 
 @triton.jit
-def strictly_lower(x, C: tl.constexpr):
-    """[C, C], zero on the diagonal and above it."""
+def load_pairs(x, index, step, LOW: tl.constexpr, C: tl.constexpr):
+    """`load_square`, zero but for these pairs."""
     i = tl.arange(0, C)
-    return tl.where(i[:, None] > i[None, :], x, 0.0)
+    at = x + index.to(tl.int64) * (C * C) + i[:, None] * C + i[None, :]
+    return tl.load(at, mask=level_pairs(step, LOW, C), other=0.0)
+
+
+@triton.jit
+def sum_in_block(sums, log_decay, C: tl.constexpr, PARTS: tl.constexpr):
+    """log2 of the decay from the beginning of a row's block up to it, in [-192, 0]."""
+    clamped = tl.where(log_decay < CLAMP, CLAMP, log_decay)
+    return sum_rows(load_sums(sums, 2, C), clamped, PARTS)
 
 
 @triton.jit
@@ -178,15 +192,21 @@ def dot_wide(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def unit_lower_inverse(strict, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + strict)^-1 by block doubling: as stable as forward substitution."""
+def unit_lower_inverse(strict, LEVELS: tl.constexpr, HALF: tl.constexpr):
+    """(I + strict)^-1 by block doubling: as stable as forward substitution.
+
+    The products read fp16 if HALF, as exact as TF32; else fp32.
+    """
     C: tl.constexpr = strict.shape[0]
     i = tl.arange(0, C)
     # One step needs no product: the inverse of [[1, 0], [m, 1]] is [[1, 0], [-m, 1]].
-    inverse = tl.where(level_pairs(0, C), -strict, 0.0)
+    inverse = tl.where(level_pairs(1, 0, C), -strict, 0.0)
     inverse = tl.where(i[:, None] == i[None, :], 1.0, inverse)
-    for level in range(1, LEVELS):
-        lower = tl.where(level_pairs(level, C), strict, 0.0)
-        product = tl.dot(inverse, lower, input_precision=PRECISION)
-        inverse -= tl.dot(product, inverse, input_precision=PRECISION)
+    operand: tl.constexpr = tl.float16 if HALF else tl.float32
+    strict = strict.to(operand)
+    for step in range(2, LEVELS + 1):
+        known = inverse.to(operand)
+        lower = tl.where(level_pairs(step, 0, C), strict, 0.0)
+        product = tl.dot(known, lower, input_precision="tf32x3")
+        inverse -= tl.dot(product.to(operand), known, input_precision="tf32x3")
     return inverse

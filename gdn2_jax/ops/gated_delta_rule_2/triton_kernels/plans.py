@@ -1,0 +1,157 @@
+"""How the Triton kernels are cut and compiled, for each kind of GPU and size of heads.
+
+A plan is looked for among those that `experiments/tune_triton.py` found on this card, then among the
+stored ones, else made by a rule. The blocks of one kernel do not bind another.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+MIN_TILE = 16
+_FEW = 64
+
+
+class Plan(NamedTuple):
+    """How one kernel is cut and compiled.
+
+    Attributes:
+      block_k: key channels that a program holds at a time; the passes over states hold all.
+      block_v: value channels that it holds at a time.
+      warps: its warps.
+      stages: 1, or how many chunks' loads a pass over states has in flight.
+    """
+
+    block_k: int
+    block_v: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """Constants and options of the kernel."""
+        return {
+            "BLOCK_K": self.block_k,
+            "BLOCK_V": self.block_v,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+class Case(NamedTuple):
+    """What a plan depends on beside the GPU.
+
+    Attributes:
+      kernel: its name.
+      key_tile: key channels of a head, rounded up as `tile` does.
+      value_tile: value channels of a key head, likewise.
+      half: whether operands are bf16, not fp32.
+      few: whether there are few sequences times heads, which matters to the passes over states.
+    """
+
+    kernel: str
+    key_tile: int
+    value_tile: int
+    half: bool
+    few: bool = False
+
+    def __str__(self):
+        dtype = "bfloat16" if self.half else "float32"
+        few = " few" if self.few else ""
+        return f"{self.kernel} {self.key_tile} {self.value_tile} {dtype}{few}"
+
+
+def tile(channels: int) -> int:
+    """The smallest size of a tile that holds these channels: a power of two from 16."""
+    return max(MIN_TILE, 1 << (channels - 1).bit_length())
+
+
+def case(kernel: str, key_dim: int, value_dim: int, half: bool, sequences: int) -> Case:
+    """The case of a kernel for heads of this size, and this number of sequences times key heads."""
+    few = kernel.startswith("state_pass") and sequences < _FEW
+    return Case(kernel, tile(key_dim), tile(value_dim), half, few)
+
+
+SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+"""KiB of shared memory that a program may take, by compute capability; 99 where it has another one."""
+
+STORED: dict[int, dict[str, Plan]] = {80: {}, 89: {}, 90: {}}
+"""Plans that are better than the rule's, by compute capability and case."""
+
+_trial: dict[str, Plan] = {}
+
+
+def plan(case: Case) -> Plan:
+    """The plan of a kernel on the first local GPU that can run it."""
+    here = capability() or 90
+    for plans in (_trial, tuned(), STORED.get(here, {})):
+        if found := plans.get(str(case)):
+            return found
+    return rule(case, SHARED.get(here, 99))
+
+
+def rule(case: Case, shared: int) -> Plan:
+    """A plan for any case, on a GPU whose programs may take this many KiB of shared memory."""
+    if not case.kernel.startswith("state_pass"):
+        return Plan(min(32, case.key_tile), min(64, case.value_tile), 4, 1)
+    large = not case.half or case.key_tile > 128
+    block_v = 16 if large or case.few else 64
+    if large or shared < 160:
+        stages = 1
+    else:
+        stages = 3 if case.few and shared > 200 else 2
+    return Plan(case.key_tile, min(block_v, case.value_tile), 4, stages)
+
+
+def capability() -> int | None:
+    """Compute capability of the first local GPU that can run the kernels, as 90; None without one."""
+    for device in jax.local_devices():
+        text = getattr(device, "compute_capability", None)
+        if isinstance(text, str) and text[:1].isdigit() and float(text) >= 8:
+            return round(10 * float(text))
+    return None
+
+
+def cache_path() -> Path:
+    """Where plans are kept that were found on this machine's cards."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gdn2_jax" / "triton_plans.json"
+
+
+def read_cache(path: Path) -> dict[str, dict[str, Plan]]:
+    """Plans by the card's name and the case; a file that holds none is reported and ignored."""
+    try:
+        cards = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            card: {case: Plan(*map(int, plan)) for case, plan in plans.items()}
+            for card, plans in cards.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path}: expected plans of Triton kernels, ignored ({error})", stacklevel=2)
+        return {}
+
+
+@functools.cache
+def tuned() -> Mapping[str, Plan]:
+    """Plans that were found on this card, by their cases; read once."""
+    return read_cache(cache_path()).get(jax.local_devices()[0].device_kind, {})
+
+
+@contextlib.contextmanager
+def trial(plans: Mapping[str, Plan]) -> Iterator[None]:
+    """Inside, what is traced has these plans, by their cases."""
+    before = dict(_trial)
+    _trial.update(plans)
+    try:
+        yield
+    finally:
+        _trial.clear()
+        _trial.update(before)
