@@ -23,7 +23,7 @@ import numpy as np
 
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.models import MIXERS, PRESETS, SCALES, ModelConfig
-from gdn2_jax.ops import Mamba3Inputs, Mamba3Weights, mamba2, mamba3
+from gdn2_jax.ops import Implementation, Mamba3Inputs, Mamba3Weights, mamba2, mamba3
 from gdn2_jax.rows import Column, append_row, format_header, format_row
 from gdn2_jax.testing import operator_inputs
 from gdn2_jax.timing import measure
@@ -57,7 +57,7 @@ class Options:
     scale: Literal[*SCALES] | None = None
     batch: int = 8
     length: int | None = None
-    implementation: Literal["xla", "pallas", "recurrent"] | None = "xla"
+    implementation: Implementation | None = "xla"
     repeats: int = 10
     output: Path | None = None
 

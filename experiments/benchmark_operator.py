@@ -35,9 +35,9 @@ Shape = tuple[int, int, int, int]
 # (shape, dtype, implementations); None stands for the implementation the device gets by default.
 CPU_CASES = [((1, 2048, 4, 64), "float32", ("recurrent", "xla"))]
 GPU_CASES = [
-    ((8, 4096, 16, 128), "bfloat16", ("xla", "pallas")),
-    ((1, 32768, 16, 128), "bfloat16", ("xla", "pallas")),
-    ((1, 2048, 4, 64), "float32", ("recurrent", "xla")),
+    ((8, 4096, 16, 128), "bfloat16", ("xla", "triton", "pallas")),
+    ((1, 32768, 16, 128), "bfloat16", ("xla", "triton", "pallas")),
+    ((1, 2048, 4, 64), "float32", ("recurrent", "xla", "triton")),
 ]
 MEMORY_SHAPE = (1, 4096, 4, 128)
 

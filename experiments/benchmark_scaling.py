@@ -51,6 +51,7 @@ from benchmark_training import compile_step, random_batch, say
 
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS, ModelConfig
+from gdn2_jax.ops import Implementation
 from gdn2_jax.parallel import MeshConfig, batch_sharding, make_mesh
 from gdn2_jax.rows import Column, append_row, format_header, format_row, markdown_table, read_rows
 from gdn2_jax.timing import Event, device_events, peak_gib
@@ -104,7 +105,7 @@ class Options:
     tokens: int | None = None
     length: int | None = None
     sequences: tuple[int, ...] = ()
-    implementation: Literal["xla", "pallas", "recurrent"] | None = None
+    implementation: Implementation | None = None
     remat: str | None = None
     unroll: bool | None = None
     long_remat: str = "full"

@@ -35,6 +35,7 @@ from jax.sharding import Mesh
 
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS, Batch, ModelConfig
+from gdn2_jax.ops import Implementation
 from gdn2_jax.parallel import batch_sharding, make_mesh
 from gdn2_jax.rows import Column, append_row, format_header, format_row, read_rows
 from gdn2_jax.timing import Event, device_events, matmul_rate, peak_gib, spread
@@ -88,7 +89,7 @@ class Options:
     tokens: int | None = None
     remat: str | None = None
     unroll: bool | None = None
-    implementation: Literal["xla", "pallas", "recurrent"] | None = None
+    implementation: Implementation | None = None
     steps: int = 5
     repeats: int = 3
     profile: bool = True

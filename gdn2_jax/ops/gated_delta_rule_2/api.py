@@ -22,13 +22,14 @@ from gdn2_jax.ops.arguments import (
     opaque,
     segment_starts,
 )
+from gdn2_jax.ops.gated_delta_rule_2.choice import fastest
 from gdn2_jax.ops.gated_delta_rule_2.chunkwise import chunkwise, chunkwise_by_document
 from gdn2_jax.ops.gated_delta_rule_2.decode_step import (
     decode_kernel,
     decode_xla,
     why_not_decode_kernel,
 )
-from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper, on_hopper, why_not_hopper
+from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper, why_not_hopper
 from gdn2_jax.ops.gated_delta_rule_2.recurrent import recurrent, recurrent_by_document
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.form import (
     decode_triton,
@@ -86,9 +87,10 @@ def gated_delta_rule_2(
         beyond the N-th are NaN. Not served by "pallas" and "triton".
       implementation: "pallas" (Hopper GPU kernels; K = 64 or 128, a multiple of 64 value channels a
         key head, bf16 or fp16 beside a fp32 g), "triton" (kernels for NVIDIA GPUs of compute
-        capability 8.0 or more, by jax-triton; K up to 256, any dtypes but fp64; chosen by name only),
-        "xla" (chunkwise, any backend), "recurrent" (the definition, token by token), or None for
-        "pallas" on a Hopper GPU where it serves, else "xla".
+        capability 8.0 or more, if jax-triton is installed; K up to 256, any dtypes but fp64; no
+        `jax.export`), "xla" (chunkwise, any backend), "recurrent" (the definition, token by token),
+        or None for "pallas" on a Hopper GPU where it serves, else "triton" where that serves, else
+        "xla".
 
     Returns:
       Outputs of `v`'s shape and dtype, and the state after the last token (of each document, with
@@ -110,12 +112,12 @@ def gated_delta_rule_2(
     batch, length, key_heads, key_dim = q.shape
     check_segment_ids(segment_ids, (batch, length))
     scale = _resolve_scale(scale, key_dim)
-    why_not = why_not_triton if implementation == "triton" else why_not_hopper
-    obstacle = why_not(q, k, v, g, b, w)
+    obstacles = _obstacles(why_not_hopper, (q, k, v, g, b, w))
     if num_documents is not None:
-        obstacle = "the kernels keep no states of documents (num_documents)"
-    if implementation in ("pallas", "triton") and obstacle:
-        raise NotImplementedError(f'implementation="{implementation}": {obstacle}; use "xla"')
+        obstacles = dict.fromkeys(
+            obstacles, "the kernels keep no states of documents (num_documents)"
+        )
+    _check_kernels(implementation, obstacles)
     if implementation != "recurrent" and jax.export.is_symbolic_dim(length):
         raise NotImplementedError(
             f'q: only implementation="recurrent" takes a symbolic length, got {q.shape}'
@@ -144,11 +146,11 @@ def gated_delta_rule_2(
         outputs, final_state = hopper(*arrays, starts, scale)
     elif implementation == "triton":
         outputs, final_state = triton(*arrays, starts, scale)
-    elif implementation == "xla" or obstacle:
+    elif implementation == "xla":
         outputs, final_state = matrix_form(*arrays, starts, scale)
     else:
-        kernels, default = (functools.partial(form, scale=scale) for form in (hopper, matrix_form))
-        outputs, final_state = on_hopper(kernels, default, *arrays, starts)
+        chosen = _serving({"pallas": hopper, "triton": triton}, obstacles, matrix_form, scale)
+        outputs, final_state = fastest(*chosen, *arrays, starts)
     outputs, final_state = opaque((outputs, final_state))
     final_state = final_state.reshape(-1, *final_state.shape[-3:])
     final_state = unfold_state(final_state, v.shape[2]).reshape(state_shape)
@@ -210,24 +212,25 @@ def gated_delta_rule_2_step(
             raise ValueError(f"rounding_seeds: expected None beside a state in {state.dtype}")
         seeds = seeds.astype(jnp.uint32)
     scale = _resolve_scale(scale, q.shape[-1])
-    why_not = why_not_triton if implementation == "triton" else why_not_decode_kernel
-    obstacle = why_not(q, k, v, g, b, w)
-    if implementation == "triton" and state.dtype == jnp.bfloat16:
-        obstacle = "the Triton kernel keeps the state in float32, got bfloat16"
-    if implementation in ("pallas", "triton") and obstacle:
-        raise NotImplementedError(f'implementation="{implementation}": {obstacle}; use "xla"')
+    obstacles = _obstacles(why_not_decode_kernel, (q, k, v, g, b, w))
+    if state.dtype == jnp.bfloat16:
+        obstacles["triton"] = "the Triton kernel keeps the state in float32, got bfloat16"
+    _check_kernels(implementation, obstacles)
 
     arrays = match_varying_axes(opaque((state, q, k, v, g, b, w, seeds)))
     if implementation == "pallas":
         results: Any = decode_kernel(*arrays, scale)
     elif implementation == "triton":
         results = decode_triton(*arrays[:-1], scale)
-    elif implementation is not None or obstacle:
+    elif implementation is not None:
         results = decode_xla(*arrays, scale)
     else:
-        forms = (decode_kernel, decode_xla)
-        kernel, default = (functools.partial(form, scale=scale) for form in forms)
-        results = on_hopper(kernel, default, *arrays)
+
+        def by_triton(*arrays, scale):
+            return decode_triton(*arrays[:-1], scale)
+
+        forms = {"pallas": decode_kernel, "triton": by_triton}
+        results = fastest(*_serving(forms, obstacles, decode_xla, scale), *arrays)
     return opaque(results)
 
 
@@ -260,6 +263,23 @@ def _check_inputs(
         full[name] = state
     check_dtypes({"q": q, "k": k, "v": v, "b": b, "w": w}, full)
     return shape
+
+
+def _obstacles(why_not_pallas: Callable, inputs: tuple) -> dict[str, str | None]:
+    """What keeps each kind of kernels from serving these inputs, or None."""
+    return {"pallas": why_not_pallas(*inputs), "triton": why_not_triton(*inputs)}
+
+
+def _check_kernels(implementation: str | None, obstacles: dict[str, str | None]) -> None:
+    """Raises NotImplementedError if the kernels asked for have an obstacle."""
+    if obstacle := obstacles.get(implementation or ""):
+        raise NotImplementedError(f'implementation="{implementation}": {obstacle}; use "xla"')
+
+
+def _serving(forms: dict[str, Callable], obstacles, default: Callable, scale: float):
+    """The kernels without an obstacle, None for others, and the default, all with this scale."""
+    kernels = (None if obstacles[name] else form for name, form in forms.items())
+    return [form and functools.partial(form, scale=scale) for form in (*kernels, default)]
 
 
 def _resolve_scale(scale: float | None, key_dim: int) -> float:

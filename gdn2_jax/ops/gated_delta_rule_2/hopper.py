@@ -6,13 +6,11 @@ backward, about 1.2 times the inputs; `jax.checkpoint` around a layer trades the
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.ops.arguments import match_varying_axes
@@ -32,17 +30,6 @@ def hopper_attached() -> bool:
     return any(
         getattr(device, "compute_capability", None) == "9.0" for device in jax.local_devices()
     )
-
-
-def on_hopper(kernel_fn: Callable, default_fn: Callable, *arrays: ArrayLike | None):
-    """Calls `kernel_fn` where the computation lands on a Hopper GPU, else `default_fn`.
-
-    Both take the arrays (or None) and return the same types. The choice falls per platform when
-    the computation is lowered; without a local Hopper GPU it is always `default_fn`.
-    """
-    if not hopper_attached():
-        return default_fn(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=kernel_fn, default=default_fn)
 
 
 def why_not_hopper(q, k, v, g, b, w) -> str | None:

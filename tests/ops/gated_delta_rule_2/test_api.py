@@ -1,13 +1,19 @@
 """The public contract: dtypes, scale, choice of implementation, and an error for every misuse."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.ops.gated_delta_rule_2 import api
+from gdn2_jax.ops.gated_delta_rule_2.chunkwise import chunkwise
+from gdn2_jax.ops.gated_delta_rule_2.decode_step import decode_xla
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form
 from gdn2_jax.testing import OperatorInputs, operator_inputs
 
 IMPLEMENTATIONS = ["xla", "recurrent"]
@@ -247,6 +253,49 @@ def test_kernels_say_that_they_cannot_serve_here(kernels):
         gated_delta_rule_2(*inputs[:6], implementation=kernels)
     with pytest.raises(NotImplementedError, match=f'"{kernels}": .*; use "xla"'):
         gated_delta_rule_2_step(**step_arrays(inputs), implementation=kernels)
+
+
+@pytest.mark.parametrize(
+    "gpu, installed, key_dim, dtype, expected",
+    [
+        ("9.0", True, 64, "bfloat16", "pallas"),
+        ("9.0", True, 96, "bfloat16", "triton"),
+        ("9.0", True, 64, "float32", "triton"),
+        ("8.0", True, 64, "bfloat16", "triton"),
+        ("12.0", True, 64, "bfloat16", "triton"),
+        ("8.0", False, 64, "bfloat16", "xla"),
+        ("8.0", True, 320, "bfloat16", "xla"),
+        ("7.5", True, 64, "bfloat16", "xla"),
+        ("gfx942", True, 64, "bfloat16", "xla"),
+    ],
+)
+def test_none_takes_the_kernels_of_the_gpu_that_is_there(
+    gpu, installed, key_dim, dtype, expected, monkeypatch
+):
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=gpu)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    chosen = []
+
+    def noting(name, form):
+        return lambda *arrays, scale: chosen.append(name) or form(*arrays, scale)
+
+    for name, module in (("pallas", "hopper"), ("triton", "triton")):
+        monkeypatch.setattr(api, module, noting(name, chunkwise))
+    monkeypatch.setattr(api, "decode_kernel", noting("pallas", decode_xla))
+    monkeypatch.setattr(
+        api, "decode_triton", lambda *x: chosen.append("triton") or decode_xla(*x[:-1], None, x[-1])
+    )
+    inputs = operator_inputs(1, 2, 1, key_dim, 64, dtype=dtype)
+    jax.eval_shape(lambda *x: gated_delta_rule_2(*x), *inputs[:6])
+    whole, chosen[:] = (chosen or ["xla"])[0], []
+    jax.eval_shape(lambda x: gated_delta_rule_2_step(**x), step_arrays(inputs))
+    assert whole == (chosen or ["xla"])[0] == expected
+
+
+def test_triton_says_why_it_is_not_exported():
+    with pytest.raises(NotImplementedError, match='^implementation="triton": jax.export .*"xla"$'):
+        jax.export.export(jax.jit(form._not_exported.bind))(jnp.ones(2))
+    assert jax.jit(form._not_exported.bind)(1.0) == 1
 
 
 def test_triton_says_that_it_has_no_state_in_bfloat16():
