@@ -149,8 +149,8 @@ def gated_delta_rule_2(
     elif implementation == "xla":
         outputs, final_state = matrix_form(*arrays, starts, scale)
     else:
-        chosen = _serving({"pallas": hopper, "triton": triton}, obstacles, matrix_form, scale)
-        outputs, final_state = fastest(*chosen, *arrays, starts)
+        choice = {"pallas": hopper, "triton": triton, "xla": matrix_form}
+        outputs, final_state = fastest(_serving(choice, obstacles, scale), *arrays, starts)
     outputs, final_state = opaque((outputs, final_state))
     final_state = final_state.reshape(-1, *final_state.shape[-3:])
     final_state = unfold_state(final_state, v.shape[2]).reshape(state_shape)
@@ -229,8 +229,8 @@ def gated_delta_rule_2_step(
         def by_triton(*arrays, scale):
             return decode_triton(*arrays[:-1], scale)
 
-        forms = {"pallas": decode_kernel, "triton": by_triton}
-        results = fastest(*_serving(forms, obstacles, decode_xla, scale), *arrays)
+        choice = {"pallas": decode_kernel, "triton": by_triton, "xla": decode_xla}
+        results = fastest(_serving(choice, obstacles, scale), *arrays)
     return opaque(results)
 
 
@@ -276,10 +276,15 @@ def _check_kernels(implementation: str | None, obstacles: dict[str, str | None])
         raise NotImplementedError(f'implementation="{implementation}": {obstacle}; use "xla"')
 
 
-def _serving(forms: dict[str, Callable], obstacles, default: Callable, scale: float):
-    """The kernels without an obstacle, None for others, and the default, all with this scale."""
-    kernels = (None if obstacles[name] else form for name, form in forms.items())
-    return [form and functools.partial(form, scale=scale) for form in (*kernels, default)]
+def _serving(
+    forms: dict[str, Callable], obstacles: dict[str, str | None], scale: float
+) -> dict[str, Callable]:
+    """The forms without an obstacle, all with this scale."""
+    return {
+        name: functools.partial(form, scale=scale)
+        for name, form in forms.items()
+        if not obstacles.get(name)
+    }
 
 
 def _resolve_scale(scale: float | None, key_dim: int) -> float:

@@ -8,18 +8,14 @@ from jax.typing import ArrayLike
 from gdn2_jax.ops.gated_delta_rule_2 import hopper
 
 
-def fastest(
-    pallas_fn: Callable | None,
-    triton_fn: Callable | None,
-    default_fn: Callable,
-    *arrays: ArrayLike | None,
-):
-    """Calls the Hopper kernels beside a Hopper GPU, else the Triton kernels, else `default_fn`.
+def fastest(forms: dict[str, Callable], *arrays: ArrayLike | None):
+    """Calls the form "pallas" beside a Hopper GPU, else "triton", else "xla".
 
-    All take the arrays (or None) and return the same types. Kernels that cannot serve here are None.
-    What is lowered for another platform than CUDA has `default_fn`.
+    All take the arrays (or None) and return the same types. Kernels that cannot serve are left out.
+    What is lowered for another platform than CUDA has "xla".
     """
-    kernels = pallas_fn if pallas_fn and hopper.hopper_attached() else triton_fn
+    beside_hopper = "pallas" in forms and hopper.hopper_attached()
+    kernels = forms["pallas"] if beside_hopper else forms.get("triton")
     if kernels is None:
-        return default_fn(*arrays)
-    return jax.lax.platform_dependent(*arrays, cuda=kernels, default=default_fn)
+        return forms["xla"](*arrays)
+    return jax.lax.platform_dependent(*arrays, cuda=kernels, default=forms["xla"])
