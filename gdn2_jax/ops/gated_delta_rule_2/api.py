@@ -114,9 +114,8 @@ def gated_delta_rule_2(
     scale = _resolve_scale(scale, key_dim)
     obstacles = _obstacles(why_not_hopper, (q, k, v, g, b, w))
     if num_documents is not None:
-        obstacles = dict.fromkeys(
-            obstacles, "the kernels keep no states of documents (num_documents)"
-        )
+        for name in obstacles:
+            obstacles[name] = "the kernels keep no states of documents (num_documents)"
     _check_kernels(implementation, obstacles)
     if implementation != "recurrent" and jax.export.is_symbolic_dim(length):
         raise NotImplementedError(
