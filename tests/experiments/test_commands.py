@@ -12,6 +12,7 @@ MISTAKES = {
     ("benchmark_operator.py", "--shapes", "1,64,2"): "shapes: expected B,T,H,d, got '1,64,2'",
     ("benchmark_operator.py", "--shapes", "1,64,2,d"): "shapes: expected B,T,H,d, got '1,64,2,d'",
     ("profile_operator.py", "--repeats", "0"): "repeats: expected at least 1, got 0",
+    ("tune_triton.py", "--repeats", "0"): "repeats: expected at least 1, got 0",
     ("benchmark_mixers.py", "--batch", "0"): "batch: expected at least 1, got 0",
     ("benchmark_decode.py", "--batches", "4", "0"): "batches: expected at least 1, got (4, 0)",
     ("benchmark_decode.py", "--models", "huge"): "models: expected names of presets, got huge",

@@ -4,16 +4,19 @@ A plan is looked for among those that `experiments/tune_triton.py` found on this
 stored ones, else made by a rule. The blocks of one kernel do not bind another.
 """
 
+import collections
 import contextlib
 import functools
-import json
+import hashlib
+import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+
+from gdn2_jax.rows import read_rows
 
 MIN_TILE = 16
 _FEW = 64
@@ -89,11 +92,10 @@ _trial: dict[str, Plan] = {}
 
 def plan(case: Case) -> Plan:
     """The plan of a kernel on the first local GPU that can run it."""
-    here = capability() or 90
-    for plans in (_trial, tuned(), STORED.get(here, {})):
+    for plans in (_trial, tuned(), STORED.get(capability() or 90, {})):
         if found := plans.get(str(case)):
             return found
-    return rule(case, SHARED.get(here, 99))
+    return rule(case, shared())
 
 
 def rule(case: Case, shared: int) -> Plan:
@@ -118,31 +120,40 @@ def capability() -> int | None:
     return None
 
 
+def shared() -> int:
+    """KiB of shared memory that a program may take on that GPU."""
+    return SHARED.get(capability() or 90, 99)
+
+
 def cache_path() -> Path:
-    """Where plans are kept that were found on this machine's cards."""
+    """Where measurements are kept that were made on this machine's cards."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gdn2_jax" / "triton_plans.json"
-
-
-def read_cache(path: Path) -> dict[str, dict[str, Plan]]:
-    """Plans by the card's name and the case; a file that holds none is reported and ignored."""
-    try:
-        cards = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            card: {case: Plan(*map(int, plan)) for case, plan in plans.items()}
-            for card, plans in cards.items()
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path}: expected plans of Triton kernels, ignored ({error})", stacklevel=2)
-        return {}
+    return Path(base) / "gdn2_jax" / "triton_plans.jsonl"
 
 
 @functools.cache
-def tuned() -> Mapping[str, Plan]:
-    """Plans that were found on this card, by their cases; read once."""
-    return read_cache(cache_path()).get(jax.local_devices()[0].device_kind, {})
+def provenance() -> dict[str, str]:
+    """What a measurement holds for: this card, and the kernels' sources."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.blake2b(b"".join(x.read_bytes() for x in sources), digest_size=8)
+    return {"device": jax.local_devices()[0].device_kind, "kernels": digest.hexdigest()}
+
+
+def measured(path: Path) -> dict[str, dict[Plan, float]]:
+    """Milliseconds by case and plan, of those rows that hold for this card and these kernels."""
+    times = collections.defaultdict(dict)
+    for row in read_rows(path, "ms"):
+        if provenance().items() <= row.items():
+            times[row["case"]][Plan(*row["plan"])] = row["ms"]
+    return times
+
+
+@functools.cache
+def tuned() -> dict[str, Plan]:
+    """The fastest plans that were measured on this card, by their cases; read once."""
+    times = measured(cache_path())
+    best = {case: min(plans, key=plans.__getitem__) for case, plans in times.items()}
+    return {case: plan for case, plan in best.items() if times[case][plan] < math.inf}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""The tuner of the Triton kernels, with made-up times."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import plans
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import Plan
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """The script beside a GPU of compute capability 8.9, where wide blocks of values are fast but large."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
+    module = importlib.import_module("tune_triton")
+    module.rounds = []
+
+    def kernel_times(trial, operands, repeats):
+        module.rounds.append(trial)
+        if any(plan.block_v == 128 for plan in trial.values()):
+            raise RuntimeError("out of shared memory")
+        return {case.split()[0]: 1 / plan.block_v for case, plan in trial.items()}
+
+    monkeypatch.setattr(module, "kernel_times", kernel_times)
+    monkeypatch.setattr(module, "inputs", lambda shape, dtype: ())
+    monkeypatch.setattr(plans, "capability", lambda: 89)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plans.tuned.cache_clear()
+    yield module
+    plans.tuned.cache_clear()
+
+
+def test_the_fastest_plans_that_ran_are_taken_from_the_next_start_on(script, tmp_path, capsys):
+    options = script.Options(shapes=("8,64,16,128",))
+    case = plans.case("state_pass_forward", 128, 128, True, 8 * 16)
+    # An RTX 4090 has 99 KiB for a program: nothing in flight.
+    assert plans.plan(case) == Plan(128, 64, 4, 1)
+    script.main(options)
+    assert str(tmp_path / "gdn2_jax" / "triton_plans.jsonl") in capsys.readouterr().out
+    plans.tuned.cache_clear()
+    for kernel in script.KERNELS:
+        case = plans.case(kernel, 128, 128, True, 8 * 16)
+        assert plans.plan(case).block_v == 64
+        other = case._replace(half=False)
+        assert plans.plan(other) == plans.rule(other, 99)
+
+
+def test_a_second_start_measures_what_is_left(script, monkeypatch):
+    options = script.Options(shapes=("8,64,16,128",))
+    script.main(options)
+    measured = len(script.rounds)
+    script.main(options)
+    assert len(script.rounds) == measured
+    path = plans.cache_path()
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
+    script.main(options)
+    assert len(script.rounds) == measured + 1
+    # Times of other kernels' sources count for nothing.
+    monkeypatch.setattr(plans, "provenance", lambda: {"device": "cpu", "kernels": "changed"})
+    assert not plans.measured(path)
+
+
+def test_a_file_that_is_damaged_is_reported_and_left_out(script, caplog):
+    path = plans.cache_path()
+    path.parent.mkdir()
+    path.write_text("{\n")
+    case = plans.case("key_backward", 128, 128, True, 1)
+    assert plans.plan(case) == plans.rule(case, 99)
+    assert str(path) in caplog.text
+
+
+def test_without_a_gpu_it_says_so(script, monkeypatch):
+    monkeypatch.setattr(plans, "capability", lambda: None)
+    with pytest.raises(SystemExit, match="expected an NVIDIA GPU of compute capability 8.0"):
+        script.main(script.Options())
