@@ -111,12 +111,12 @@ def chunk_backward(
         decay=(decay, (*state_side[:2], key_dim)),
         steps=(steps, (*state_side[:2], _STEPS, key_dim)),
     )
-    own_channels = key_dim // _WARPGROUPS
-    swizzle = 2 * own_channels
+    wg_channels = key_dim // _WARPGROUPS
+    swizzle = 2 * wg_channels
     block = _VALUES if value_dim % _VALUES == 0 else _VALUES // 2
     value_blocks = value_dim // block
-    own_values = block // _WARPGROUPS
-    shape, square, piece_shape = (CHUNK, own_channels), (CHUNK, CHUNK), (CHUNK, _PIECE)
+    wg_values = block // _WARPGROUPS
+    shape, square, piece_shape = (CHUNK, wg_channels), (CHUNK, CHUNK), (CHUNK, _PIECE)
     bf16, f32 = jnp.bfloat16, jnp.float32
     at_least = mosaic.at_least if masks is None else mosaic.known_at_least
 
@@ -125,23 +125,23 @@ def chunk_backward(
         qs,
         ks,
         bs,
-        h_area,
-        d_h_area,
-        left_area,
-        r_area,
-        v_area,
-        w_area,
+        h_union,
+        d_h_union,
+        d_o_d_z_union,
+        r_union,
+        v_union,
+        w_union,
         dt_low,
         sum_tiles,
         decay_tile,
         steps_tile,
         diagonal,
-        with_keys,
-        with_states,
-        with_g,
-        with_values,
-        with_tables,
-        with_left,
+        keys_loaded,
+        states_loaded,
+        g_loaded,
+        values_loaded,
+        tables_loaded,
+        d_o_d_z_loaded,
         free,
         pairs_ready,
     ):
@@ -150,20 +150,24 @@ def chunk_backward(
             row_segment, column_segment, reads, writes, poison, *refs = refs
         dq_out, dk_out, dg_out, db_out, dv_out, dw_out = refs
         # Slabs of equal size for each warpgroup, which alone uses them.
-        (hs,), (k_parts,) = h_area
-        (d_hs,), (gs,), (q_parts,) = d_h_area
-        (lefts,), (pairs, d_decays) = left_area
-        ((r_ts,), (d_tails,)), ((vs,), (dq_states,)), ((ws,), (de_states,)) = r_area, v_area, w_area
+        (hs,), (k_parts,) = h_union
+        (d_hs,), (gs,), (q_parts,) = d_h_union
+        (d_o_d_z,), (pairs, d_decays) = d_o_d_z_union
+        ((r_ts,), (d_tails,)), ((vs,), (dq_states,)), ((ws,), (de_states,)) = (
+            r_union,
+            v_union,
+            w_union,
+        )
         row, head, chunk = (lax.axis_index(name) for name in ("b", "h", "c"))
         wg = lax.axis_index("wg")
-        rows, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(wg * own_channels, own_channels)
+        rows, channels = pl.ds(chunk * CHUNK, CHUNK), pl.ds(wg * wg_channels, wg_channels)
         index = row * heads + head
         place = (row, rows, head, channels)
         load = plgpu.copy_gmem_to_smem
         ri, ci = mosaic.indices(square, 0), mosaic.indices(square, 1)
         strip_row = mosaic.indices(shape, 0)
         # Where many arrays meet, columns are taken few at a time: registers are what is scarce.
-        pieces = [(slice(None), pl.ds(start, _PIECE)) for start in range(0, own_channels, _PIECE)]
+        pieces = [(slice(None), pl.ds(start, _PIECE)) for start in range(0, wg_channels, _PIECE)]
 
         def vector(ref):
             return mosaic.over_rows(plgpu.load(ref, layout=COLUMNS, optimized=False), shape)
@@ -195,13 +199,13 @@ def chunk_backward(
                 ref.at[wg, i, *piece][...] = part
 
         for source, target in ((k, ks), (b, bs), (q, qs)):
-            load(source.at[place], target.at[wg], with_keys.at[wg])
+            load(source.at[place], target.at[wg], keys_loaded.at[wg])
 
         @pl.when(wg == 0)
         def _():
-            load(sums, sum_tiles, with_tables)
-            load(decay.at[index, chunk], decay_tile, with_tables)
-            load(steps.at[index, chunk], steps_tile, with_tables)
+            load(sums, sum_tiles, tables_loaded)
+            load(decay.at[index, chunk], decay_tile, tables_loaded)
+            load(steps.at[index, chunk], steps_tile, tables_loaded)
 
         def load_values(n):
             """Starts the copies of a block of value channels."""
@@ -209,36 +213,36 @@ def chunk_backward(
 
             @pl.when(wg == 0)
             def _():
-                load(d_o.at[row, rows, head, values], lefts.at[0], with_left)
-                load(d_z.at[index, rows, values], lefts.at[1], with_left)
-                load(r_t.at[index, chunk, values], r_ts, with_left)
+                load(d_o.at[row, rows, head, values], d_o_d_z.at[0], d_o_d_z_loaded)
+                load(d_z.at[index, rows, values], d_o_d_z.at[1], d_o_d_z_loaded)
+                load(r_t.at[index, chunk, values], r_ts, d_o_d_z_loaded)
 
             for source, target in ((v, vs), (w, ws)):
-                load(source.at[value_place(n)], target.at[wg], with_values.at[wg])
+                load(source.at[value_place(n)], target.at[wg], values_loaded.at[wg])
             for source, target in ((states, hs), (d_states, d_hs)):
                 source = source.at[index, chunk, values, channels]
-                load(source, target.at[wg, pl.ds(0, block)], with_states.at[wg])
+                load(source, target.at[wg, pl.ds(0, block)], states_loaded.at[wg])
 
         def value_place(n):
-            return row, rows, head, pl.ds(n * block + wg * own_values, own_values)
+            return row, rows, head, pl.ds(n * block + wg * wg_values, wg_values)
 
         def store_values(n):
             """Writes this warpgroup's columns of dv and dw; returns S * dS' in 64 summands a channel."""
-            plgpu.barrier_wait(with_left)
-            plgpu.barrier_wait(with_values.at[wg])
-            for start in range(0, own_values, own_channels):
-                own = (wg, slice(None), pl.ds(start, own_channels))
-                columns = pl.ds(wg * own_values + start, own_channels)
+            plgpu.barrier_wait(d_o_d_z_loaded)
+            plgpu.barrier_wait(values_loaded.at[wg])
+            for start in range(0, wg_values, wg_channels):
+                part = (wg, slice(None), pl.ds(start, wg_channels))
+                columns = pl.ds(wg * wg_values + start, wg_channels)
                 dz, value, write = (
                     plgpu.load(x, layout=WGMMA).astype(f32)
-                    for x in (lefts.at[1, :, columns], vs.at[own], ws.at[own])
+                    for x in (d_o_d_z.at[1, :, columns], vs.at[part], ws.at[part])
                 )
-                vs.at[own][...] = poisoned(dz * write).astype(bf16)
-                ws.at[own][...] = poisoned(dz * value).astype(bf16)
+                vs.at[part][...] = poisoned(dz * write).astype(bf16)
+                ws.at[part][...] = poisoned(dz * value).astype(bf16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(vs.at[wg], dv_out.at[value_place(n)])
             plgpu.copy_smem_to_gmem(ws.at[wg], dw_out.at[value_place(n)])
-            plgpu.barrier_wait(with_states.at[wg])
+            plgpu.barrier_wait(states_loaded.at[wg])
             return sum(
                 math.prod(
                     plgpu.load(x.at[wg, pl.ds(start, CHUNK)], layout=WGMMA).astype(f32)
@@ -249,7 +253,7 @@ def chunk_backward(
 
         load_values(0)
         d_decay = store_values(0)
-        plgpu.barrier_wait(with_tables)
+        plgpu.barrier_wait(tables_loaded)
 
         def over_values(*accumulators):
             """dKt, dQg, -dEg, dAqk or -dT, and the gradient of the chunk's decay."""
@@ -261,10 +265,10 @@ def chunk_backward(
                     load_values(n)
                     total += store_values(n)
                 half = (wg, pl.ds(0, block))
-                pairs_acc.add(lefts.at[wg], r_ts)
+                pairs_acc.add(d_o_d_z.at[wg], r_ts)
                 dk_acc.add(r_ts.transpose((1, 0)), d_hs.at[half])
-                dq_acc.add(lefts.at[0], hs.at[half])
-                de_acc.add(lefts.at[1], hs.at[half])
+                dq_acc.add(d_o_d_z.at[0], hs.at[half])
+                de_acc.add(d_o_d_z.at[1], hs.at[half])
                 results = [x.get() for x in accumulators]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
@@ -274,7 +278,7 @@ def chunk_backward(
         dk_tail, dq, de, pair, d_decay = mosaic.with_accumulators(
             over_values, shape, shape, shape, square
         )
-        load(g.at[place], gs.at[wg], with_g.at[wg])
+        load(g.at[place], gs.at[wg], g_loaded.at[wg])
 
         @pl.when(wg == 0)
         def _():
@@ -309,7 +313,7 @@ def chunk_backward(
             plgpu.commit_smem()
             return [matmul(shape, *((matrix, part) for part in parts)) for matrix in matrices]
 
-        plgpu.barrier_wait(with_g.at[wg])
+        plgpu.barrier_wait(g_loaded.at[wg])
         to_row, from_row = sum_g(
             UNDERFLOW * LOG2_E, sum_tiles.at[0], sum_tiles.at[0].transpose((1, 0))
         )
@@ -326,7 +330,7 @@ def chunk_backward(
         plgpu.commit_smem()
         (in_block,) = sum_g(CLAMP, sum_tiles.at[1])
         plgpu.commit_smem()  # every warp is done with the parts of g
-        plgpu.barrier_wait(with_keys.at[wg])
+        plgpu.barrier_wait(keys_loaded.at[wg])
         for piece in pieces:
             keys, gates, queries = (load_input(x, piece) for x in (ks, bs, qs))
             up = jnp.exp2(part_of(in_block, piece) + _COLUMN_CENTRE)
@@ -408,9 +412,9 @@ def chunk_backward(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     keys_tile = tile((_WARPGROUPS, *shape), bf16, 2 * _PIECE)
-    states_tile = tile((_WARPGROUPS, _VALUES, own_channels), bf16, swizzle)
+    states_tile = tile((_WARPGROUPS, _VALUES, wg_channels), bf16, swizzle)
     parts_tile = tile((_WARPGROUPS, 2, *shape), bf16, _BLOCK_SWIZZLE)
-    values_tile = tile((_WARPGROUPS, CHUNK, own_values), bf16, swizzle)
+    values_tile = tile((_WARPGROUPS, CHUNK, wg_values), bf16, swizzle)
     square_tiles = tile((2, *square), bf16, _BLOCK_SWIZZLE)
     per_warpgroup: dict[str, Any] = {"num_barriers": _WARPGROUPS}
     return mosaic.kernel(
@@ -425,27 +429,27 @@ def chunk_backward(
         thread_name="wg",
         scratch_types={
             **dict.fromkeys(("qs", "ks", "bs"), keys_tile),
-            "h_area": mosaic.overlaid((states_tile,), (parts_tile,)),
-            "d_h_area": mosaic.overlaid(
+            "h_union": mosaic.overlaid((states_tile,), (parts_tile,)),
+            "d_h_union": mosaic.overlaid(
                 (states_tile,), (tile((_WARPGROUPS, *shape), f32),), (parts_tile,)
             ),
-            "left_area": mosaic.overlaid(
+            "d_o_d_z_union": mosaic.overlaid(
                 (tile((2, CHUNK, block), bf16, swizzle),), (square_tiles, keys_tile)
             ),
-            "r_area": mosaic.overlaid((tile((block, CHUNK), bf16, swizzle),), (keys_tile,)),
-            "v_area": mosaic.overlaid((values_tile,), (keys_tile,)),
-            "w_area": mosaic.overlaid((values_tile,), (keys_tile,)),
+            "r_union": mosaic.overlaid((tile((block, CHUNK), bf16, swizzle),), (keys_tile,)),
+            "v_union": mosaic.overlaid((values_tile,), (keys_tile,)),
+            "w_union": mosaic.overlaid((values_tile,), (keys_tile,)),
             "dt_low": tile(square, bf16, _BLOCK_SWIZZLE),
             "sum_tiles": square_tiles,
             "decay_tile": plgpu.SMEM((key_dim,), f32),
             "steps_tile": plgpu.SMEM((_STEPS, key_dim), f32),
             "diagonal": plgpu.SMEM((CHUNK,), f32),
-            "with_keys": plgpu.Barrier(num_arrivals=3, **per_warpgroup),
-            "with_states": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
-            "with_g": plgpu.Barrier(num_arrivals=1, **per_warpgroup),
-            "with_values": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
-            "with_tables": plgpu.Barrier(num_arrivals=3),
-            "with_left": plgpu.Barrier(num_arrivals=3),
+            "keys_loaded": plgpu.Barrier(num_arrivals=3, **per_warpgroup),
+            "states_loaded": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
+            "g_loaded": plgpu.Barrier(num_arrivals=1, **per_warpgroup),
+            "values_loaded": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
+            "tables_loaded": plgpu.Barrier(num_arrivals=3),
+            "d_o_d_z_loaded": plgpu.Barrier(num_arrivals=3),
             "free": plgpu.Barrier(num_arrivals=_WARPGROUPS),
             "pairs_ready": plgpu.Barrier(num_arrivals=_WARPGROUPS),
         },

@@ -117,11 +117,11 @@ def intra_chunk_forward(
 
     def intra_chunk_forward_kernel(
         *refs,
-        g_area,
-        q_area,
+        g_union,
+        q_union,
         ks,
         bs,
-        x_area,
+        x_union,
         steps_tile,
         loaded,
         loaded_values,
@@ -135,9 +135,9 @@ def intra_chunk_forward(
             x_out, steps, *refs = refs
         if masks is not None:
             (flaws,) = refs
-        (gs,), (parts,), (vs, ws), (_, a_qk_tile) = g_area
-        (qs,), (y_tile,), (u_tile,) = q_area
-        (sum_tiles,), (xs, ps), (x_high, x_low) = x_area
+        (gs,), (parts,), (vs, ws), (_, a_qk_tile) = g_union
+        (qs,), (y_tile,), (u_tile,) = q_union
+        (sum_tiles,), (xs, ps), (x_high, x_low) = x_union
         row, head, chunk = (lax.axis_index(name) for name in ("b", "h", "c"))
         rows = pl.ds(chunk * CHUNK, CHUNK)
         index = row * heads + head
@@ -356,18 +356,18 @@ def intra_chunk_forward(
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
         scratch_types={
-            "g_area": mosaic.overlaid(
+            "g_union": mosaic.overlaid(
                 (tile((len(pieces), *shape), f32),),
                 (tile((len(pieces), 2, *shape), bf16, _SWIZZLE),),
                 (value_tile, value_tile),
                 (value_tile, tile(square, bf16)),
             ),
-            "q_area": mosaic.overlaid(
+            "q_union": mosaic.overlaid(
                 (key_tile,), (tile((key_dim, CHUNK), bf16),), (tile((value_block, CHUNK), bf16),)
             ),
             "ks": key_tile,
             "bs": key_tile,
-            "x_area": mosaic.overlaid(
+            "x_union": mosaic.overlaid(
                 (tile((3, *square), bf16, _SWIZZLE),),
                 (tile(square, f16),) * 2,
                 (tile(square, bf16, _SWIZZLE),) * 2,

@@ -186,14 +186,14 @@ def store_global(ref, value: jax.Array) -> None:
         plgpu.store(ref, value, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def over_rows(column_vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def over_rows(per_column: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Repeats one value a column along the rows."""
-    return lax.broadcast_in_dim(column_vector, shape, [1])
+    return lax.broadcast_in_dim(per_column, shape, [1])
 
 
-def over_columns(row_vector: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def over_columns(per_row: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Repeats one value a row along the columns."""
-    return lax.broadcast_in_dim(row_vector, shape, [0])
+    return lax.broadcast_in_dim(per_row, shape, [0])
 
 
 def indices(shape: tuple[int, int], axis: int) -> jax.Array:

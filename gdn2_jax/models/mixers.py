@@ -228,7 +228,7 @@ class SoftmaxAttention:
             "out_kernel_init": depth_scaled(config),
         }
         if self.cache_grows:
-            return Attention(**shared, window_size=config.context_length)
+            return Attention(**shared, context_length=config.context_length)
         return SlidingWindowAttention(**shared, window_size=self.window_size)
 
     def flops(self, d_model: int, sequence_length: int) -> float:

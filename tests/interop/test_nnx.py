@@ -24,7 +24,7 @@ SMALL = {
     "GatedDeltaNet": {"num_heads": 2, "head_dim": 8, "implementation": "recurrent"},
     "Mamba2": {"num_heads": 2, "head_dim": 8, "state_dim": 4, "implementation": "recurrent"},
     "Mamba3": {"num_heads": 2, "head_dim": 8, "state_dim": 4, "implementation": "recurrent"},
-    "Attention": {"num_heads": 2, "window_size": 16},
+    "Attention": {"num_heads": 2, "context_length": 16},
     "SlidingWindowAttention": {"num_heads": 2, "window_size": 4},
 }
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import gdn2_jax.layers.attention as module
+import gdn2_jax.layers.softmax_attention as module
 from gdn2_jax.layers import Attention, SlidingWindowAttention
 
 HEADS, WIDTH = 2, 16
@@ -16,7 +16,7 @@ HEADS, WIDTH = 2, 16
 @pytest.fixture
 def make(random_params):
     def build(x, **options):
-        layer = Attention(**{"num_heads": HEADS, "window_size": 16} | options)
+        layer = Attention(**{"num_heads": HEADS, "context_length": 16} | options)
         return layer, random_params(layer, x)
 
     return build
@@ -132,7 +132,7 @@ def test_decoding_equals_the_full_forward_while_the_cache_has_room(
 
 def test_a_full_cache_forgets_the_oldest_token(make):
     x = inputs(1, 9, WIDTH)
-    layer, params = make(x, window_size=4)
+    layer, params = make(x, context_length=4)
     window = SlidingWindowAttention(num_heads=HEADS, window_size=4)
     expected = jax.jit(window.apply)({"params": params}, x)
     variables = {"params": params}

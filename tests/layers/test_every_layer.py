@@ -27,8 +27,8 @@ LAYERS = {
     "mamba2": functools.partial(Mamba2, head_dim=4, state_dim=4),
     "mamba3": functools.partial(Mamba3, head_dim=4, state_dim=4),
     "mamba3_mimo": functools.partial(Mamba3, head_dim=4, state_dim=4, mimo_rank=2),
-    "attention": functools.partial(Attention, window_size=8),
-    "attention_conv": functools.partial(Attention, window_size=8, conv_size=3),
+    "attention": functools.partial(Attention, context_length=8),
+    "attention_conv": functools.partial(Attention, context_length=8, conv_size=3),
     "sliding_window_attention": functools.partial(SlidingWindowAttention, window_size=4),
 }
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.layers import Attention, SlidingWindowAttention
-from gdn2_jax.layers.local_attention import local_attention
-from gdn2_jax.layers.rotary import rotate
+from gdn2_jax.layers.softmax_attention import apply_rotary, local_attention
 
 HEADS, WIDTH, WINDOW = 2, 16, 4
 
@@ -76,8 +75,8 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
     def score(position, distance):
         return jnp.vdot(
-            rotate(q, jnp.array([[position]]), 10.0),
-            rotate(k, jnp.array([[position - distance]]), 10.0),
+            apply_rotary(q, jnp.array([[position]]), 10.0),
+            apply_rotary(k, jnp.array([[position - distance]]), 10.0),
         )
 
     np.testing.assert_allclose(score(3, 2), score(50, 2), rtol=1e-4)
@@ -136,13 +135,16 @@ def test_decoding_equals_the_full_forward(make, documents):
     np.testing.assert_array_equal(variables["cache"]["index"], [23, 23])
 
 
-@pytest.mark.parametrize("layer_type", [SlidingWindowAttention, Attention])
-def test_decoding_is_as_exact_after_any_number_of_tokens(random_params, layer_type):
+@pytest.mark.parametrize(
+    ("layer_type", "size"),
+    [(SlidingWindowAttention, "window_size"), (Attention, "context_length")],
+)
+def test_decoding_is_as_exact_after_any_number_of_tokens(random_params, layer_type, size):
     x = inputs(1, 12, WIDTH)
     # No power of two, so that the ring does not fit into 2^31 a whole number of times.
-    layer = layer_type(num_heads=HEADS, window_size=6, decode=True)
+    layer = layer_type(num_heads=HEADS, decode=True, **{size: 6})
     params = random_params(layer, x)
-    expected = layer.clone(decode=False, window_size=6).apply({"params": params}, x[:, :6])
+    expected = layer.clone(decode=False).apply({"params": params}, x[:, :6])
     run = jax.jit(lambda *args: layer.apply(*args, mutable=["cache"]))
     empty = jax.tree.map(jnp.zeros_like, jax.eval_shape(run, {"params": params}, x[:, :1])[1])
 
@@ -169,7 +171,7 @@ def test_angles_are_those_of_float64_at_any_position(theta):
     x = inputs(1, 4, 1, 16)
     positions = np.array([1, 2047, 65_536, 131_071])
     angles = positions[:, None] * theta ** (-np.arange(8) / 8)
-    turned = rotate(x, jnp.array(positions)[None], theta)
+    turned = apply_rotary(x, jnp.array(positions)[None], theta)
     expected = np.concatenate(
         [
             x[0, :, 0, :8] * np.cos(angles) - x[0, :, 0, 8:] * np.sin(angles),

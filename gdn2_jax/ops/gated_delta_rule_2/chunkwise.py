@@ -162,7 +162,7 @@ def _forward(
     """
     inputs = (q, k, v, g, b, w)
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
-    dot, operand = arithmetic.product, arithmetic.operand
+    product, operand = arithmetic.product, arithmetic.operand
     bad = None
     if segments is not None:
         judged = (q, k, v, finite_log_decay(g), b, w)
@@ -174,19 +174,21 @@ def _forward(
         states, all_outputs = carry
         start, documents = xs
         loaded, masks = _load(layout, inputs, segments, bad, start)
-        c = _prepare(*loaded, masks, arithmetic)
+        prepared = _prepare(*loaded, masks, arithmetic)
 
         def next_chunk(states, chunk):
             y, u, k_tail, decay, document = chunk
             state = _enter(states, initial_state, document, "first")
-            residual = u - dot("ck,kv->cv", y.astype(g.dtype), state)
+            residual = u - product("ck,kv->cv", y.astype(g.dtype), state)
             stored = state.astype(operand), residual.astype(operand)
-            state = decay * state + dot("ck,cv->kv", k_tail.astype(g.dtype), residual)
+            state = decay * state + product("ck,cv->kv", k_tail.astype(g.dtype), residual)
             return _leave(states, state, document), stored
 
-        chunks = (c.y, c.u, c.k_tail, c.decay, documents)
+        chunks = (prepared.y, prepared.u, prepared.k_tail, prepared.decay, documents)
         states, (before, residual) = jax.lax.scan(next_chunk, states, chunks, unroll=_UNROLL)
-        outputs = dot("ck,kv->cv", c.q_gamma, before) + dot("cs,sv->cv", c.read, residual)
+        outputs = product("ck,kv->cv", prepared.q_gamma, before) + product(
+            "cs,sv->cv", prepared.read, residual
+        )
         return (states, _store(all_outputs, layout.scale * outputs, start)), before
 
     starts = jnp.arange(0, q.shape[1], layout.span)
@@ -207,7 +209,7 @@ def _backward(layout, residuals, cotangents):
     inputs = (q, k, v, g, b, w)
     d_outputs, d_final_state = opaque(cotangents)
     arithmetic = arithmetic_for((q, k, v, b, w), g.dtype)
-    dot, operand = arithmetic.product, arithmetic.operand
+    product, operand = arithmetic.product, arithmetic.operand
     if bad is not None:
         reported = not_finite(d_outputs, 3)
         reported = reported.at[:, -1].set(reported[:, -1] | not_finite(d_final_state, 2))
@@ -219,38 +221,50 @@ def _backward(layout, residuals, cotangents):
         d_states, all_d_inputs = carry
         start, states, documents = xs
         (q_, k_, v_, g_, b_, w_), masks = _load(layout, inputs, segments, bad, start)
-        d_out = (layout.scale * _load_one(layout, d_outputs, start).astype(g.dtype)).astype(operand)
-        c = _prepare(q_, k_, v_, g_, b_, w_, masks, arithmetic)
-        residual = (c.u - dot("ck,kv->cv", c.y, states)).astype(operand)
+        d_out = (layout.scale * _load_chunks(layout, d_outputs, start).astype(g.dtype)).astype(
+            operand
+        )
+        prepared = _prepare(q_, k_, v_, g_, b_, w_, masks, arithmetic)
+        residual = (prepared.u - product("ck,kv->cv", prepared.y, states)).astype(operand)
 
         def previous_chunk(d_states, chunk):
             y, q_gamma, k_tail, decay, d_residual, d_out, document = chunk
             d_state = _enter(d_states, d_final_state, document, "last")
             d_end_state = d_state.astype(operand)
-            d_residual += dot("ck,kv->cv", k_tail.astype(g.dtype), d_state)
-            d_state = decay * d_state + dot("ck,cv->kv", q_gamma, d_out)
-            d_state -= dot("ck,cv->kv", y.astype(g.dtype), d_residual)
+            d_residual += product("ck,kv->cv", k_tail.astype(g.dtype), d_state)
+            d_state = decay * d_state + product("ck,cv->kv", q_gamma, d_out)
+            d_state -= product("ck,cv->kv", y.astype(g.dtype), d_residual)
             return _leave(d_states, d_state, document), (d_end_state, d_residual)
 
-        d_residual = dot("rs,rv->sv", c.read, d_out)
+        d_residual = product("rs,rv->sv", prepared.read, d_out)
         d_states, (d_end_states, d_residual) = jax.lax.scan(
             previous_chunk,
             d_states,
-            (c.y, c.q_gamma, c.k_tail, c.decay, d_residual, d_out, documents),
+            (
+                prepared.y,
+                prepared.q_gamma,
+                prepared.k_tail,
+                prepared.decay,
+                d_residual,
+                d_out,
+                documents,
+            ),
             reverse=True,
             unroll=_UNROLL,
         )
 
-        d_read = dot("cv,sv->cs", d_out, residual)
-        d_q_gamma = dot("cv,kv->ck", d_out, states, operand)
-        d_k_tail = dot("cv,kv->ck", residual, d_end_states, operand)
+        d_read = product("cv,sv->cs", d_out, residual)
+        d_q_gamma = product("cv,kv->ck", d_out, states, operand)
+        d_k_tail = product("cv,kv->ck", residual, d_end_states, operand)
         # Where keys repeat, the inverse takes differences of rows that are close to each other, and
         # k^T dS vanishes by cancellation: neither dR nor dS may be rounded to `operand` before.
-        d_y = -dot("cv,kv->ck", d_residual, states.astype(g.dtype))
-        d_z = dot("rc,rv->cv", c.inverse, d_residual)
-        d_e_gamma = dot("rc,rk->ck", c.inverse, d_y).astype(operand)
+        d_y = -product("cv,kv->ck", d_residual, states.astype(g.dtype))
+        d_z = product("rc,rv->cv", prepared.inverse, d_residual)
+        d_e_gamma = product("rc,rk->ck", prepared.inverse, d_y).astype(operand)
         # -A^T dA A^T with dA = dU Z^T + dY Ebar^T, without forming dA.
-        d_erase = -dot("cv,sv->cs", d_z, c.u) - dot("ck,sk->cs", d_e_gamma, c.y)
+        d_erase = -product("cv,sv->cs", d_z, prepared.u) - product(
+            "ck,sk->cs", d_e_gamma, prepared.y
+        )
         d_decay = jnp.sum(d_end_states.astype(g.dtype) * states.astype(g.dtype), axis=-1)
         if masks is not None:
             d_erase = jnp.where(masks.same, d_erase, 0)
@@ -259,7 +273,7 @@ def _backward(layout, residuals, cotangents):
             d_k_tail, d_decay = d_k_tail * masks.writes, d_decay * masks.carries
 
         de, dq, dk, dg = pair_products_transpose(
-            c.operands, d_erase, d_read, d_e_gamma, d_q_gamma, d_k_tail, d_decay, arithmetic
+            prepared.operands, d_erase, d_read, d_e_gamma, d_q_gamma, d_k_tail, d_decay, arithmetic
         )
         # Apart from the re-laying store, which would compute dg in strides.
         dg = jax.lax.optimization_barrier(dg)
@@ -323,7 +337,7 @@ def _leave(states: _States, state: Float[Array, "B H K V"], document: Chunks | N
     return _States(state, with_state(states.kept, document.document, state))
 
 
-def _load_one(layout: _Layout, x: Array, start: Array) -> Array:
+def _load_chunks(layout: _Layout, x: Array, start: Array) -> Array:
     """A span of [B, T, H, D] as [N, B, H, C, D]."""
     batch, _, heads, dim = x.shape
     span = jax.lax.dynamic_slice_in_dim(x, start, layout.span, 1, allow_negative_indices=False)
@@ -346,9 +360,9 @@ def _load(
     start: Array,
 ):
     """A span's inputs, with zeros for tokens that are not finite, and its masks."""
-    loaded = [_load_one(layout, x, start) for x in inputs]
+    loaded = [_load_chunks(layout, x, start) for x in inputs]
     if bad is not None:
-        bad = _load_one(layout, bad[..., None], start)
+        bad = _load_chunks(layout, bad[..., None], start)
         loaded = [jnp.where(bad, 0, x) for x in loaded]
     # The barrier keeps the re-laid copies in the inputs' own dtype, read many times below.
     loaded = jax.lax.optimization_barrier(loaded)
@@ -377,7 +391,7 @@ def _segment_masks(
 
 
 def _prepare(q, k, v, g, b, w, masks: _Masks | None, arithmetic: Arithmetic) -> _Chunks:
-    dot, operand = arithmetic.product, arithmetic.operand
+    product, operand = arithmetic.product, arithmetic.operand
     operands = decayed(b * k, q, k, g, operand)
     erase, read = pair_products(operands, arithmetic)
     diagonal = np.eye(k.shape[-2], dtype=bool)
@@ -398,6 +412,6 @@ def _prepare(q, k, v, g, b, w, masks: _Masks | None, arithmetic: Arithmetic) -> 
         q_gamma.astype(operand),
         k_tail.astype(operand),
         decay[..., None],
-        y=dot("rs,sk->rk", inverse, e_gamma).astype(operand),
-        u=dot("rs,sv->rv", inverse, w * v),
+        y=product("rs,sk->rk", inverse, e_gamma).astype(operand),
+        u=product("rs,sv->rv", inverse, w * v),
     )

@@ -181,8 +181,8 @@ def _span(arrays, initial_state, segment_ids, **options):
         reads = replace(~carried, 0, reads)
         transition = replace(~carried[:, -1], 0, transition)
     incoming, final_state = _carry_over(transition, contribution, initial_state)
-    dot = arithmetic_for((q, k, v, b, w), g.dtype).product
-    from_before = dot("tk,kv->tv", jnp.moveaxis(reads.astype(g.dtype), 1, 2), incoming)
+    product = arithmetic_for((q, k, v, b, w), g.dtype).product
+    from_before = product("tk,kv->tv", jnp.moveaxis(reads.astype(g.dtype), 1, 2), incoming)
     from_before = jnp.moveaxis(from_before, 1, 2)
     if carried is not None:
         from_before = replace(~carried, 0, from_before)

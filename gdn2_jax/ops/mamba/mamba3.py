@@ -23,9 +23,9 @@ from gdn2_jax.ops.arguments import (
     segment_starts,
 )
 from gdn2_jax.ops.isolation import isolated
-from gdn2_jax.ops.mamba.rotation import phases, rotate, rotate_state, turn_gradient, wrap
+from gdn2_jax.ops.mamba.rotation import angle_gradient, phases, rotate, rotate_state, wrap
 from gdn2_jax.ops.mamba.scalar_decay import (
-    KEPT,
+    SAVED,
     join,
     layout_for,
     mix_chunks,
@@ -286,8 +286,8 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
         )
         same = None if segments is None else same_segment(segments)[:, :, None]
         phase = phases(dt, inputs.rotation[:, :, None], same)
-        turns = phase[..., -1, :]
-        ends = wrap(jnp.cumsum(jax.lax.stop_gradient(turns), axis=0))
+        angles = phase[..., -1, :]
+        ends = wrap(jnp.cumsum(jax.lax.stop_gradient(angles), axis=0))
         start = jnp.pad(ends[:-1], ((1, 0), *[(0, 0)] * 3))
         rows: Any = (
             _rotated_rows(arithmetic.operand, x, bias, start[..., None, :] + phase)
@@ -299,27 +299,27 @@ def _chunkwise(inputs, weights, initial_state, starts: Bool[Array, "B T"] | None
         outputs, memory = mix_chunks(
             *(q, k, v_rows, g[:, :, :, None], weight[:, :, :, None]),
             *((trapezoid * dt)[:, :, :, None], memory, segments, arithmetic),
-            turns=turns[:, :, :, None],
+            chunk_angles=angles[:, :, :, None],
             skip=weights.skip[:, None],
         )
-        outputs = checkpoint_name(outputs, KEPT).reshape(*v.shape[:4], ranks, value_dim)
+        outputs = checkpoint_name(outputs, SAVED).reshape(*v.shape[:4], ranks, value_dim)
         z, outputs = (jnp.moveaxis(x, 2, 3) for x in (z, outputs))
         outputs = _gated_sum(outputs, z[..., None, :], weights)
         memory = rotate_state(memory, -ends[-1][:, :, None])
-        return memory, (outputs.astype(out_dtype), turns)
+        return memory, (outputs.astype(out_dtype), angles)
 
     out_dtype = v.dtype
     tokens = Mamba3Inputs(*(split(x, layout) for x in inputs))
     segments = split_segments(starts, layout)
-    memory, (outputs, turns) = over_spans(span, memory, (tokens, split(weight, layout), segments))
-    turns = turns.reshape(-1, *turns.shape[2:])
-    turns = jnp.concatenate([initial_state.phase[None], turns])
+    memory, (outputs, angles) = over_spans(span, memory, (tokens, split(weight, layout), segments))
+    angles = angles.reshape(-1, *angles.shape[2:])
+    angles = jnp.concatenate([initial_state.phase[None], angles])
     if segments is not None:
         # What turned in earlier segments is forgotten.
         ends = segments.here[..., -1].reshape(-1, v.shape[0])
         ends = jnp.pad(ends, ((1, 0), (0, 0)))
-        turns = jnp.where((ends == ends[-1:])[..., None, None], turns, 0)
-    phase = wrap(jnp.sum(turns, axis=0))
+        angles = jnp.where((ends == ends[-1:])[..., None, None], angles, 0)
+    phase = wrap(jnp.sum(angles, axis=0))
     last_k = _to_heads(k[:, -1].astype(dtype), weights.k_bias)
     state = Mamba3State(
         phase,
@@ -366,7 +366,7 @@ def _rotated_rows_bwd(dtype, residuals, gradients):
     gradient = operator.add(*(rotate(x, -phase[..., None, :]) for x in gradients)).astype(dtype)
     gradient = jax.lax.optimization_barrier(gradient)
     wide = gradient.astype(full)
-    of_phase = turn_gradient(_unrotated(x, bias, full), wide, phase.shape[-1])
+    of_phase = angle_gradient(_unrotated(x, bias, full), wide, phase.shape[-1])
     of_x = jnp.sum(wide.reshape(*phase.shape[:2], groups, -1, *wide.shape[3:]), axis=3)
     return (
         jnp.transpose(of_x, (0, 1, 3, 4, 2, 5)).astype(x.dtype),

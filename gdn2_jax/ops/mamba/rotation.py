@@ -26,7 +26,7 @@ def rotate(x: Float[Array, "*n"], phase: Float[Array, "..."], axis: int = -1) ->
     return (x * cos + jnp.flip(x, axis - 1) * (sign * sin)).reshape(*before, 2 * half, *after)
 
 
-def turn_gradient(
+def angle_gradient(
     x: Float[Array, "*n"], gradient: Float[Array, "*n"], angles: int, axis: int = -1
 ) -> Float[Array, "..."]:
     """Gradient of the phase of x = rotate(..., phase), by pairs, from x and its gradient.

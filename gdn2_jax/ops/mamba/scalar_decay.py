@@ -11,7 +11,7 @@ k, whose product is then formed once. A token may hold R rows of q, k and v (the
 MIMO), which decay alike.
 
 Time is cut into spans of a few chunks. The backward recomputes a span from its inputs and a few
-saved arrays (KEPT, mainly the states between chunks). Other intermediates live for one span. No array
+saved arrays (SAVED, mainly the states between chunks). Other intermediates live for one span. No array
 of size T x T or T x K x V is kept.
 
 Every exponent is a sum of log-decays g <= 0, never a difference of cumulative sums: it is not
@@ -29,14 +29,15 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from gdn2_jax.ops.mamba.rotation import turn_gradient
+from gdn2_jax.ops.mamba.rotation import angle_gradient
 from gdn2_jax.ops.precision import HIGHEST, Arithmetic
 
 _ROWS = 64
 _MIN_CHUNK_SIZE = 16
 _SPANS = 4
 _MAX_CHUNKS = 16
-KEPT = "kept for the backward"
+SAVED = "saved for the backward"
+"""The name of the intermediates that `jax.checkpoint` saves in a span."""
 
 
 class Layout(NamedTuple):
@@ -106,8 +107,8 @@ def same_segment(segments: Segments) -> Bool[Array, "*n B C C"]:
 def over_spans[Carry, Tokens, Results](
     span: Callable[[Carry, Tokens], tuple[Carry, Results]], carry: Carry, tokens: Tokens
 ) -> tuple[Carry, Results]:
-    """Runs `span` over the leading axis of `tokens`; the backward has its inputs and what is KEPT."""
-    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    """Runs `span` over the leading axis of `tokens`; the backward has its inputs and what is `SAVED`."""
+    policy = jax.checkpoint_policies.save_only_these_names(SAVED)
     return jax.lax.scan(jax.checkpoint(span, prevent_cse=False, policy=policy), carry, tokens)
 
 
@@ -117,11 +118,11 @@ def mix_chunks(
     v: Float[Array, "N B G E CR V"],
     g: Float[Array, "N B G E C"],
     weight: Float[Array, "N B G E C"],
-    own: Float[Array, "N B G E C"],
+    diagonal_weight: Float[Array, "N B G E C"],
     state: Float[Array, "B G E K V"],
     segments: Segments | None,
     arithmetic: Arithmetic,
-    turns: Float[Array, "N B G E A"] | None = None,
+    chunk_angles: Float[Array, "N B G E A"] | None = None,
     skip: Float[Array, "G E"] | None = None,
 ) -> tuple[Float[Array, "N B G E CR V"], Float[Array, "B G E K V"]]:
     """Outputs of the N chunks of a span and the state after them.
@@ -133,20 +134,20 @@ def mix_chunks(
         sum the two gradients; q, k and v in the dtype of the products' operands.
       k: keys of each group, once for the queries and once for the states.
       v: values of each of the group's E heads.
-      g: log-decay, finite; in full precision as `weight`, `own` and `state`.
+      g: log-decay, finite; in full precision as `weight`, `diagonal_weight` and `state`.
       weight: of the token's write into the state.
-      own: weight of a token's write in its own output.
+      diagonal_weight: weight of a token's write in its own output.
       state: before the first chunk.
       segments: of the span's tokens; None if the state never restarts.
       arithmetic: of the products.
-      turns: angles by which the channel pairs of all that follows a chunk are turned by it; part
-        of the phases of q and k already, as constants.
+      chunk_angles: angles by which each chunk rotates the channel pairs of all later tokens. The
+        phases of q and k contain them already, as constants.
       skip: weight of v in the outputs; 0 if None.
 
     Returns:
       Outputs in the operands' dtype, the state in full precision.
     """
-    dot = functools.partial(_product, arithmetic)
+    product = functools.partial(_product, arithmetic)
     operand, full = arithmetic.operand, g.dtype
     chunk_size, rows = g.shape[-1], v.shape[-2]
     ranks = rows // chunk_size
@@ -161,25 +162,25 @@ def mix_chunks(
     between = jnp.where(np.tri(chunk_size, k=-1, dtype=bool), between, -jnp.inf)
     q, k = ((x[:, :, :, None], y[:, :, :, None]) for x, y in (q, k))
     weights = jnp.exp(between) * weight[..., None, :]
-    weights = jnp.where(np.eye(chunk_size, dtype=bool), own[..., None], weights)
-    pairs = dot("rk,sk->rs", q[0], k[0]).astype(full)
+    weights = jnp.where(np.eye(chunk_size, dtype=bool), diagonal_weight[..., None], weights)
+    pairs = product("rk,sk->rs", q[0], k[0]).astype(full)
     pairs = pairs.reshape(*pairs.shape[:4], chunk_size, ranks, chunk_size, ranks)
     reads = weights[..., :, None, :, None] * pairs
     reads = reads.reshape(*reads.shape[:4], rows, rows)
     if skip is not None:
-        own_row = np.eye(rows, dtype=bool)
-        reads += jnp.where(own_row, skip[None, None, ..., None, None], 0)
+        on_diagonal = np.eye(rows, dtype=bool)
+        reads += jnp.where(on_diagonal, skip[None, None, ..., None, None], 0)
     reads = reads.astype(operand)
 
     def to_rows(x):
         return jnp.repeat(x, ranks, axis=-1)[..., None]
 
     tail = (v.astype(full) * to_rows(jnp.exp(to_end) * weight)).astype(operand)
-    written = dot("rk,rv->kv", k[1], tail)
+    written = product("rk,rv->kv", k[1], tail)
 
-    state, states = _pass_states(state, written, jnp.exp(total), turns)
+    state, states = _pass_states(state, written, jnp.exp(total), chunk_angles)
     carried = _carried(arithmetic, q[1], states, to_rows(from_start))
-    within = dot("rs,sv->rv", reads, v).astype(full)
+    within = product("rs,sv->rv", reads, v).astype(full)
     return (within + carried).astype(operand), state
 
 
@@ -256,37 +257,37 @@ def _pass_states(
     state: Float[Array, "*n K V"],
     written: Float[Array, "N *n K V"],
     decay: Float[Array, "N *n"],
-    turns: Float[Array, "N *n A"] | None,
+    chunk_angles: Float[Array, "N *n A"] | None,
 ) -> tuple[Float[Array, "*n K V"], Float[Array, "N *n K V"]]:
     """The state after N chunks and those before each, these in the dtype of `written`.
 
-    A chunk decays the state and adds what it wrote. The forward does not read `turns`: the phases
+    A chunk decays the state and adds what it wrote. The forward does not read `chunk_angles`: the phases
     already contain it. Only its gradient is computed here, because here it is a sum over one state;
     at its uses it would be a sum over all later rows.
     """
-    del turns
+    del chunk_angles
     return _accumulate(state, written, decay)
 
 
-def _pass_states_fwd(state, written, decay, turns):
-    results = _pass_states(state, written, decay, turns)
-    state, states = checkpoint_name(results, KEPT)
+def _pass_states_fwd(state, written, decay, chunk_angles):
+    results = _pass_states(state, written, decay, chunk_angles)
+    state, states = checkpoint_name(results, SAVED)
     # Arguments that are residuals as they are get lost in second derivatives (JAX 0.11).
-    decay, turns = jax.lax.optimization_barrier((decay, turns))
-    return (state, states), (states, state, decay, turns)
+    decay, chunk_angles = jax.lax.optimization_barrier((decay, chunk_angles))
+    return (state, states), (states, state, decay, chunk_angles)
 
 
 def _pass_states_bwd(residuals, gradients):
-    states, state, decay, turns = residuals
+    states, state, decay, chunk_angles = residuals
     of_state, of_states = gradients
     gradient, of_written = _accumulate(of_state, of_states, decay, reverse=True)
     wide, after = (x.astype(decay.dtype) for x in (states, of_written))
     of_decay = jnp.sum(wide * after, (-2, -1))
-    if turns is None:
+    if chunk_angles is None:
         return gradient, of_written, of_decay, None
     wide = jnp.concatenate([wide[1:], state[None]])
-    of_turns = -jnp.sum(turn_gradient(wide, after, turns.shape[-1], axis=-2), -1)
-    return gradient, of_written, of_decay, of_turns
+    of_angles = -jnp.sum(angle_gradient(wide, after, chunk_angles.shape[-1], axis=-2), -1)
+    return gradient, of_written, of_decay, of_angles
 
 
 _pass_states.defvjp(_pass_states_fwd, _pass_states_bwd)
@@ -326,6 +327,7 @@ def _accumulate(
 
 
 def _cut(x: Array, layout: Layout) -> Array:
+    """[B, T, ...] -> [spans, chunks, B, C, ...]."""
     x = x.reshape(x.shape[0], layout.spans, -1, layout.chunk_size, *x.shape[2:])
     return jnp.moveaxis(x, 0, 2)
 

@@ -1,4 +1,4 @@
-"""Causal softmax attention over a window, in memory linear in T."""
+"""Causal softmax attention, of a window or of everything so far, in memory linear in T."""
 
 import functools
 import math
@@ -7,13 +7,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.isolation import not_finite, replace
 from gdn2_jax.parallel import previous_tokens
 
+PERIOD = 2**30
+"""Positions that differ by it have the same rotary angles; float64 inputs have no such period."""
 
-class Past(NamedTuple):
+_QUERIES_AT_ONCE = 512
+
+
+class KVCache(NamedTuple):
     """The W keys before the first query, in any order; W is the window size.
 
     `positions` counts from the first query, so it is negative. A slot that holds nothing has
@@ -26,21 +32,47 @@ class Past(NamedTuple):
     positions: Int[Array, "#B W"]
 
 
+def apply_rotary(
+    x: Float[Array, "B T N H"], positions: Int[Array, "#B T"], theta: float
+) -> Float[Array, "B T N H"]:
+    """Rotates channel i against channel i + H/2 by the angle position * theta^(-2i / H).
+
+    The angle is computed in whole numbers and to 3e-8 of a turn, less whole turns, at any position:
+    a frequency is a whole number of 2^-30 turns a token, at most 3e-9 radians off. Angles and
+    rotation are float32; for float64 inputs they are float64, without that rounding. The result has
+    `x`'s dtype.
+    """
+    half = x.shape[-1] // 2
+    frequencies = float(theta) ** (-np.arange(half) / half)
+    if x.dtype == jnp.float64:
+        angles = positions[..., None].astype(x.dtype) * frequencies[None, None]
+    else:
+        # Turns in units of 2^-32. What exceeds 32 bits is whole turns.
+        turns = np.round(frequencies / (2 * math.pi) % 1 * PERIOD).astype(np.uint32) * np.uint32(4)
+        turns = positions[..., None].astype(jnp.uint32) * turns[None, None]
+        turns = jax.lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.float32)
+        angles = turns * np.float32(2 * math.pi / 2**32)
+    cosine, sine = (u[:, :, None] for u in (jnp.cos(angles), jnp.sin(angles)))
+    first, second = (u.astype(angles.dtype) for u in (x[..., :half], x[..., half:]))
+    rotated = [first * cosine - second * sine, second * cosine + first * sine]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
 def local_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T N H"],
     v: Float[Array, "B T N H"],
     window_size: int,
     segment_ids: Int[Array, "B T"] | None = None,
-    past: Past | None = None,
+    cache: KVCache | None = None,
 ) -> Float[Array, "B T N H"]:
     """Each query attends to the `window_size` last keys of its document, its own included.
 
-    On NVIDIA GPUs, 16-bit inputs without segments or past run cuDNN's kernel. Everything else
+    On NVIDIA GPUs, 16-bit inputs without segments or cache run cuDNN's kernel. Everything else
     runs on blocks of `window_size` queries against their block and the one before.
     """
     blocks = functools.partial(_block_attention, window_size=window_size)
-    return cudnn_or(blocks, window_size, q, k, v, segment_ids, past)
+    return _cudnn_attention(q, k, v, segment_ids, cache, window_size=window_size, default=blocks)
 
 
 def local_attention_of_span(
@@ -73,22 +105,40 @@ def local_attention_of_span(
     return jax.lax.dynamic_slice_in_dim(outputs, present, length, axis=1)
 
 
-def cudnn_or(
-    blocks: Callable[..., Array],
-    window_size: int,
+def full_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: KVCache | None = None,
+) -> Float[Array, "B T N H"]:
+    """Each query attends to all keys of its document so far: those of the call and of the cache.
+
+    On NVIDIA GPUs, 16-bit inputs without segments or cache run cuDNN's kernel. Everything else runs
+    on a few hundred queries at a time.
+    """
+    window_size = q.shape[1] if cache is None else cache.k.shape[1]
+    default = functools.partial(_attention_of_all, window_size=window_size)
+    return _cudnn_attention(q, k, v, segment_ids, cache, window_size=window_size, default=default)
+
+
+def _cudnn_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T N H"],
     v: Float[Array, "B T N H"],
     segment_ids: Int[Array, "B T"] | None,
-    past: Past | None,
+    cache: KVCache | None,
+    *,
+    window_size: int,
+    default: Callable[..., Array],
 ) -> Float[Array, "B T N H"]:
-    """Runs cuDNN's kernel where it serves, else blocks(q, k, v, segment_ids, past).
+    """Runs cuDNN's kernel where it serves, else default(q, k, v, segment_ids, cache).
 
-    `blocks` is recomputed in the backward, so that no probabilities are kept.
+    `default` is recomputed in the backward, so that no probabilities are kept.
     """
-    blocks = jax.checkpoint(blocks)
-    if segment_ids is not None or past is not None or q.dtype.itemsize != 2:
-        return blocks(q, k, v, segment_ids, past)
+    default = jax.checkpoint(default)
+    if segment_ids is not None or cache is not None or q.dtype.itemsize != 2:
+        return default(q, k, v, segment_ids, cache)
 
     def fused(q, k, v):
         # Every host traces this, also those without a GPU: a missing cuDNN is a RuntimeError, a
@@ -101,9 +151,9 @@ def cudnn_or(
                 implementation="cudnn",
             )
         except (NotImplementedError, RuntimeError):
-            return blocks(q, k, v)
+            return default(q, k, v)
 
-    return jax.lax.platform_dependent(q, k, v, cuda=fused, default=blocks)
+    return jax.lax.platform_dependent(q, k, v, cuda=fused, default=default)
 
 
 def attend(
@@ -169,44 +219,89 @@ def _block_attention(
     k: Array,
     v: Array,
     segment_ids: Array | None = None,
-    past: Past | None = None,
+    cache: KVCache | None = None,
     *,
     window_size: int,
 ) -> Array:
     batch, length = q.shape[:2]
     size = min(length, window_size)
     count = -(-length // size)
-    if past is None and count > 1:
+    if cache is None and count > 1:
         empty = jnp.zeros((batch, window_size, *k.shape[2:]), k.dtype)
         nowhere = jnp.full((1, window_size), -window_size)
-        past = Past(empty, empty, jnp.zeros((batch, window_size), jnp.int32), nowhere)
+        cache = KVCache(empty, empty, jnp.zeros((batch, window_size), jnp.int32), nowhere)
 
     def blocks(x: Array) -> Array:
         """[B, T, ...] -> [B, count, size, ...]; the padding comes after every real query."""
         x = jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(x.shape[0], count, size, *x.shape[2:])
 
-    def spans(own: Array, before: Array | None) -> Array:
+    def spans(x: Array, before: Array | None) -> Array:
         """Each block after the W tokens before it: [B, count, W + size, ...]."""
         if before is None:
-            return own
+            return x
         previous = before[:, None]
         if count > 1:
-            previous = jnp.concatenate([previous, own[:, :-1]], axis=1)
-        return jnp.concatenate([previous, own], axis=2)
+            previous = jnp.concatenate([previous, x[:, :-1]], axis=1)
+        return jnp.concatenate([previous, x], axis=2)
 
     q, k, v = blocks(q), blocks(k), blocks(v)
-    k, v = spans(k, past and past.k), spans(v, past and past.v)
-    own = jnp.arange(count * size).reshape(1, count, size)
-    if past is not None:
-        own = jnp.broadcast_to(own, (past.positions.shape[0], count, size))
-    distances = own[..., None] - spans(own, past and past.positions)[:, :, None]
+    k, v = spans(k, cache and cache.k), spans(v, cache and cache.v)
+    positions = jnp.arange(count * size).reshape(1, count, size)
+    if cache is not None:
+        positions = jnp.broadcast_to(positions, (cache.positions.shape[0], count, size))
+    distances = positions[..., None] - spans(positions, cache and cache.positions)[:, :, None]
     same_segment = None
     if segment_ids is not None:
-        own = blocks(segment_ids)
-        same_segment = own[..., None] == spans(own, past and past.segment_ids)[:, :, None]
+        ids = blocks(segment_ids)
+        same_segment = ids[..., None] == spans(ids, cache and cache.segment_ids)[:, :, None]
     attend_block = jax.vmap(
         functools.partial(attend, window_size=window_size), in_axes=1, out_axes=1
     )
     outputs = attend_block(q, k, v, distances, same_segment)
     return outputs.reshape(batch, count * size, *outputs.shape[3:])[:, :length]
+
+
+def _attention_of_all(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: KVCache | None = None,
+    *,
+    window_size: int,
+) -> Float[Array, "B T N H"]:
+    """Attention of a few hundred queries at a time to all keys, in memory linear in T."""
+    length = q.shape[1]
+    positions, key_segments = jnp.arange(length), segment_ids
+    key_positions = positions[None]
+    if cache is not None:
+        k, v = jnp.concatenate([cache.k, k], axis=1), jnp.concatenate([cache.v, v], axis=1)
+        key_positions = jnp.broadcast_to(key_positions, (q.shape[0], length))
+        key_positions = jnp.concatenate([cache.positions, key_positions], axis=1)
+        if segment_ids is not None:
+            key_segments = jnp.concatenate([cache.segment_ids, segment_ids], axis=1)
+
+    @jax.checkpoint
+    def rows(q, positions, segment_ids):
+        same_segment = None
+        if segment_ids is not None and key_segments is not None:
+            same_segment = segment_ids[:, :, None] == key_segments[:, None]
+        distances = positions[None, :, None] - key_positions[:, None]
+        return attend(q, k, v, distances, same_segment, window_size)
+
+    if length <= _QUERIES_AT_ONCE:
+        return rows(q, positions, segment_ids)
+    count = -(-length // _QUERIES_AT_ONCE)
+
+    def split(x, axis):
+        """Blocks of queries along a new first axis; the padding repeats the last query."""
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, count * _QUERIES_AT_ONCE - length)
+        x = jnp.pad(x, padding, mode="edge")
+        shape = (*x.shape[:axis], count, _QUERIES_AT_ONCE, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    segments = None if segment_ids is None else split(segment_ids, 1)
+    outputs = jax.lax.map(lambda args: rows(*args), (split(q, 1), split(positions, 0), segments))
+    return jnp.moveaxis(outputs, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :length]
