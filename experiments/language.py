@@ -43,7 +43,7 @@ from gdn2_jax.evaluation.readouts import (
 from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.models import ModelConfig, model_sizes
 from gdn2_jax.parallel import make_mesh
-from gdn2_jax.rows import append_row, markdown_table, read_rows
+from gdn2_jax.rows import append_row, markdown_table, read_rows, source_commit
 from gdn2_jax.training import (
     CheckpointError,
     DivergenceError,
@@ -57,7 +57,7 @@ from gdn2_jax.training import (
     train,
 )
 from gdn2_jax.training.metrics import read_metrics
-from gdn2_jax.workers import Worker, share, source_commit, worker_devices
+from gdn2_jax.workers import Worker, share, worker_devices
 
 HERE = Path(__file__).parent
 STUDIES = HERE / "language"

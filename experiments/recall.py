@@ -49,9 +49,9 @@ from gdn2_jax.models import (
     StateSpace,
     model_sizes,
 )
-from gdn2_jax.rows import append_row, read_rows
+from gdn2_jax.rows import append_row, read_rows, source_commit
 from gdn2_jax.timing import Event, device_events
-from gdn2_jax.workers import Message, Worker, share, source_commit, worker_devices
+from gdn2_jax.workers import Message, Worker, share, worker_devices
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE / "recall"

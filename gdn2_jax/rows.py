@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import shutil
+import subprocess
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -43,6 +46,16 @@ def read_rows(path: Path, number: str | None = None) -> list[dict[str, Any]]:
         numbers = textwrap.shorten(", ".join(map(str, damaged)), 60)
         logging.getLogger(__name__).warning(message, path, len(damaged), numbers)
     return rows
+
+
+def source_commit() -> str:
+    """Returns $GDN2_JAX_COMMIT, which a copy of a working tree needs, or else git's commit."""
+    given = os.environ.get("GDN2_JAX_COMMIT")
+    if given or not shutil.which("git"):
+        return given or "unknown"
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 class Column(NamedTuple):

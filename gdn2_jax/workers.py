@@ -228,13 +228,3 @@ def worker_devices(count: int | None) -> list[str]:
         gpus = []
     gpus = gpus or [""]
     return [gpus[i % len(gpus)] for i in range(count or len(gpus))]
-
-
-def source_commit() -> str:
-    """Returns $GDN2_JAX_COMMIT, which a copy of a working tree needs, or else git's commit."""
-    given = os.environ.get("GDN2_JAX_COMMIT")
-    if given or not shutil.which("git"):
-        return given or "unknown"
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"

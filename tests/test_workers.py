@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from gdn2_jax.workers import share, source_commit, worker_devices
+from gdn2_jax.rows import source_commit
+from gdn2_jax.workers import share, worker_devices
 
 JOBS = """
 import os, time

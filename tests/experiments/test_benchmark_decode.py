@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from gdn2_jax.models import PRESETS, DeltaRule, SoftmaxAttention
-from gdn2_jax.rows import read_rows
+from gdn2_jax.rows import append_row, read_rows
 
 
 @pytest.fixture
@@ -73,3 +73,15 @@ def test_rows_after_the_last_minute_are_named(tiny_presets, command):
     options = ["--models", "small_gdn2", "--batches", 2, "--contexts", 32, "--minutes", 0]
     _, output, _ = command("benchmark_decode.py", *options)
     assert "not measured within 0 minutes, run again: small_gdn2 B=2 32" in output
+
+
+def test_rows_of_the_operator_and_of_before_the_states_had_forms_are_read(
+    tiny_presets, command, tmp_path
+):
+    measured = {"step_ms": 1.0, "prefill_tokens_per_s": 1.0, "cache_bytes": 1}
+    model = {"device": "a GPU", "model": "small_gdn2", "batch": 2, "context": 32}
+    append_row(tmp_path / "rows.jsonl", {"device": "a GPU", "implementation": "xla", "batch": 2})
+    append_row(tmp_path / "rows.jsonl", model | measured)
+    options = ["--models", "small_gdn2", "--batches", 2, "--contexts", 32, "--minutes", 0]
+    _, output, _ = command("benchmark_decode.py", *options, "--output", tmp_path / "rows.jsonl")
+    assert "not measured" not in output and (tmp_path / "rows.png").exists()

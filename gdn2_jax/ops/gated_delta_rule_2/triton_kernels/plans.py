@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 
+from gdn2_jax.ops.gated_delta_rule_2.hopper import compute_capabilities
 from gdn2_jax.rows import read_rows
 
 MIN_TILE = 16
@@ -113,11 +114,7 @@ def rule(case: Case, shared: int) -> Plan:
 
 def capability() -> int | None:
     """Compute capability of the first local GPU that can run the kernels, as 90; None without one."""
-    for device in jax.local_devices():
-        text = getattr(device, "compute_capability", None)
-        if isinstance(text, str) and text[:1].isdigit() and float(text) >= 8:
-            return round(10 * float(text))
-    return None
+    return next((round(10 * x) for x in compute_capabilities() if x >= 8), None)
 
 
 def shared() -> int:
