@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -71,6 +72,26 @@ class RunFiles(NamedTuple):
     summary: Path
 
 
+class Progress(NamedTuple):
+    """How far a run has read its data; saved with its checkpoints.
+
+    Attributes:
+      corpus: digest of the corpus.
+      position: number of sequences that were trained on.
+      readers: processes that read parts of a batch, and workers of each; `iterator` fits no others.
+      start_sequence: where `iterator` began.
+      iterator: grain's state of the iterator.
+      losses: of the steps since the last line of metrics.
+    """
+
+    corpus: str
+    position: int = 0
+    readers: list[int] | None = None
+    start_sequence: int = 0
+    iterator: Any = None
+    losses: Sequence[float] = ()
+
+
 class Run(NamedTuple):
     """A run that has passed all checks, ready to start or to go on. No other process can open it.
 
@@ -78,7 +99,7 @@ class Run(NamedTuple):
       mesh: the devices.
       corpus: the data.
       state: restored from the latest checkpoint; None if there is none.
-      progress: saved with that checkpoint.
+      progress: saved with that checkpoint, or that of the beginning.
     """
 
     config: TrainingConfig
@@ -87,7 +108,7 @@ class Run(NamedTuple):
     corpus: Corpus
     checkpoints: ocp.CheckpointManager
     state: TrainState | None
-    progress: dict[str, Any]
+    progress: Progress
     lock: TextIO | None
 
     def close(self) -> None:
@@ -152,11 +173,12 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
             )
         _warn_of_loss(config, corpus.tokenizer)
         lock, checkpoints = claim or _claim(config, directory, undo)
-        state, progress = None, {}
+        state, progress = None, Progress(corpus.digest)
         step = checkpoints.latest_step()
         if step is not None:
-            state, progress = restore_checkpoint(checkpoints, step, abstract_state(config, mesh))
-            if progress["corpus"] != corpus.digest:
+            state, saved = restore_checkpoint(checkpoints, step, abstract_state(config, mesh))
+            progress = Progress(**saved)
+            if progress.corpus != corpus.digest:
                 raise ValueError(
                     f"data: {directory} was trained on another corpus: files were added, removed "
                     "or edited, or the default corpus is that of another Python. Use another "

@@ -8,7 +8,6 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
 
 import grain
 import jax
@@ -25,7 +24,7 @@ from gdn2_jax.training.flops import peak_flops, training_flops_per_token
 from gdn2_jax.training.metrics import MetricsLog, plot_losses, read_metrics
 from gdn2_jax.training.optimizer import scheduled_rate
 from gdn2_jax.training.programs import Programs, compile_programs
-from gdn2_jax.training.run import Run, load_config, save_config, summarized_step
+from gdn2_jax.training.run import Progress, Run, load_config, save_config, summarized_step
 from gdn2_jax.training.step import (
     StepMetrics,
     TrainState,
@@ -140,13 +139,13 @@ def _take_steps(
 ) -> TrainState:
     """Returns the state after the last step."""
     config = run.config
-    batches, data_state = _open_batches(run)
+    batches, progress = _open_batches(run)
     with contextlib.closing(batches), _StopSignal() as stop, _progress_bar(config, start) as bar:
         clock, clock_step = time.perf_counter(), start
         shown = plotted = -math.inf
         saved = start
         # Of the steps since the last line of metrics; a run that goes on has those before it, too.
-        losses = run.progress.get("losses", [])
+        losses = [*progress.losses]
         for step in range(start + 1, config.steps + 1):
             check_saved(run.checkpoints, saved)
             state, metrics = programs.train_step(state, _device_batch(run, next(batches)))
@@ -178,10 +177,13 @@ def _take_steps(
                 log.write({"step": step, "time": _time(), **validation})
                 _say(f"step {step:,}: {_format(validation)}")
             if saves:
-                progress = {"position": step * config.global_batch_size, **data_state}
-                progress |= {"iterator": batches.get_state(), "losses": [*losses]}
+                progress = progress._replace(
+                    position=step * config.global_batch_size,
+                    iterator=batches.get_state(),
+                    losses=[*losses],
+                )
                 check_saved(run.checkpoints, saved, wait=True)
-                save_checkpoint(run.checkpoints, state, progress)
+                save_checkpoint(run.checkpoints, state, progress._asdict())
                 saved = step
             if _is_primary() and (validates or saves) and time.perf_counter() - plotted > 60:
                 _plot(run)
@@ -196,14 +198,14 @@ def _take_steps(
     return state
 
 
-def _open_batches(run: Run) -> tuple[grain.DatasetIterator, dict[str, Any]]:
-    """Returns the iterator at the run's position, and what is to be saved with its state."""
+def _open_batches(run: Run) -> tuple[grain.DatasetIterator, Progress]:
+    """Returns the iterator at the run's position, and the progress with these readers."""
     reader = batch_reader(run.mesh)
     readers = [reader.count, run.config.data.num_workers]
     saved = run.progress
     # The iterator's own state fits only as many readers as wrote it; the position fits any.
-    fits = saved.get("readers") == readers
-    start_sequence = saved["start_sequence"] if fits else saved.get("position", 0)
+    fits = saved.readers == readers
+    start_sequence = saved.start_sequence if fits else saved.position
     batches = train_iterator(
         run.corpus.train,
         global_batch_size=run.config.global_batch_size,
@@ -213,12 +215,8 @@ def _open_batches(run: Run) -> tuple[grain.DatasetIterator, dict[str, Any]]:
         num_workers=run.config.data.num_workers,
     )
     if fits:
-        batches.set_state(saved["iterator"])
-    return batches, {
-        "corpus": run.corpus.digest,
-        "readers": readers,
-        "start_sequence": start_sequence,
-    }
+        batches.set_state(saved.iterator)
+    return batches, saved._replace(readers=readers, start_sequence=start_sequence)
 
 
 def _device_batch(run: Run, batch: Batch) -> Batch:

@@ -144,7 +144,7 @@ def test_flipped_byte_anywhere_in_a_checkpoint_is_reported_or_harmless(config, c
         else:
             # Some files are not read.
             jax.tree.map(np.testing.assert_array_equal, state, run.state)
-            assert progress == run.progress
+            assert progress == run.progress._asdict()
         flip(path, position)
     run.close()
     for message in messages.values():
@@ -199,7 +199,7 @@ def test_data_go_on_where_they_stopped_for_the_same_and_for_other_readers(
     config, finished, readers
 ):
     run = open_run(config, finished)
-    run = run._replace(progress={**run.progress, "readers": readers})
+    run = run._replace(progress=run.progress._replace(readers=readers))
     batches, _ = _open_batches(run)
     stream = train_iterator(run.corpus.train, global_batch_size=config.global_batch_size)
     for _ in range(config.steps):
