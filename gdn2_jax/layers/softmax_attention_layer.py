@@ -111,7 +111,7 @@ class SoftmaxAttentionLayer(nn.Module):
         positions = start[:, None] + jnp.arange(length, dtype=start.dtype)[None]
         q, k = (apply_rotary(array, positions, self.rope_theta) for array in (q, k))
         isolate = segment_ids is not None
-        cache = KVCache(*rings, _positions_in_ring(start, first, size))
+        cache = KVCache._make((*rings, _positions_in_ring(start, first, size)))
         if segment_ids is None:
             last = jnp.take_along_axis(cache.segment_ids, (first[:, None] - 1) % size, axis=1)
             segment_ids = jnp.broadcast_to(last, (batch, length))
