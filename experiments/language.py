@@ -128,13 +128,7 @@ class Spec(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What all processes know.
-
-    Attributes:
-      directory: of the runs and logs.
-      study: what is compared.
-      commit: of the sources.
-    """
+    """What all processes know; `directory` holds the runs and logs."""
 
     directory: Path
     study: Study

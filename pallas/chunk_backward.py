@@ -73,24 +73,11 @@ def chunk_backward(
 ]:
     """Computes the gradients of a chunk's inputs.
 
-    Args:
-      q: queries; T is a multiple of 64, K is 64 or 128.
-      k: keys.
-      v: values; V is a multiple of 64 and of K.
-      g: log-decay, <= 0.
-      b: erase gate.
-      w: write gate.
-      d_o: cotangent of the outputs.
-      r_t: R^T, from `state_pass_forward`, as `states`.
-      d_z: from `state_pass_backward`, as `d_states`.
-      states: before each chunk.
-      d_states: gradient of the state after each chunk.
-      decay: of a whole chunk; zero where no segment spans the chunk.
-      steps: from `intra_chunk_forward`.
-      masks: of the segments, if there are any.
-      poison: None, or with masks what is added to the gradients of each row, NaN or zero; what is not
-        finite in the inputs counts as zero then.
-      scale: factor on q.
+    K is 64 or 128; T is a multiple of 64, V of 64 and of K; the log-decay g is <= 0. The other
+    kernels give R^T and the states before each chunk (`state_pass_forward`), dZ and the gradients of
+    the states after each chunk (`state_pass_backward`), and the steps (`intra_chunk_forward`). The
+    decay of a chunk is zero where no segment spans it. With masks, what is not finite in the inputs
+    counts as zero, and `poison` (NaN or zero) is added to the gradients of each row.
 
     Returns:
       dq, dk, dg, db, dv and dw.

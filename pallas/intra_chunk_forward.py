@@ -82,16 +82,8 @@ def intra_chunk_forward(
 ]:
     """Computes a chunk's operands for the pass over states.
 
-    Args:
-      q: queries; T is a multiple of 64, K is 64 or 128.
-      k: keys.
-      v: values; V is a multiple of 64.
-      g: log-decay, <= 0.
-      b: erase gate.
-      w: write gate.
-      masks: of the segments, if there are any.
-      scale: factor on q.
-      save: also return what only the backward needs.
+    K is 64 or 128; T and V are multiples of 64; the log-decay g is <= 0. `scale` is a factor on q,
+    `masks` are those of the segments, and `save` also returns what only the backward needs.
 
     Returns:
       Y^T, U^T, Kt, Qg, Aqk^T and the decay of a whole chunk; or None, X in two parts and the clamped

@@ -54,17 +54,9 @@ def state_pass_forward(
     BFloat16[Array, "BH N V K"] | None,
     BFloat16[Array, "BH N V 64"] | None,
 ]:
-    """Runs the states through a sequence.
+    """Runs the states through a sequence, from `state` before the first chunk.
 
-    Args:
-      y_t: from `intra_chunk_forward`, as `u_t`, `k_tail`, `q_gamma`, `a_qk_t` and `decay`.
-      u_t: values.
-      k_tail: keys, decayed to the chunk's end.
-      q_gamma: queries, decayed from the chunk's start.
-      a_qk_t: weights of pairs in a chunk.
-      decay: of a whole chunk.
-      state: before the first chunk.
-      save: also return what the backward needs.
+    The other operands are those of `intra_chunk_forward`. `save` also returns what the backward needs.
 
     Returns:
       Outputs, the final state and, or None, the states before each chunk and R^T.
@@ -74,14 +66,8 @@ def state_pass_forward(
     chunks = length // CHUNK
     bf16 = jnp.bfloat16
     chunked = (batch * heads, chunks)
-    mosaic.check_shapes(
-        y_t=(y_t, (*chunked, key_dim, CHUNK)),
-        u_t=(u_t, (*chunked, value_dim, CHUNK)),
-        k_tail=(k_tail, (batch * heads, chunks * CHUNK, key_dim)),
-        q_gamma=(q_gamma, k_tail.shape),
-        a_qk_t=(a_qk_t, (*chunked, CHUNK, CHUNK)),
-        decay=(decay, (*chunked, key_dim)),
-    )
+    _check_shapes(y_t, k_tail, q_gamma, a_qk_t, decay, state)
+    mosaic.check_shapes(u_t=(u_t, (*chunked, value_dim, CHUNK)))
 
     def sources(refs, at):
         y_t, u_t, k_tail, q_gamma, a_qk_t, decay = refs
@@ -174,15 +160,8 @@ def state_pass_backward(
 ) -> tuple[BFloat16[Array, "BH T V"], BFloat16[Array, "BH N V K"], Float32[Array, "B H V K"]]:
     """Runs the gradients of the states back through a sequence.
 
-    Args:
-      y_t: as in `state_pass_forward`, and so are `k_tail`, `q_gamma`, `a_qk_t` and `decay`.
-      d_o: cotangent of the outputs.
-      k_tail: keys, decayed to the chunk's end.
-      q_gamma: queries, decayed from the chunk's start.
-      a_qk_t: weights of pairs in a chunk.
-      decay: of a whole chunk.
-      x: X, in two parts, from `intra_chunk_forward`.
-      d_state: cotangent of the final state.
+    `d_o` and `d_state` are the cotangents of the outputs and of the final state; the other operands
+    are those of `intra_chunk_forward`, with X in two parts.
 
     Returns:
       dZ, the gradient of each chunk's outgoing state, and the gradient of the initial state.
@@ -192,14 +171,9 @@ def state_pass_backward(
     chunks = length // CHUNK
     bf16 = jnp.bfloat16
     chunked = (batch * heads, chunks)
+    _check_shapes(y_t, k_tail, q_gamma, a_qk_t, decay, d_state)
     mosaic.check_shapes(
-        y_t=(y_t, (*chunked, key_dim, CHUNK)),
-        d_o=(d_o, (batch, length, heads, value_dim)),
-        k_tail=(k_tail, (batch * heads, chunks * CHUNK, key_dim)),
-        q_gamma=(q_gamma, k_tail.shape),
-        a_qk_t=(a_qk_t, (*chunked, CHUNK, CHUNK)),
-        decay=(decay, (*chunked, key_dim)),
-        x=(x, (*chunked, 2, CHUNK, CHUNK)),
+        d_o=(d_o, (batch, length, heads, value_dim)), x=(x, (*chunked, 2, CHUNK, CHUNK))
     )
 
     def sources(refs, at):
@@ -273,6 +247,19 @@ def state_pass_backward(
         stages=_BACKWARD_STAGES,
     )
     return d_z, d_states, d_initial_state
+
+
+def _check_shapes(y_t, k_tail, q_gamma, a_qk_t, decay, state) -> None:
+    """Checks the operands of both passes."""
+    batch, heads, _, key_dim = state.shape
+    chunked = (batch * heads, k_tail.shape[1] // CHUNK)
+    mosaic.check_shapes(
+        y_t=(y_t, (*chunked, key_dim, CHUNK)),
+        k_tail=(k_tail, (chunked[0], chunked[1] * CHUNK, key_dim)),
+        q_gamma=(q_gamma, k_tail.shape),
+        a_qk_t=(a_qk_t, (*chunked, CHUNK, CHUNK)),
+        decay=(decay, (*chunked, key_dim)),
+    )
 
 
 def _run(

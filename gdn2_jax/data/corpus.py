@@ -197,12 +197,7 @@ _Content = str | Int32[np.ndarray, " N"]
 
 
 class _Survey(NamedTuple):
-    """The documents of files.
-
-    Attributes:
-      digests: of their texts.
-      sizes: their UTF-8 bytes.
-    """
+    """The digests of documents' texts, and their sizes in UTF-8 bytes."""
 
     digests: UInt64[np.ndarray, " documents"]
     sizes: Int64[np.ndarray, " documents"]

@@ -73,9 +73,7 @@ def table_tasks(table: str, tokenizer: Tokenizer) -> list[str | dict[str, Any]]:
 def table_row(table: str, results: dict[str, dict[str, Any]]) -> list[float | None]:
     """Returns the values of a table's columns, and the average if none of its values is missing.
 
-    Args:
-      table: its name.
-      results: of the harness: metrics by task.
+    `results` are the harness's: metrics by task.
     """
     values = []
     for column in TABLES[table]:

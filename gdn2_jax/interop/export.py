@@ -59,15 +59,8 @@ def export_prefill(
 ) -> Exported:
     """Exports (params, tokens [B, T]) -> (logits of the next token [B, vocab], cache).
 
-    Args:
-      config: as in `export_forward`; full attention's cache holds `context_length` tokens.
-      params: as there.
-      length: number of tokens T of the prompt, or of its beginning.
-      batch_size: as there.
-      platforms: as there.
-
-    Returns:
-      The program.
+    Arguments and result are those of `export_forward`. `length` is the number of tokens T of the
+    prompt, or of its beginning; full attention's cache holds `config.context_length` tokens.
     """
     model = LanguageModel(_portable(config), decode=True)
 
@@ -88,15 +81,8 @@ def export_decode(
 ) -> Exported:
     """Exports (params, cache, tokens [B, T]) -> (logits of the next token [B, vocab], cache).
 
-    Args:
-      config: as in `export_prefill`.
-      params: as there.
-      length: number of tokens T that each call adds: one, or more of a long prompt.
-      batch_size: as there.
-      platforms: as there.
-
-    Returns:
-      The program. Called inside a `jax.jit` that donates the cache, it updates it in place.
+    Arguments and result are those of `export_prefill`. Each call adds `length` tokens: one, or more
+    of a long prompt. Called inside a `jax.jit` that donates the cache, the program updates it in place.
     """
     model = LanguageModel(_portable(config), decode=True)
     tokens = _tokens(batch_size, length)

@@ -166,13 +166,9 @@ def as_typed(
 ) -> Callable:
     """Runs `function` on each device's part of arguments on Explicit axes; on others as usual.
 
-    Rows stay split as the arguments' are, and heads where each device gets whole ones of all.
-
-    Args:
-      function: as in `per_device`.
-      inputs: as there.
-      outputs: as there.
-      heads: how many there are, where axes of that name hold several channels of each.
+    Rows stay split as the arguments' are, and heads where each device gets whole ones of all. The
+    first three arguments are those of `per_device`. `heads` is their number, where axes of that name
+    hold several channels of each.
     """
 
     def run(*arrays):

@@ -18,9 +18,6 @@ def lock_directory(directory: Path) -> TextIO | None:
 
     Of the processes of a job only the first locks, and all must call this.
 
-    Args:
-      directory: of the run.
-
     Returns:
       The file "lock" of the directory; None on the other processes of the job.
 

@@ -68,12 +68,7 @@ def scheduled_rate(
 
 
 def decay_mask(params: Any, kind: str) -> Any:
-    """Returns a tree of bools like `params`: which parameters decay.
-
-    Args:
-      params: of a `LanguageModel`.
-      kind: see `OptimizerConfig.decay_mask`.
-    """
+    """Returns which parameters of a `LanguageModel` decay; `OptimizerConfig.decay_mask` has the kinds."""
 
     def decays(path, _) -> bool:
         names = [key.key for key in path]

@@ -37,15 +37,7 @@ def submit_programs(config: TrainingConfig, mesh: Mesh, pool: Executor) -> Progr
     """Traces a run's functions and lets the pool's threads compile them.
 
     Tracing holds Python's lock, so that threads would only get in each other's way; compilation
-    does not.
-
-    Args:
-      config: of the run.
-      mesh: the devices.
-      pool: of threads.
-
-    Returns:
-      Futures of the compiled functions, for `wait_for`.
+    does not. `wait_for` takes the futures.
     """
     state = abstract_state(config, mesh)
 

@@ -255,11 +255,7 @@ class TrainedModel(NamedTuple):
 
 
 def load_trained(directory: Path, step: int | None = None) -> TrainedModel:
-    """Reads a checkpoint's parameters, checked, and the tokenizer of a run.
-
-    Args:
-      directory: of the run.
-      step: of the checkpoint; the latest if None.
+    """Reads a run's tokenizer and the parameters of its checkpoint after `step`; None: the latest.
 
     Raises:
       FileNotFoundError: if the directory holds no run with such a checkpoint.

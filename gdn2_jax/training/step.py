@@ -106,13 +106,7 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """Takes one optimizer step: gradients of G microbatches, averaged in the parameters' dtype.
 
-    Args:
-      config: of the run; static.
-      state: before the step.
-      batch: its rows split into microbatches, [G, B / G, T].
-
-    Returns:
-      The state after the step and the metrics.
+    The batch's rows are split into the microbatches, [G, B / G, T].
     """
 
     def loss_fn(params, batch):

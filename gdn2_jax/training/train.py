@@ -41,11 +41,7 @@ class DivergenceError(Exception):
 
 
 class StoppedError(Exception):
-    """A signal has stopped the run, with a checkpoint.
-
-    Attributes:
-      signal: its number.
-    """
+    """A signal, by its number, has stopped the run, with a checkpoint."""
 
     def __init__(self, number: int, step: int):
         super().__init__(f"stopped after step {step} with a checkpoint; start again to continue")

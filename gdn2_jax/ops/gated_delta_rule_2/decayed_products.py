@@ -108,20 +108,10 @@ def pair_products_transpose(
     d_total: Float[Array, "*n K"],
     arithmetic: Arithmetic,
 ) -> tuple[Array, Array, Array, Array]:
-    """Gradients of e, q, k and g.
+    """Gradients [..., C, K] of e, q, k and g.
 
-    Args:
-      d: the chunk's operands.
-      d_erase: cotangent of P(e, k); entries at r <= s are not read.
-      d_read: cotangent of P(q, k); entries at r <= s are not read.
-      d_e_gamma: cotangent of `from_chunk_start(e_prefix)`.
-      d_q_gamma: cotangent of `from_chunk_start(q_prefix)`.
-      d_k_tail: cotangent of `to_chunk_end(k_suffix)`.
-      d_total: cotangent of `total`.
-      arithmetic: of the matrix products.
-
-    Returns:
-      Gradients [..., C, K] of e, q, k and g.
+    They follow from the cotangents of P(e, k) and P(q, k), whose entries at r <= s are not read, of
+    `from_chunk_start(e_prefix)`, `from_chunk_start(q_prefix)`, `to_chunk_end(k_suffix)` and `total`.
     """
     operand = arithmetic.operand
 

@@ -55,19 +55,8 @@ def gated_delta_rule_2_on_mesh(
 
     Rows lie over "data" and "fsdp", key heads with their value heads over "tensor", spans of T
     over "sequence", where T need not divide. No device holds more of a sequence than its span. On a
-    mesh of Explicit axes, rows and heads stay split as the arguments' types say.
-
-    Args:
-      q: as in `gated_delta_rule_2`, like all others.
-      k: keys.
-      v: values.
-      g: log-decay.
-      b: erase gate.
-      w: write gate.
-      scale: factor on the output.
-      initial_state: state before the first token of the whole sequence.
-      segment_ids: document of each token of the whole sequence.
-      implementation: what each device runs.
+    mesh of Explicit axes, rows and heads stay split as the arguments' types say. The arguments are
+    those of `gated_delta_rule_2` for the whole sequence.
 
     Returns:
       Outputs, and the state after the last token of the whole sequence.

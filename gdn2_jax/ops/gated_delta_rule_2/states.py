@@ -22,23 +22,10 @@ def gated_delta_rule_2_states(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B N Hv K V"]]:
-    """`gated_delta_rule_2` with the state after every so many tokens.
+    """`gated_delta_rule_2` with the states after each `every` tokens, which divide T.
 
     A loop over spans of `every` tokens, as fast as the operator where these fill the device.
     The state after each packed document is what `gated_delta_rule_2(num_documents=...)` returns.
-
-    Args:
-      q: queries; this and the other arrays as in `gated_delta_rule_2`.
-      k: keys.
-      v: values.
-      g: log-decay.
-      b: erase gate.
-      w: write gate.
-      every: tokens between states; divides T.
-      scale: as in `gated_delta_rule_2`.
-      initial_state: as there.
-      segment_ids: as there.
-      implementation: as there.
 
     Returns:
       Outputs, and the N = T / every states after tokens `every`, 2 `every`, ..., T. The last one is
