@@ -31,7 +31,6 @@ from gdn2_jax.command import read_study, run_command
 import jax
 import numpy as np
 import tyro
-from absl import flags
 
 from gdn2_jax.data import DataConfig, Excerpt, load_tokenizer, prepare
 from gdn2_jax.evaluation.readouts import (
@@ -213,7 +212,6 @@ def _loss(row: dict) -> float:
 
 def compile_run(run: Spec) -> Programs:
     """Compiles what a run needs."""
-    flags.FLAGS.mark_as_parsed()
     return compile_programs(run.config, make_mesh(run.config.mesh))
 
 
@@ -355,7 +353,6 @@ def main(arguments: list[str]) -> int | str:
         model_config(model, study.scale, 257)
     directory.mkdir(parents=True, exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
-    flags.FLAGS.mark_as_parsed()
     prepared = prepare(data)
     print(prepared.description, flush=True)
     if not (directory / "pairs.npz").exists():

@@ -47,7 +47,7 @@ from gdn2_jax.training import (
     run_files,
     train,
 )
-from gdn2_jax.training.run import load_config
+from gdn2_jax.training.config_file import load_config
 
 NAMES = f"tiny, or [swa_]MIXER_SCALE of {', '.join(MIXERS)} and of {', '.join(SCALES)}"
 

@@ -20,11 +20,12 @@ from gdn2_jax.models import Batch
 from gdn2_jax.parallel import batch_reader, greatest_of_processes, put_batch
 from gdn2_jax.training.checkpoint import check_saved, save_checkpoint
 from gdn2_jax.training.config import TrainingConfig
+from gdn2_jax.training.config_file import load_config, save_config
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
 from gdn2_jax.training.metrics import MetricsLog, plot_losses, read_metrics
 from gdn2_jax.training.optimizer import scheduled_rate
 from gdn2_jax.training.programs import Programs, compile_programs
-from gdn2_jax.training.run import Progress, Run, load_config, save_config, summarized_step
+from gdn2_jax.training.run import Progress, Run, summarized_step
 from gdn2_jax.training.step import (
     StepMetrics,
     TrainState,

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.training.config import TrainingConfig
-from gdn2_jax.training.run import load_config, load_trained, run_files
+from gdn2_jax.training.config_file import load_config
+from gdn2_jax.training.run import load_trained, run_files
 from gdn2_jax.training.step import abstract_state
 
 

@@ -11,7 +11,7 @@ import pytest
 from gdn2_jax.data.tokenizer import ByteTokenizer
 from gdn2_jax.training import TrainingConfig, run_files
 from gdn2_jax.training.checkpoint import open_checkpoints, save_checkpoint
-from gdn2_jax.training.run import save_config
+from gdn2_jax.training.config_file import save_config
 from gdn2_jax.training.step import initial_state
 
 ROOT = Path(__file__).parents[2]

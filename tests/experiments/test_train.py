@@ -24,9 +24,9 @@ from gdn2_jax.models import PRESETS as MODELS
 from gdn2_jax.parallel import make_mesh
 from gdn2_jax.training import PRESETS, OptimizerConfig, check_mesh, load_trained, run_files
 from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
+from gdn2_jax.training.config_file import load_config
 from gdn2_jax.training.memory import predict_memory
 from gdn2_jax.training.metrics import read_metrics
-from gdn2_jax.training.run import load_config
 from gdn2_jax.training.step import abstract_state
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

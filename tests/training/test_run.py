@@ -19,7 +19,8 @@ from gdn2_jax.training import (
     run_files,
 )
 from gdn2_jax.training.checkpoint import read_checkpoints, restore_checkpoint
-from gdn2_jax.training.run import _warn_of_loss, load_config, save_config
+from gdn2_jax.training.config_file import load_config, save_config
+from gdn2_jax.training.run import _warn_of_loss
 from gdn2_jax.training.step import abstract_state, replicated
 from gdn2_jax.training.train import _open_batches
 
