@@ -1,4 +1,8 @@
-"""Causal softmax attention, of a window or of everything so far, in memory linear in T."""
+"""Causal softmax attention, of a window or of everything so far, in memory linear in T.
+
+`jax.nn.dot_product_attention` does each block. tokamax has attention in blocks, too, but would be one
+more dependency, for what are baselines here.
+"""
 
 import functools
 import math
