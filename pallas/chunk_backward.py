@@ -12,9 +12,9 @@ of 16 rows, as in the forward, with the sums P of g since each block began:
     dk_s = 2^(-c - P_s) (dT^T [e 2^(P + c)] + dAqk^T [q 2^(P + c)])
     de_r = 2^(P_r + c') dT [k 2^(-c' - P)]    dq_r = 2^(P_r + c') dAqk [k 2^(-c' - P)]
 
-What is summed so far moves from one block's beginning to the next by the decays of its two halves, one after the
-other. Between underflow and overflow there is room for every g and for gradients dT and dAqk of pairs from 1e-11 to
-1e5 or so; where no gate is strong, far beyond 1e5.
+The sums so far move from one block's beginning to the next: they are multiplied by the decay of
+each of the block's halves. Between underflow and overflow there is room for every g and for
+gradients dT and dAqk of pairs from 1e-11 to 1e5 or so; where no gate is strong, far beyond 1e5.
 
 The gradient of g sums what depends on each G over the rows below. That sum leaves out dAqk's
 diagonal: those pairs do not decay, and their share of dg is zero only until it is rounded.
@@ -153,7 +153,7 @@ def chunk_backward(
         load = plgpu.copy_gmem_to_smem
         ri, ci = mosaic.indices(square, 0), mosaic.indices(square, 1)
         strip_row = mosaic.indices(shape, 0)
-        # Where many arrays meet, columns are taken few at a time: registers are what is scarce.
+        # Steps that read many arrays take a few columns at a time, to need fewer registers.
         pieces = [(slice(None), pl.ds(start, _PIECE)) for start in range(0, wg_channels, _PIECE)]
 
         def vector(ref):
@@ -283,7 +283,8 @@ def chunk_backward(
 
         @pl.when(wg == 1)
         def _():
-            # With repeated keys sums over dT telescope: rounded, it would be too coarse.
+            # With repeated keys sums over dT telescope: one bf16 number for each entry would be too
+            # coarse.
             dt_low[...] = pair_low
 
         # The 64 summands will be summed: their rounding averages out.
@@ -327,7 +328,7 @@ def chunk_backward(
         plgpu.barrier_wait(pairs_ready)
 
         def move(i, rows, *accumulators):
-            """Where `rows`, takes sums between the beginnings of block i and of the next."""
+            """Moves the sums of `rows` between the beginnings of block i and of the next block."""
             first, second = (vector(steps_tile.at[2 * i + half, channels]) for half in range(2))
             for accumulator in accumulators:
                 value = accumulator.get()

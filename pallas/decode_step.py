@@ -144,7 +144,8 @@ def decode_step(
         return round_stochastically(s, seed, key_channel * np.uint32(value_dim) + column)
 
     inputs = (q, k, v, g, b, w) if is_nearest else (q, k, v, g, b, w, seeds)
-    # Kernels take no refs to what varies over a mesh: inside shard_map the new state is a new array.
+    # Kernels take no refs to arrays that vary over a mesh: inside shard_map the new state is a new
+    # array.
     in_place = not jax.typeof(state).manual_axis_type.varying
     o_type = jax.ShapeDtypeStruct(v.shape, v.dtype)
     run = mosaic.kernel(

@@ -13,8 +13,8 @@ Keys of earlier blocks move on by a block's decay, in two factors of 8 rows each
 underflow where the pair it belongs to does not. The state's path (Qg, Kt, Y's decay, gamma_C) uses
 the true log-decays.
 
-A product with a masked zero keeps NaN and infinity. With segments, what is not finite is therefore
-replaced by zero, and the kernel says in which rows that was.
+A product with a masked zero keeps NaN and infinity. With segments, the kernel therefore replaces
+such values by zero and counts them in each row.
 """
 
 import math
@@ -159,7 +159,7 @@ def intra_chunk_forward(
                 steps.at[index, chunk, i][...] = step
 
         def without_flaws(*values):
-            """The values, zero where one of them is not finite, and how many are so in each row."""
+            """The values, all zero where one is not finite, and the number of those in each row."""
             finite = jnp.abs(sum(values)) < jnp.inf
             values = [jnp.where(finite, value, jnp.float32(0)) for value in values]
             return *values, jnp.sum(jnp.where(finite, jnp.float32(0), jnp.float32(1)), axis=1)

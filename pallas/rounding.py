@@ -1,7 +1,7 @@
 """Stochastic rounding of a state to bfloat16, in operations that XLA and Mosaic both have.
 
-A number x between two neighbours a < b of bfloat16 becomes b with probability (x - a) / (b - a): in
-the mean x stays x, and what is smaller than half the distance of neighbours is not lost.
+A number x between two neighbours a < b of bfloat16 becomes b with probability (x - a) / (b - a):
+the mean of the result is x, so steps smaller than half the distance of neighbours still add up.
 """
 
 import jax

@@ -352,8 +352,8 @@ def _run(
                 accumulator.set(state)
                 return accumulator.get()
 
-            # Inside shard_map what is loaded is typed as varying over the mesh, what the loop
-            # carries as not: an accumulator forgets the mark.
+            # Inside shard_map a loaded array has the type "varying over the mesh", but the loop's
+            # carry has not. An accumulator drops that mark.
             shape = state.shape[0], state.shape[1]
             state = mosaic.with_accumulators(through_accumulator, shape)
             final_state.at[row, head, values][...] = lax.fori_loop(first, end, body, state)

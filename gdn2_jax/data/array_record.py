@@ -48,7 +48,7 @@ def read_array_record(path: Path, feature: str) -> Iterator[str | Integer[np.nda
     try:
         reader = ArrayRecordReader(str(path))
         count = reader.num_records()
-        # What is no array_record file has no records, and no error either.
+        # The library reports no error for another kind of file: it finds no records.
         if not count:
             raise ValueError(f"{path}: not an .array_record file, or one without records")
         for start in range(0, count, _RECORDS):

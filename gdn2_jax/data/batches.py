@@ -13,7 +13,7 @@ from gdn2_jax.data.packing import Excerpt, PackedSequences
 from gdn2_jax.fields import require
 from gdn2_jax.models import Batch
 
-# Sequences in "endless": more than any run consumes, and grain's index arithmetic stays exact.
+# Sequences of an endless stream: no run reads as many, and grain's index arithmetic stays exact.
 _ENDLESS = 2**48
 
 
@@ -93,8 +93,8 @@ def validation_batches(
 class _ProcessRows(grain.sources.RandomAccessDataSource):
     """The rows that one process reads, in order; rows past `stop_sequence` have weight 0.
 
-    Not a slice of grain's, which takes every P-th row: a process reads a part of each batch, where
-    the mesh has it. Nor `repeat`: an epoch has its own order.
+    grain's slice would take every P-th row, but a process reads the rows of each batch that the
+    mesh gives it. grain's `repeat` would repeat one order, but each epoch has another.
     """
 
     sequences: PackedSequences | Excerpt

@@ -27,8 +27,8 @@ _AT_REST = 2.0
 def exclusive(cache: Path, request: str) -> Iterator[None]:
     """Lets one process at a time do what `request` names; the others wait.
 
-    The lock ends with its process, however that ends. What processes left unfinished that are no
-    more is deleted. Without a lock, as in a directory that can only be read, nobody waits.
+    The lock ends with its process, however that ends. Unfinished files of processes that have ended
+    are deleted. Where no lock is possible, as in a read-only directory, nobody waits.
 
     Args:
       cache: the directory; created if missing.
@@ -76,7 +76,7 @@ def new_entry(entry: Path, request: str) -> Iterator[Path]:
             yield directory
         digests = {path.name: file_digest(path) for path in directory.iterdir()}
         write_text(directory / _SEAL, json.dumps({"digests": digests, "states": None}))
-        # Others may read the cache, as they may what mkdir makes.
+        # Others may read the cache, with the permissions that mkdir gives.
         directory.chmod(entry.parent.stat().st_mode & 0o777)
         if entry.exists() and not is_intact(entry, verify=True):
             _LOG.warning("%s was damaged and is replaced", entry)
@@ -137,7 +137,7 @@ def file_states(files: Iterable[Path]) -> list[list[int]]:
 
 
 def are_at_rest(states: list[list[int]]) -> bool:
-    """Whether all files are older than the clock of a file system is coarse."""
+    """Whether all files are older than a tick of a coarse file system's clock."""
     latest = max((max(mtime, ctime) for _, mtime, ctime, _ in states), default=0)
     return latest < (time.time() - _AT_REST) * 1e9
 

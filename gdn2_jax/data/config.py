@@ -89,7 +89,7 @@ class DataConfig:
 
     @property
     def separator(self) -> str:
-        r"""`document_separator`, where \n, \r, \t and \\ have become what they stand for."""
+        r"""`document_separator` with the characters that \n, \r, \t and \\ stand for."""
         escapes = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
         return re.sub(r"\\([nrt\\])", lambda m: escapes[m[1]], self.document_separator)
 

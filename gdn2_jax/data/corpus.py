@@ -56,7 +56,7 @@ _LONG = 0.05
 # A document that crosses the fraction is held out whole if that exceeds it by no more than this.
 _EXCESS = 0.1
 
-# A long document's end begins at a line, or a word, no further than this from where it should.
+# The held-out end of a long document begins at a line or a word, at most so far from its place.
 _LINE = 4096
 
 # Bars show only for steps that take more than a moment.
@@ -155,7 +155,7 @@ def _pack(config: DataConfig, entry: Path, split: str, seed: int | None) -> Pack
 
 
 def _settings(config: DataConfig) -> dict[str, str | float]:
-    """What the entry depends on beside the contents of files."""
+    """The options that the entry depends on, beside the contents of files."""
     return {
         "format": _FORMAT,
         "text_field": config.text_field,
@@ -169,7 +169,7 @@ def _settings(config: DataConfig) -> dict[str, str | float]:
 def _request(
     config: DataConfig, files: Sequence[Path], held_out: Sequence[Path]
 ) -> tuple[str, bool]:
-    """Returns the digest of what is asked for, by paths and times, and whether times tell."""
+    """Returns the digest of a request, by paths and times, and whether the times can be trusted."""
     read = [*files, *held_out]
     if config.tokenizer != "bytes" and config.trained_vocab_size is None:
         read.append(Path(config.tokenizer).expanduser())
@@ -431,7 +431,7 @@ def _write(parts: Iterable[_Part], tokenizer: Tokenizer, directory: Path) -> str
 
 
 def _encode(parts: Sequence[_Part], encode_batch: Callable[[Sequence[str]], list]) -> list:
-    """Encodes what is text among the parts, and leaves token ids as they are."""
+    """Encodes the parts that are text; parts that are token ids stay."""
     encoded = iter(encode_batch([part.content for part in parts if type(part.content) is str]))
     return [next(encoded) if type(part.content) is str else part.content for part in parts]
 

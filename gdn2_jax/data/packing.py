@@ -116,7 +116,7 @@ class Excerpt:
         return self.sequences[self._place(index)]
 
     def target_bytes(self) -> float:
-        """Returns the bytes of text that the targets of all of them stand for."""
+        """Returns the bytes of text that the targets of all these sequences stand for."""
         return _target_bytes(self)
 
     def _place(self, index: int) -> int:

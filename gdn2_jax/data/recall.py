@@ -50,7 +50,7 @@ class Questions(NamedTuple):
 
 @runtime_checkable
 class Task(Protocol):
-    """What every task has; see the module."""
+    """The fields and methods of every task; see the module."""
 
     kinds: ClassVar[tuple[str, ...]]
 
@@ -103,7 +103,7 @@ def draw_rows(
 
 
 def _shortened(task: Task, divisor: int) -> Task:
-    """The task at a part of its length; what it holds, if that is given, shrinks with it."""
+    """The task at a part of its length. The number of its pairs, if given, shrinks alike."""
     sizes = {name: getattr(task, name, None) for name in ("length", "pairs", "updates")}
     smaller = {name: max(1, size // divisor) for name, size in sizes.items() if size}
     return dataclasses.replace(task, **smaller)  # type: ignore[type-var]

@@ -250,7 +250,7 @@ def _read_text(path: Path, separator: str) -> Generator[Piece, None, bool]:
     """Yields the pieces of a text file's documents; returns whether the separator occurs."""
     newline = re.escape("\n")
     pattern = re.escape(separator.replace("\r\n", "\n")).replace(newline, "\r?\n")
-    # A separator that begins in what was read must be there as a whole before a piece goes out.
+    # Before a piece goes out, a separator that begins in it must have been read to its end.
     margin = 2 * len(separator)
     found, begun, rest = False, False, ""
     for text in _decoded(path):

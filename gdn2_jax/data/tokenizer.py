@@ -66,9 +66,9 @@ class Tokenizer(Protocol):
         ...
 
     def last_cut(self, text: str) -> int:
-        """Returns where `text` can end so that what follows is encoded apart, as it would be whole.
+        """Returns the last place near the end where both sides of `text` can be encoded apart.
 
-        The last such place near the end of `text`; 0 if there is none.
+        Their tokens are then those of the whole. 0 if there is no such place.
         """
         ...
 
@@ -142,7 +142,7 @@ class TextTokenizer:
             )
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # A document that spells out a special token must not turn into it.
+        # The name of a special token in a document must stay text.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         self.end_of_document = vocabulary[known[0]]
@@ -281,7 +281,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 
 def describe_losses(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
-    """Says which of `texts` their tokens do not give back; "" if all come back."""
+    """Describes the `texts` that decoding does not give back; "" if there are none."""
     lost = [
         (text, back) for text in texts if (back := tokenizer.decode(tokenizer.encode(text))) != text
     ]

@@ -86,7 +86,7 @@ class DeltaRuleLayer(nn.Module):
         """The operator with one gate `beta` [B, T, Hv, 1] a value head, for erasing and writing.
 
         `g` [B, T, Hv, K or 1] is the log-decay of each value head, so q and k are repeated to the
-        value heads. The gradient of what is broadcast here is the sum over channels.
+        value heads. The gradient of a gate is the sum over the channels that it is broadcast to.
         """
         q, k = (_repeat_heads(u, self._value_heads // self.num_heads) for u in (q, k))
         g, b = jnp.broadcast_to(g, k.shape), jnp.broadcast_to(beta, k.shape)
@@ -173,7 +173,7 @@ def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H C"]
 
 
 def _repeat_heads(x: Float[Array, "B T H K"], count: int) -> Float[Array, "B T H*{count} K"]:
-    """Each head `count` times in a row; jnp.repeat would ask where Explicit axes put the result."""
+    """Repeats each head `count` times; on Explicit axes jnp.repeat would ask for a sharding."""
     shape = (*x.shape[:3], count, x.shape[3])
     return jnp.broadcast_to(x[:, :, :, None], shape).reshape(*x.shape[:2], -1, x.shape[3])
 

@@ -23,7 +23,7 @@ def check_wide_dtypes(**dtypes: Any) -> None:
 
 
 def check_attributes(module: Any, *sizes: str) -> None:
-    """Raises ValueError where a size of a mixer is below 1 or a dtype is not to be had."""
+    """Raises ValueError where a mixer's size is below 1 or JAX does not have a dtype."""
     check_wide_dtypes(dtype=module.dtype, param_dtype=module.param_dtype)
     for name in sizes:
         value = getattr(module, name)

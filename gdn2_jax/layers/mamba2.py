@@ -77,7 +77,7 @@ class Mamba2(nn.Module):
         inner, shared = heads * self.head_dim, groups * self.state_dim
 
         features = 2 * inner + 2 * shared + heads
-        # The parts of its channels do not lie at the borders of devices.
+        # Its channels' parts do not end where a device's channels end.
         in_proj = dense(self, "in_proj", features, split_channels=False)
         projected = in_proj(x)
         z, vkq, s = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)

@@ -85,7 +85,7 @@ class Mamba3(nn.Module):
         sizes = [inner] * 2 + [ranks * self.num_groups * self.state_dim] * 2 + [heads] * 3
 
         features = sum(sizes) + self._angles
-        # The parts of its channels do not lie at the borders of devices.
+        # Its channels' parts do not end where a device's channels end.
         in_proj = dense(self, "in_proj", features, split_channels=False)
         projected = in_proj(x)
         starts = [sum(sizes[: i + 1]) for i in range(len(sizes))]

@@ -111,7 +111,7 @@ def _convolve_span(x, kernel, bias, segment_ids, unit_dim) -> Float[Array, "B T 
     return _convolve(x, kernel, bias, segment_ids, 0, unit_dim)
 
 
-# The shifted float32 copies would outweigh every other array kept for the backward.
+# The backward recomputes the shifted float32 copies: they would be the largest arrays it keeps.
 @functools.partial(jax.checkpoint, static_argnums=(4, 5))
 def _convolve(
     inputs: Float[Array, "B L D"],

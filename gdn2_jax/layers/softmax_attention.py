@@ -1,7 +1,7 @@
 """Causal softmax attention, of a window or of everything so far, in memory linear in T.
 
-`jax.nn.dot_product_attention` does each block. tokamax has attention in blocks, too, but would be one
-more dependency, for what are baselines here.
+`jax.nn.dot_product_attention` does each block. tokamax has attention in blocks, too. It would be
+one more dependency, and attention is a baseline here.
 """
 
 import functools
@@ -41,10 +41,10 @@ def apply_rotary(
 ) -> Float[Array, "B T N H"]:
     """Rotates channel i against channel i + H/2 by the angle position * theta^(-2i / H).
 
-    The angle is computed in whole numbers and to 3e-8 of a turn, less whole turns, at any position:
-    a frequency is a whole number of 2^-30 turns a token, at most 3e-9 radians off. Angles and
-    rotation are float32; for float64 inputs they are float64, without that rounding. The result has
-    `x`'s dtype.
+    The angle is exact to 3e-8 of a turn at any position, because it is computed in integers, modulo
+    one turn. Each frequency is rounded to a multiple of 2^-30 turns a token, which is at most 3e-9
+    radians off. Angles and rotation are float32; for float64 inputs they are float64, without that
+    rounding. The result has `x`'s dtype.
     """
     half = x.shape[-1] // 2
     frequencies = float(theta) ** (-np.arange(half) / half)

@@ -84,7 +84,7 @@ class ModelConfig:
 
     @property
     def tensor_axes(self) -> dict[str, int]:
-        """What a mesh axis "tensor" splits in such a model, by name."""
+        """The sizes that a mesh axis "tensor" splits in the model, by name."""
         axes = {
             f"{field}.{name}": size
             for field, mixer in self.mixers.items()

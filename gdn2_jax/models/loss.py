@@ -120,7 +120,7 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def _without_masked_nan(block: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    """The block with zeros for tokens that are not finite and have no weight: 0 * NaN is NaN."""
+    """The block with zeros for tokens of weight 0 that are not finite: 0 * NaN is NaN."""
     hidden, targets, weights = block
     return replace((weights == 0) & not_finite(hidden, 2), 0, hidden), targets, weights
 

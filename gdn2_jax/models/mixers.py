@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def require(config: Any, name: str, fulfilled: bool, expected: str) -> None:
-    """Raises a ValueError that names the field unless its value is as it must be."""
+    """Raises a ValueError that names the field unless its value is valid."""
     fields.require(name, fulfilled, expected, getattr(config, name))
 
 

@@ -78,7 +78,7 @@ def _positions(x: Array) -> Array:
 
 @jax.custom_vjp
 def _admit(tokens, state, bad, starts):
-    """Zeros for what is not finite, and a mark by which `_release` reports bad cotangents."""
+    """Zeros in place of bad tokens, and a mark by which `_release` reports bad cotangents."""
     del starts
     clean = jax.tree.map(lambda x: replace(bad, 0, x), tokens)
     return clean, jax.tree.map(lambda x: replace(bad[:, 0], 0, x), state), 0.0 * bad
@@ -102,7 +102,7 @@ _admit.defvjp(_admit_fwd, _admit_bwd)
 
 @jax.custom_vjp
 def _release(outputs, state, mark, bad, starts):
-    """NaN for what depends on tokens that were not finite."""
+    """Sets the results that depend on bad tokens to NaN."""
     del mark
     bad = from_there_on(bad, starts)
     poisoned = jax.tree.map(lambda x: replace(bad[:, -1], jnp.nan, x), state)

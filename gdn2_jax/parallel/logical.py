@@ -46,7 +46,7 @@ def axis_size(axis: str) -> int:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[None]:
-    """Within a function that jit traces: lets its layers run on `mesh`."""
+    """Lets the layers of a function that jit traces run on `mesh`."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
 

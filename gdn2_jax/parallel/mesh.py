@@ -126,5 +126,5 @@ def put_batch[Rows](mesh: Mesh, rows: Rows) -> Rows:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """How arrays [..., B, T] lie on the mesh, with so many axes before B."""
+    """The sharding of arrays [..., B, T] on the mesh, with `leading` axes before B."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH_AXES, "sequence"))

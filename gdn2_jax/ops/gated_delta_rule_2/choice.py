@@ -12,7 +12,7 @@ def fastest(forms: dict[str, Callable], *arrays: ArrayLike | None):
     """Calls the form "pallas" beside a Hopper GPU, else "triton", else "xla".
 
     All take the arrays (or None) and return the same types. Kernels that cannot serve are left out.
-    What is lowered for another platform than CUDA has "xla".
+    Other platforms than CUDA get "xla".
     """
     beside_hopper = "pallas" in forms and hopper.hopper_attached()
     kernels = forms["pallas"] if beside_hopper else forms.get("triton")

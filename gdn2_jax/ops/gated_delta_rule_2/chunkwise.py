@@ -156,7 +156,9 @@ def _forward(
     segments: Int[Array, "B T"] | None,
     documents: Chunks | None,
 ):
-    """Outputs, final states and what the backward needs. Not both of the last two arguments are given.
+    """Outputs, final states and what the backward needs.
+
+    At most one of the last two arguments is given.
 
     With `documents` [S, N, B], of the chunks of all spans, there is a state for each document.
     """
@@ -275,7 +277,8 @@ def _backward(layout, residuals, cotangents):
         de, dq, dk, dg = pair_products_transpose(
             prepared.operands, d_erase, d_read, d_e_gamma, d_q_gamma, d_k_tail, d_decay, arithmetic
         )
-        # Apart from the re-laying store, which would compute dg in strides.
+        # The barrier keeps dg apart from the store, which changes the layout and would compute it
+        # in strides.
         dg = jax.lax.optimization_barrier(dg)
         # Pairs r = s do not decay: their share stays out of the gradient of g.
         diagonal = jnp.sum(d_out.astype(g.dtype) * residual.astype(g.dtype), axis=-1, keepdims=True)
@@ -311,7 +314,7 @@ class _States(NamedTuple):
 
 
 def _before_all(given: Float[Array, "B *N H K V"], documents: Chunks | None) -> _States:
-    """From the states given; a document without tokens keeps its own."""
+    """The states before the first chunk; a document without tokens keeps the state given for it."""
     if documents is None:
         return _States(given, None)
     return _States(jnp.zeros_like(given[:, 0]), given)

@@ -49,7 +49,7 @@ def decode_xla(
 
     arrays = (q, k, grouped(v), g, b, grouped(w), grouped(state))
     q, *rest, wide_state = (x.astype(g.dtype) for x in arrays)
-    # The heads of a group share everything on the key side: mapped over, it is not repeated.
+    # The heads of a group share the key side. vmap maps over it, so it is not repeated.
     over_group = jax.vmap(step, in_axes=(2, None, None, 2, None, None, 2), out_axes=2)
     new_state, output = over_group(wide_state, q * scale, *rest)
     new_state = new_state.reshape(state.shape)
@@ -86,9 +86,10 @@ def rounding_seeds(position: UInt32[Array, "B"], heads: int) -> UInt32[Array, "B
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 def decode_kernel(state, q, k, v, g, b, w, seeds, scale: float):
-    """`decode_xla` by the Hopper kernel, for inputs that `why_not_decode_kernel` lets pass.
+    """Does the same as `decode_xla` by the Hopper kernel.
 
-    It updates the state's buffer in place where the caller donates it.
+    It serves inputs to which `why_not_decode_kernel` has no objection, and updates the state's
+    buffer in place where the caller donates it.
     """
 
     def run(*arrays):

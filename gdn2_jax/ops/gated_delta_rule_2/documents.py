@@ -58,10 +58,10 @@ def align(
 
 
 def state_of(states: Array, document: Int[Array, "B"]) -> Array:
-    """Each row's state of one of its documents: [B, N, ...] -> [B, ...]; NaN beyond the last."""
+    """The state of one document of each row, [B, N, ...] -> [B, ...]; NaN beyond the last."""
     return states.at[jnp.arange(states.shape[0]), document].get(mode="fill", fill_value=jnp.nan)
 
 
 def with_state(states: Array, document: Int[Array, "B"], state: Array) -> Array:
-    """The states [B, N, ...] with one of each row replaced; none beyond the last."""
+    """The states [B, N, ...] with one of each row replaced; numbers beyond the last replace none."""
     return states.at[jnp.arange(states.shape[0]), document].set(state, mode="drop")

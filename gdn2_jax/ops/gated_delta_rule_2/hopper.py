@@ -155,7 +155,7 @@ _hopper.defvjp(_forward, _backward)
 
 
 def _without_flaws(x: Array, axes=(-2, -1)) -> tuple[Array, Array]:
-    """Zero in place of what is not finite, and the number of such elements along the axes."""
+    """The array with zeros in place of NaN and infinity, and their number along the axes."""
     finite = jnp.isfinite(x)
     return jnp.where(finite, x, 0), jnp.sum(~finite, axis=axes, dtype=jnp.float32)
 

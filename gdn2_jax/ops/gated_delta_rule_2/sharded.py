@@ -166,7 +166,8 @@ def _span(arrays, initial_state, segment_ids, **options):
     reads, outputs = jnp.split(outputs, [key_dim], axis=-1)
     transition, contribution = jnp.split(state, [key_dim], axis=-1)
     if carried is not None:
-        # Zeros already, but for documents with NaN, which shall not reach the one before.
+        # These are zeros already, except in documents with NaN, which must not reach the document
+        # before.
         reads = replace(~carried, 0, reads)
         transition = replace(~carried[:, -1], 0, transition)
     incoming, final_state = _carry_over(transition, contribution, initial_state)

@@ -107,7 +107,7 @@ def same_segment(segments: Segments) -> Bool[Array, "*n B C C"]:
 def over_spans[Carry, Tokens, Results](
     span: Callable[[Carry, Tokens], tuple[Carry, Results]], carry: Carry, tokens: Tokens
 ) -> tuple[Carry, Results]:
-    """Runs `span` over the leading axis of `tokens`; the backward has its inputs and what is `SAVED`."""
+    """Runs `span` over the leading axis of `tokens`; the backward has its inputs and `SAVED`."""
     policy = jax.checkpoint_policies.save_only_these_names(SAVED)
     return jax.lax.scan(jax.checkpoint(span, prevent_cse=False, policy=policy), carry, tokens)
 
@@ -193,8 +193,8 @@ def _carried(
 ) -> Float[Array, "N B G E rows V"]:
     """What the rows read of the states before their chunks, after a log-decay; full precision.
 
-    The gradient of the decay is taken from q and its gradient, which are there, rather than from
-    the result, unless the heads share q.
+    The gradient of the decay follows from q and its gradient, unless the heads share q: then it
+    follows from the result.
     """
     carried: Any = _product(arithmetic, "rk,kv->rv", q, states)
     return jnp.exp(decay) * carried.astype(decay.dtype)
@@ -272,7 +272,7 @@ def _pass_states(
 def _pass_states_fwd(state, written, decay, chunk_angles):
     results = _pass_states(state, written, decay, chunk_angles)
     state, states = checkpoint_name(results, SAVED)
-    # Arguments that are residuals as they are get lost in second derivatives (JAX 0.11).
+    # JAX 0.11 loses arguments that are residuals themselves in second derivatives.
     decay, chunk_angles = jax.lax.optimization_barrier((decay, chunk_angles))
     return (state, states), (states, state, decay, chunk_angles)
 
@@ -317,7 +317,8 @@ def _accumulate(
 
     start = decay[first][..., None, None] * state + added[first].astype(full)
     rounded = start.astype(operand)
-    # Behind barriers a row is replaced in place; fused into its readers, it costs a copy.
+    # The barriers make XLA replace a row in place. Fused into its readers, the update would cost a
+    # copy.
     added = jax.lax.optimization_barrier(added.at[first].set(rounded))
     product = functools.partial(jnp.einsum, precision=HIGHEST)
     states = product("...nm,m...kv->n...kv", weights, added, preferred_element_type=operand)
