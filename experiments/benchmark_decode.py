@@ -52,7 +52,7 @@ from gdn2_jax.rows import Column, append_row, format_header, format_row, read_ro
 from gdn2_jax.testing import operator_inputs
 from gdn2_jax.timing import copy_bandwidth, device_events, measure, spread
 
-# Twice the cache of an H100 or H200 and more; no fewer layers than XLA groups into one CUDA graph.
+# More than twice the cache of an H100 or H200, and at least as many layers as one CUDA graph holds.
 STATES_BYTES = 2**27
 MINIMUM_LAYERS = 8
 
@@ -166,7 +166,7 @@ def time_step(options: Options, batch: int, implementation: str, kept: str) -> d
 def inputs(layers: int, batch: int, heads: int, head_dim: int, kept: str) -> tuple[list, list]:
     """States of the layers and their tokens (q, k, v, g, b, w), gates as at initialisation.
 
-    Where states are rounded stochastically, tokens have the seeds of that, too, else None.
+    Tokens also have the seeds of stochastic rounding, or None.
     """
     tokens = operator_inputs(batch, 1, heads, head_dim, dtype="bfloat16", initial_state=False)
     tokens = [x[:, 0] for x in tokens[:6]]
@@ -323,7 +323,7 @@ def time_forward(options: Options, config: ModelConfig, params: dict) -> float:
 
 
 def at_position(cache: dict, position: int) -> dict:
-    """The cache as if so many tokens were read; what they left there takes no other time."""
+    """The cache at this position. Its contents stay, because they do not change the time."""
     flat = flatten_dict(cache)
     for path, value in flat.items():
         if path[-1] == "index":

@@ -127,7 +127,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def inputs(shape: Shape, dtype: str) -> tuple[tuple, tuple]:
-    """Gates as a layer has them at initialisation, and cotangents of both results."""
+    """Inputs with the gates of a new layer, and cotangents of both results."""
     batch, length, heads, dim = shape
     drawn = operator_inputs(batch, length, heads, dim, dtype=dtype, initial_state=False)
     state = jax.random.normal(jax.random.key(0), (batch, heads, dim, dim), drawn.g.dtype)
@@ -220,7 +220,7 @@ def fla_call(torch: Any, arguments: tuple) -> tuple[Callable, list]:
 
 
 def cudnn_call(torch: Any, arguments: tuple) -> tuple[Callable, list]:
-    """KDA of cuDNN, whose GDN-2 declines Hopper; the erase gate's mean serves as its scalar beta."""
+    """KDA of cuDNN, whose GDN-2 declines Hopper; the scalar beta is the erase gate's mean."""
     attention = importlib.import_module("cudnn.linear_attention").kimi_delta_attention
     q, k, v, g, b, _ = arguments
     batch, length = q.shape[:2]

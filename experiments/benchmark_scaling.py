@@ -59,7 +59,7 @@ from gdn2_jax.training import OptimizerConfig, TrainingConfig, check_mesh
 from gdn2_jax.training.step import initial_state, state_shardings
 
 COMPARED_STEPS = 4
-# Of losses and of gradient norms.
+# Largest relative difference of losses and of gradient norms.
 TOLERANCES = {"bfloat16": (1e-2, 5e-2), "float32": (1e-4, 1e-3)}
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all"),
@@ -156,7 +156,7 @@ def main(options: Options) -> None:
     for group in itertools.batched(runs, options.together):
         todo = [run for run in group if not done(run)]
         with ThreadPoolExecutor(len(group)) as pool:
-            # Nothing runs while others compile, which would disturb it.
+            # Nothing is timed while others compile.
             futures = [pool.submit(compile_run, run) for run in todo if in_time()]
             wait(futures)
         compiled = dict(zip(map(id, todo), futures))
@@ -189,7 +189,7 @@ def main(options: Options) -> None:
 
 
 def plan(options: Options) -> list[Run]:
-    """What to measure: what is worth most first, but references before what they are set against."""
+    """What to measure, the most telling first, but references before the rows that need them."""
     on_gpu, devices = jax.default_backend() == "gpu", options.devices
     if devices is None:
         devices = jax.device_count()
@@ -273,7 +273,7 @@ def mesh_of(training: TrainingConfig) -> jax.sharding.Mesh:
 
 
 def key_of(run: Run, device: str) -> dict[str, Any]:
-    """What makes two rows the same measurement."""
+    """The fields that are equal in two rows of the same measurement."""
     model, training = run.training.model, run.training
     return {
         "device": device,
@@ -290,7 +290,7 @@ def key_of(run: Run, device: str) -> dict[str, Any]:
 
 
 def compile_run(run: Run) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
-    """The step, and what makes its state."""
+    """The step, and the function that makes its state."""
     training, mesh = run.training, mesh_of(run.training)
     check_mesh(training, mesh)
     make = functools.partial(initial_state, training)
@@ -327,7 +327,7 @@ def measure(run: Run, compiled: Future, steps: int) -> dict[str, Any]:
         }
         if not run.timed:
             return row
-        # The first of what follows: a step's time decides how many there are.
+        # The first of the timed steps: its time decides how many there are.
         count = max(2, min(steps, int(TIMED_SECONDS / seconds_of(1))))
         seconds_of(count - 1)
         seconds = seconds_of(count) / count
@@ -415,7 +415,7 @@ def efficiency(rows: list[dict[str, Any]], row: dict[str, Any]) -> float | None:
 
 
 def differences(rows: list[dict[str, Any]], row: dict[str, Any]) -> tuple[float, float] | None:
-    """Largest relative ones of losses and of gradient norms from those of one device, if known."""
+    """The largest relative differences of losses and gradient norms from one device's, if known."""
     reference = None
     if set(row["mesh"].values()) != {1}:
         reference = on_one_device(rows, row, whole=True)

@@ -240,7 +240,7 @@ def random_batch(training: TrainingConfig) -> Batch:
 def operation_names(compiled: str) -> dict[str, str]:
     """The traced operation behind each instruction of a compiled computation's text.
 
-    Instructions that run others, and would count them twice, are left out.
+    Instructions that run other instructions are left out, because these would count twice.
     """
     names = {}
     for line in compiled.splitlines():

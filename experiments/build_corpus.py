@@ -82,7 +82,7 @@ xen-doc=4.17.7+13-g2445b30a44-0+deb12u1 zsh-doc=5.9-4
 """
 PYTHON = ("botocore==1.44.8",)
 
-# Characters that one package may give, so that none is most of the corpus, and bytes read for them.
+# Characters of one package at most, so that none makes up most of the corpus, and bytes read for it.
 MOST, MOST_READ = 16_000_000, 100_000_000
 
 # Characters of the shortest document, and of sentences and lines that tell a document.
@@ -101,7 +101,7 @@ _SUFFIXES = re.compile(r"\.(html?|xhtml|page|txt|rst|md|adoc|pod|dict\.dz)(\.gz)
 
 
 def main(arguments: list[str]) -> int | str | None:
-    """Does what is not done yet."""
+    """Does the parts that are not done yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -253,7 +253,7 @@ def without_common_lines(texts: list[str]) -> Iterator[str]:
     often = max(8, len(texts) // 20)
     counts = Counter(line for text in texts for line in set(text.splitlines()) if line)
     for text in texts:
-        # A short line may be a part of every example: only what is longer is a footer.
+        # A short line may be a part of every example: only longer lines are footers.
         lines = [line for line in text.splitlines() if len(line) < TELLING or counts[line] <= often]
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
         # A dictionary or a manual in one file is cut, so that a document is a part of the corpus.
@@ -322,7 +322,7 @@ def tokenize(directory: Path, vocab_size: int, fraction: float, digest: str) -> 
 
 def compress(path: Path) -> Path:
     """Compresses token ids of 16 bits."""
-    # Every other byte is alike: so say lp, which the defaults do not know of.
+    # Every other byte is similar. lp says so, which is not the default.
     filters = [
         {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**26, "lc": 0, "lp": 1, "pb": 1}
     ]

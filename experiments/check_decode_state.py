@@ -39,7 +39,7 @@ PIECE = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured.
+    """What to measure.
 
     Attributes:
       implementations: of the step.

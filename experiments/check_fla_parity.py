@@ -42,7 +42,7 @@ from gdn2_jax.interop.pytorch import (
     write_tensors,
 )
 
-# Of the two layers from each other. On a GPU fla multiplies float32 in TF32.
+# Bounds on the layers' difference. On a GPU fla multiplies float32 in TF32.
 BOUNDS = {
     ("cpu", "float32"): 5e-6,
     ("cuda", "float32"): 5e-3,
@@ -145,7 +145,7 @@ def main(options: Options) -> int:
 
 
 def layer(options: Options, **attributes) -> GatedDeltaNet2:
-    """The layer of ours that is fla's."""
+    """Our layer with the sizes of fla's."""
     return GatedDeltaNet2(
         num_heads=options.heads,
         num_value_heads=options.value_heads,
@@ -354,7 +354,7 @@ def to_numpy(tensor) -> np.ndarray:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Relative, in the Frobenius norm."""
+    """The relative difference in the Frobenius norm."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 

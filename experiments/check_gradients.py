@@ -30,7 +30,7 @@ from gdn2_jax.testing import (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The inputs, and what is to be judged on them.
+    """The inputs, and what to judge on them.
 
     Attributes:
       implementations: what is judged.

@@ -92,7 +92,7 @@ def _prompts(options: Options) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    """The text with what its escapes stand for."""
+    """The text with its escapes replaced by their characters."""
     return re.sub(r"\\[\\ntr]", lambda match: _ESCAPES[match[0]], text)
 
 

@@ -461,7 +461,7 @@ def table_of(rows: list[dict]) -> str:
 
 
 def _mean(values: list[float | None], digits: int = 3) -> str:
-    """Mean and standard deviation of what there is."""
+    """Mean and standard deviation of the values that are there."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"

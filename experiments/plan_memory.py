@@ -90,7 +90,7 @@ def main(options: Options) -> None:
 
 
 def meshes(devices: int) -> dict[str, MeshConfig]:
-    """One for each axis, and one that mixes them."""
+    """A mesh for each axis, and one that mixes them."""
     plans = {"data": MeshConfig(), "fsdp": MeshConfig(fsdp=devices)}
     if devices % 2 == 0:
         plans["tensor 2, fsdp"] = MeshConfig(tensor=2, fsdp=devices // 2)

@@ -188,7 +188,7 @@ class Cell(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that a run's result depends on, but its learning rate and seed."""
+        """Everything that a run's result depends on, except its learning rate and seed."""
         config = dataclasses.asdict(self.config)
         for key in (
             "mixers",
@@ -312,7 +312,7 @@ def check_sizes(cell: Cell, config: ModelConfig) -> dict[str, int]:
 
 
 class State(NamedTuple):
-    """Of all runs of a cell; every leaf has them as its first axis."""
+    """The state of all runs of a cell; the runs are the first axis of every leaf."""
 
     params: Any
     optimizer: Any
@@ -457,7 +457,7 @@ def train_window(
 
 
 def test_window(cell: Cell, config: ModelConfig, params: Any, batches: Batches) -> Measured:
-    """The means over batches that nothing is learnt from."""
+    """The means over batches without learning from them."""
     kinds = len(cell.task().kinds)
 
     def measure(_, batch):
@@ -489,7 +489,7 @@ class Programs(NamedTuple):
 
 
 def compile_cell(cell: Cell, pool: Executor = _COMPILING) -> Programs:
-    """Traces one after another, which holds Python's lock, and compiles at once, which does not."""
+    """Traces programs one by one, as that holds Python's lock, and compiles them all at once."""
     config = model_config(cell)
     sizes = check_sizes(cell, config)
     count, study = len(cell.runs), cell.config
@@ -601,7 +601,7 @@ def run_cell(cell: Cell, programs: Programs, worker: Worker, job: Job) -> list[d
         save(path, state, curves, seconds)
     shares = {}
     if job.profile and curves:
-        # A window more, of which nothing is kept.
+        # One window more; its results are dropped.
         events = device_events(lambda: programs.train(state, rates, start, programs.draw(start)))
         shares = profile(events, programs.train.as_text(), 1e3 * seconds / len(curves))
     rows = []

@@ -304,7 +304,7 @@ def groups(rows: list[dict]) -> dict[tuple, dict[str, dict[float, list[dict]]]]:
 
 
 def size(row: dict) -> tuple:
-    """What tells the panels of a study apart: steps, length, and the sizes that the study varies."""
+    """The steps, length and varied sizes, by which a study's panels differ."""
     return (row["length"], *map(str, row["size"].values()), row["all_steps"])
 
 

@@ -98,7 +98,7 @@ def run_command(
     streams: Any = (sys.stdout, sys.stderr)
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")
-    # Orbax and what it runs log each error that is raised, with a traceback.
+    # Orbax and its libraries log each error, with a traceback, before they raise it.
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     if keep_programs and jax.config.jax_compilation_cache_dir is None:
@@ -186,7 +186,7 @@ def _terminate(number, frame) -> None:
 
 
 def _compilation_cache() -> Path:
-    """A directory for this kind of CPU: its programs may not run on another of the same home."""
+    """A directory for this kind of CPU: other machines of this home may not run its programs."""
     try:
         facts = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

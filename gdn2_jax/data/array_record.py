@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
-# Records that are read at once.
+# Number of records that are read at once.
 _RECORDS = 1024
 
 _NPY = b"\x93NUMPY"

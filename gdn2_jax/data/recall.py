@@ -151,7 +151,7 @@ class RecallSource:
         return {name: x[0] for name, x in self.batch(np.array([index])).items()}
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The same for many at once, each [N, T]."""
+        """The same for many examples at once, each [N, T]."""
         example = _draw(self.task, self.seed, self.split, np.asarray(indices, np.uint32))
         return {name: np.asarray(x) for name, x in example._asdict().items()}
 

@@ -24,7 +24,7 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".npy", ".parquet", ".arra
 # Documents are read in pieces of so many characters or tokens, so that none has to fit into memory.
 PIECE = 2**16
 
-# Not prose nor code that a language model of this size could learn from, or not Python's own.
+# Files without prose or code that a small language model could learn from, or not Python's own.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
 
 _BAD_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)

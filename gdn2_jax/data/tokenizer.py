@@ -29,7 +29,7 @@ _TRIED = 8
 # Longer runs without white space are cut before merges are learnt, whose time grows with the square.
 _LONGEST_WORD = 256
 
-# Merges learnt on more text than this hardly change.
+# More text than this hardly changes the merges.
 _TRAINING_CHARACTERS = 2**28
 
 

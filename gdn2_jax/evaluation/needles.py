@@ -149,7 +149,7 @@ def _largest(count: Callable[[int], int], most: int) -> tuple[int, int]:
     start, too_large = counted, None
     step = most
     while too_large is None or too_large - size > 1:
-        # Of words about as many tokens each: few steps lead there.
+        # Words have about as many tokens each, so few steps are needed.
         guess = size + max(1, int(step))
         if too_large is not None and guess >= too_large:
             guess = (size + too_large) // 2

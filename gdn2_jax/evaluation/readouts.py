@@ -15,7 +15,7 @@ from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.models import ModelConfig
 from gdn2_jax.models.language_model import LanguageModel
 
-# Positions whose logits exist at once.
+# Number of positions whose logits are in memory at once.
 _POSITIONS = 256
 
 
@@ -208,7 +208,7 @@ def occurred_before(numbers: Int64[np.ndarray, "B T"]) -> Bool[np.ndarray, "B T"
 
 
 class GateStatistics(NamedTuple):
-    """How the gates of a trained GDN-2 stand, by layer.
+    """The gates of a trained GDN-2, by layer.
 
     Attributes:
       erase: histogram of b over [0, 1], or [0, 2] if that is its range; shares of the tokens and
