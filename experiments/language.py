@@ -111,14 +111,7 @@ class Study:
 
 
 class Spec(NamedTuple):
-    """A run.
-
-    Attributes:
-      key: names it among those of its study.
-      model: of the study.
-      phase: "sweep" or "final".
-      config: what to train.
-    """
+    """A run, with its name among those of its study; `phase` is "sweep" or "final"."""
 
     key: str
     model: str

@@ -22,12 +22,9 @@ def require_text(name: str, text: str) -> None:
 def check_types(config: Any, prefix: str = "") -> None:
     """Checks the fields that hold numbers, texts, booleans or one of the values of a `Literal`.
 
-    Args:
-      config: a dataclass.
-      prefix: of the fields' names in the message, such as "optimizer.".
-
     Raises:
-      ValueError: a field has a value of another type, or not one of its literals.
+      ValueError: a field has a value of another type, or not one of its literals; the message names
+        the field after `prefix`, such as "optimizer.".
     """
     for name, hint in get_type_hints(type(config)).items():
         union = get_origin(hint) in (types.UnionType, Union)

@@ -65,17 +65,9 @@ def decode_step(
     The state's buffer is updated in place where the caller donates it, and copied first where not;
     inside shard_map it is never updated in place.
 
-    Args:
-      state: fp32, or bf16, to which the new state is rounded.
-      q: bf16 or fp16, as k, v, b and w.
-      k: keys.
-      v: values; K and V are 64 or 128.
-      g: log-decay, fp32.
-      b: erase gate.
-      w: write gate.
-      scale: factor on the output.
-      tuning: chosen by the number of states if None.
-      seeds: of each head's stochastic rounding; a bf16 state is rounded to nearest if None.
+    K and V are 64 or 128. q, k, v, b and w are bf16 or fp16, the log-decay g is fp32. A bf16 state is
+    rounded stochastically with `seeds`, else to nearest. The number of states chooses the tuning if
+    it is None.
 
     Returns:
       The new state and the output, of `v`'s shape and dtype. All arithmetic is fp32; the output is

@@ -276,18 +276,10 @@ def _run(
 ) -> tuple[Array, ...]:
     """A block per 64 value rows and head: one warpgroup prefetches chunks, one advances the state.
 
-    Args:
-      operands: of the kernel, in global memory.
-      state: before the first chunk.
-      chunks: their number.
-      roles: `sources(operands, place)`, a chunk's part of the operands by names of `tiles`;
-        `advance(state, **tiles, **staging)`, the state after the chunk, whose results it leaves in
-        `staging`; `targets(outputs, place)`, their places by names of `staging`.
-      tiles: shared memory for the operands of `stages` chunks.
-      staging: shared memory for a chunk's results.
-      out_type: shapes and dtypes of the outputs.
-      reverse: begin with the last chunk.
-      stages: chunks whose operands are in shared memory.
+    Three functions say what: `sources(operands, place)` gives a chunk's part of the operands by the
+    names of `tiles`, shared memory for `stages` chunks. `advance(state, **tiles, **staging)` gives the
+    state after the chunk and leaves the chunk's results in `staging`. `targets(outputs, place)` gives
+    the places of these by the names of `staging`. `reverse` begins with the last chunk.
 
     Returns:
       The state after the last chunk, and the outputs.

@@ -69,16 +69,7 @@ def validation_batches(
     """Returns an iterator over one epoch: every sequence once.
 
     The last batch is filled up with rows of weight 0. Every process sees the same number of
-    batches.
-
-    Args:
-      sequences: from `prepare(config).validation`, or an excerpt of them.
-      global_batch_size: as in `train_iterator`.
-      process_index: as in `train_iterator`.
-      process_count: as in `train_iterator`.
-
-    Returns:
-      An iterator as `train_iterator`'s.
+    batches. The other arguments and the iterator are those of `train_iterator`.
 
     Raises:
       ValueError: if an argument is out of its range, or the processes do not divide the batch.

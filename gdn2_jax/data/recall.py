@@ -64,13 +64,9 @@ class Task(Protocol):
 
 
 def draw(task: Task, seed: int | Array, split: int | Array, indices: Int[Array, "N"]) -> Example:
-    """The examples of these indices, [N, T]; a function of (task, seed, split, index) alone.
+    """The examples of indices in [0, 2^32), [N, T]; functions of (task, seed, split, index) alone.
 
-    Args:
-      task: what to draw.
-      seed: of the data.
-      split: 0 for training, 1 for testing: streams that have nothing in common.
-      indices: in [0, 2^32).
+    Splits 0, for training, and 1, for testing, have nothing in common.
     """
     key = jax.random.fold_in(jax.random.key(seed), split)
     return jax.vmap(lambda index: task.example(jax.random.fold_in(key, index)))(indices)
@@ -83,13 +79,7 @@ def draw_rows(
 
     Few pairs show what to do: zoology too trains on several lengths at once. Kinds are the task's
     plus the number of the task's kinds, so that the questions of the short sequences stand apart.
-
-    Args:
-      task: what to draw.
-      documents: sequences of a row, a divisor of the length.
-      seed: of the data.
-      split: as in `draw`.
-      rows: as `indices` in `draw`; different rows hold different sequences.
+    A row has `documents` sequences; `rows` are numbers as `indices` in `draw`.
 
     Raises:
       ValueError: the length is no multiple of `documents`, or the task has no form so short.

@@ -93,16 +93,9 @@ def lower_evaluation(
     params: Any,
     batch: Batch,
 ) -> jax.stages.Lowered:
-    """Traces the program of `evaluate_perplexity`, so that it can be compiled early.
+    """Traces the program of `evaluate_perplexity`, which takes it compiled.
 
-    Args:
-      config: the model's configuration.
-      mesh: the devices.
-      params: shapes, dtypes and shardings of the parameters.
-      batch: shapes, dtypes and shardings of a batch.
-
-    Returns:
-      The traced program. `evaluate_perplexity` takes it compiled.
+    `params` and `batch` are shapes, dtypes and shardings.
     """
     return _summed_losses.lower(config, mesh, params, batch)
 

@@ -26,14 +26,7 @@ def token_results(
     inputs: Int[Array, "B T"],
     targets: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Returns the loss of each token in nats, and whether the model's first guess is right.
-
-    Args:
-      config: of the model; static.
-      params: its parameters.
-      inputs: tokens.
-      targets: the token that follows each.
-    """
+    """Returns the loss of each target in nats, and whether the model's first guess is right."""
     hidden: Any = LanguageModel(config).apply({"params": params}, inputs, head=False)
     kernel = params["lm_head"]["kernel"].astype(hidden.dtype)
     padding = -inputs.shape[1] % _POSITIONS
@@ -231,13 +224,7 @@ class GateStatistics(NamedTuple):
 def gate_statistics(
     config: ModelConfig, params: Any, inputs: Int[Array, "B T"], bins: int = 50
 ) -> GateStatistics:
-    """Measures the gates of a GDN-2 model on a text.
-
-    Args:
-      config: of a model with a mixer of kind "gdn2".
-      params: its parameters.
-      inputs: the text.
-      bins: of the histograms.
+    """Measures the gates of a model with a mixer of kind "gdn2" on a text.
 
     Raises:
       ValueError: if the model has another mixer.

@@ -21,11 +21,7 @@ _SHORTEST = 64
 
 
 class LocalModel(NamedTuple):
-    """A language model that works on several devices at once, each on a batch of its own.
-
-    Attributes:
-      copies: its parameters, on each device.
-    """
+    """A language model and copies of its parameters on several devices, each for other batches."""
 
     config: ModelConfig
     copies: tuple[Any, ...]

@@ -109,12 +109,7 @@ class Mixer(nnx.Module):
         _attach(self, nnx.Cache, self.empty_cache(input_shape[0], dtype))
 
     def empty_cache(self, batch_size: int, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
-        """Returns a cache of zeros for `advance`: a tree of arrays [B, ...].
-
-        Args:
-          batch_size: rows B.
-          dtype: of inputs.
-        """
+        """Returns a cache of zeros for `advance` of B rows of this dtype: arrays [B, ...]."""
         return functional.empty_cache(self.linen, batch_size, self.in_features, dtype)
 
     def advance(

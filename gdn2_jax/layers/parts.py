@@ -48,13 +48,7 @@ def dense(
 
 
 def short_convolution(module: Any, name: str, **options: Any) -> ShortConvolution:
-    """A convolution over `module.conv_size` tokens, with the dtype, names of axes and cache of `module`.
-
-    Args:
-      module: has `conv_size`, `param_dtype`, `kernel_init` and `decode`.
-      name: of the convolution.
-      **options: other attributes of `ShortConvolution`.
-    """
+    """A `ShortConvolution` with the size, dtype, names of axes and cache of `module`."""
     return ShortConvolution(
         module.conv_size,
         param_dtype=module.param_dtype,

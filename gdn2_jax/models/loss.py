@@ -31,12 +31,9 @@ class Batch(NamedTuple):
 
 
 def next_token_loss(config: ModelConfig, params: Any, batch: Batch) -> Float[Array, ""]:
-    """Weighted sum of the cross-entropies of a batch's tokens, in nats; for training and evaluation.
+    """Weighted sum of the cross-entropies of a batch's tokens [B, T], in nats.
 
-    Args:
-      config: of the model; `loss_blocks` bounds the memory of the logits.
-      params: its parameters.
-      batch: arrays [B, T].
+    `config.loss_blocks` bounds the memory of the logits.
 
     Returns:
       sum_i weight_i (logsumexp(logits_i) - logits_i[target_i]), float32 (float64 in such models).

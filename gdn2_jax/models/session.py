@@ -214,11 +214,7 @@ def save_session(path: str | Path, config: ModelConfig, session: Session) -> Non
 
 
 def load_session(path: str | Path, config: ModelConfig) -> Session:
-    """Reads what `save_session` wrote.
-
-    Args:
-      path: of the file.
-      config: of the model that wrote it.
+    """Reads what `save_session` wrote, with a model of the same configuration.
 
     Raises:
       ValueError: the file is damaged, or its session is of another model.

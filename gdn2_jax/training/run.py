@@ -118,14 +118,9 @@ def run_files(directory: Path) -> RunFiles:
 
 
 def open_run(config: TrainingConfig, directory: Path) -> Run:
-    """Prepares the data and the run's directory, and restores its latest checkpoint.
+    """Prepares a run for `train`: the data, the directory, and the latest checkpoint.
 
-    Args:
-      config: what to train.
-      directory: of the run; created if missing, and locked until the run is closed.
-
-    Returns:
-      The run, for `gdn2_jax.training.train`.
+    The directory is created if missing, and locked until the run is closed.
 
     Raises:
       ValueError: if the devices do not make up the mesh, the mesh does not divide the batch or the

@@ -114,11 +114,8 @@ def check_model_type(content: Mapping[str, Any]) -> None:
 def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> ModelConfig:
     """Returns the configuration that the config.json of a checkpoint describes.
 
-    The output gate of GDN-2 is the sigmoid of fla's layer where the file names none.
-
-    Args:
-      content: of the file.
-      dtype: of the weights; the model computes in it.
+    The output gate of GDN-2 is the sigmoid of fla's layer where the file names none. The model
+    computes in the dtype of the weights.
 
     Raises:
       ValueError: `ModelConfig` cannot describe the model, or a key may change the model in a way that
@@ -177,11 +174,7 @@ def config_from_description(content: Mapping[str, Any], dtype: np.dtype) -> Mode
 
 
 def describe(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
-    """Returns the config.json of a flash-linear-attention checkpoint.
-
-    Args:
-      config: of the model.
-      dtype: of its weights.
+    """Returns the config.json of a flash-linear-attention checkpoint with weights of this dtype.
 
     Raises:
       ValueError: the model has an option that fla's layer lacks.

@@ -30,11 +30,7 @@ _SAFETENSORS_DTYPES = {
 
 
 class StoredTensor(NamedTuple):
-    """A tensor; its numbers are read or computed when they are asked for.
-
-    Attributes:
-      read: gives them.
-    """
+    """A tensor; `read` reads or computes its numbers."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -46,11 +46,7 @@ _EMBEDDING, _HEAD = "model.embeddings.weight", "lm_head.weight"
 
 
 class Pretrained(NamedTuple):
-    """A language model.
-
-    Attributes:
-      params: of the model, for `LanguageModel(config).apply({"params": params}, tokens)`.
-    """
+    """A language model, for `LanguageModel(config).apply({"params": params}, tokens)`."""
 
     config: ModelConfig
     params: dict[str, Any]
@@ -135,14 +131,8 @@ def convert_pretrained(
 ) -> list[Path]:
     """Converts a PyTorch checkpoint to the other style or another kind of file.
 
-    Memory holds one file of the result at a time (one tensor if it is no safetensors).
-
-    Args:
-      source: as the path of `load_pretrained`.
-      path: as that of `save_pretrained`.
-      config: as in `load_pretrained`.
-      style: of the result.
-      **options: as in `save_pretrained`.
+    Memory holds one file of the result at a time (one tensor if it is no safetensors). `source` and
+    `config` are for `load_pretrained`; `path`, the result's `style` and options for `save_pretrained`.
 
     Returns:
       The files written.

@@ -41,14 +41,7 @@ SAVED = "saved for the backward"
 
 
 class Layout(NamedTuple):
-    """How a sequence is cut.
-
-    Attributes:
-      length: T, without padding.
-      chunk_size: C.
-      spans: number of spans; each holds the same number of chunks.
-      padded: T with padding.
-    """
+    """How a sequence is cut: into spans of equally many chunks, with padding at the end."""
 
     length: int
     chunk_size: int
