@@ -1,7 +1,6 @@
 """Scripts as functions, and a run for those that need one."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 
 from gdn2_jax.command import read_options
 
@@ -14,18 +13,13 @@ from gdn2_jax.training.checkpoint import open_checkpoints, save_checkpoint
 from gdn2_jax.training.config_file import save_config
 from gdn2_jax.training.step import initial_state
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def command(capsys):
     """A function of a script and its arguments: its exit status or message, output and errors."""
 
     def call(name, *arguments):
-        path = ROOT / "experiments" / name
-        specification = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
+        module = importlib.import_module(name.removesuffix(".py"))
         status = module.main(read_options(module.Options, list(map(str, arguments))))
         return status, *capsys.readouterr()
 

@@ -1,23 +1,15 @@
-import importlib.util
+import importlib
 import json
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 from gdn2_jax.models import PRESETS
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark_mixers.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_mixers_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmark_mixers")
 
 
 def test_layers_and_operators_are_timed_and_compared_with_gdn2(script, tmp_path, capsys):

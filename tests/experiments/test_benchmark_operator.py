@@ -1,22 +1,14 @@
-import importlib.util
+import importlib
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark_operator.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_operator_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmark_operator")
 
 
 def test_every_implementation_and_pass_is_timed_and_written(script, tmp_path, capsys):

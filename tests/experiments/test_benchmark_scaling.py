@@ -1,8 +1,8 @@
-import importlib.util
+import functools
+import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,11 +26,7 @@ MODEL = ModelConfig(
 @pytest.fixture
 def script(monkeypatch):
     """With a smaller model than any preset, which compiles sooner."""
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    spec = importlib.util.spec_from_file_location("benchmark_scaling_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = importlib.import_module("benchmark_scaling")
     monkeypatch.setattr(module, "PRESETS", {"tiny": MODEL})
     return module
 
@@ -53,22 +49,20 @@ def test_meshes_are_timed_and_train_as_one_device_and_what_is_done_is_not_done_a
     script, tmp_path, capsys, monkeypatch
 ):
     output = tmp_path / "folder" / "rows.jsonl"
-    script.main(arguments(script, output, minutes=0))
+    options = functools.partial(arguments, script, output, axes=("fsdp",))
+    script.main(options(minutes=0))
     assert (
         "not measured within 0 minutes, run again: one device, 8 x 2; " in capsys.readouterr().out
     )
     assert not output.exists()
 
-    script.main(arguments(script, output))
+    script.main(options())
     table = capsys.readouterr().out
     rows = rows_in(output)
     assert list(rows) == [
         (1, 1, 1, 1, 2, 8),
         (1, 1, 1, 1, 16, 8),
         (1, 8, 1, 1, 16, 8),
-        (1, 1, 1, 1, 1, 16),
-        (1, 1, 1, 8, 1, 128),
-        (1, 1, 1, 8, 1, 16),
     ]
     fsdp, one = rows[1, 8, 1, 1, 16, 8], rows[1, 1, 1, 1, 2, 8]
     assert fsdp["tokens_per_second"] == pytest.approx(128 / fsdp["ms"] * 1e3 / 8)
@@ -76,21 +70,21 @@ def test_meshes_are_timed_and_train_as_one_device_and_what_is_done_is_not_done_a
     share = fsdp["tokens_per_second"] / one["tokens_per_second"]
     (line,) = (line for line in table.splitlines() if line.startswith("fsdp 8, 8 x 16"))
     compared = [line for line in table.splitlines() if re.search(r"e-\d\d$", line)]
-    assert f"{share:.1%}" in line and line in compared and len(compared) == 2
+    assert f"{share:.1%}" in line and compared == [line]
     for row in rows.values():
         assert len(row["losses"]) == script.COMPARED_STEPS
         assert row["losses"][-1] < row["losses"][0] and row["peak_gib"] > 0
-    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
     monkeypatch.setattr(script, "compile_run", None)
-    script.main(arguments(script, output))
+    script.main(options())
     assert capsys.readouterr().out == table
     assert rows_in(output) == rows
 
     fsdp["grad_norms"][2] *= 1.01
     output.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     with pytest.raises(SystemExit, match="do not train as one device does"):
-        script.main(arguments(script, output))
+        script.main(options())
     assert "1.0e-02, TOO MUCH" in capsys.readouterr().out
 
 

@@ -1,23 +1,15 @@
-import importlib.util
+import importlib
 import json
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 from gdn2_jax.timing import Event
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark_training.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_training_under_test", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("benchmark_training")
 
 
 def arguments(script, output, **changes):
@@ -38,7 +30,7 @@ def test_a_step_is_timed_once_and_its_parts_are_found(script, tmp_path, capsys):
     assert {"forward", "backward", "optimizer"} <= set(row["passes_ms"])
     for name in ("parts_ms", "passes_ms"):
         assert sum(row[name].values()) == pytest.approx(sum(row["parts_ms"].values()))
-    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     first = capsys.readouterr().out
 
     with output.open("a") as file:

@@ -1,23 +1,15 @@
 """The corpus builder's parts that need no registry."""
 
-import importlib.util
+import importlib
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "build_corpus.py"
-
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("build_corpus", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["build_corpus"] = module
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module("build_corpus")
 
 
 def paragraph(start, width=60):

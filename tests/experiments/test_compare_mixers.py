@@ -1,5 +1,5 @@
 import dataclasses
-import importlib.util
+import importlib
 import json
 import random
 from pathlib import Path
@@ -16,10 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "compare_mixers.py"
 
 @pytest.fixture(scope="module")
 def script():
-    specification = importlib.util.spec_from_file_location("compare_mixers_script", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module("compare_mixers")
 
 
 @pytest.fixture(scope="module")

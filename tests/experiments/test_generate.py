@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,16 +7,10 @@ from gdn2_jax.command import read_options
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-
 
 @pytest.fixture(scope="module")
 def script():
-    path = EXPERIMENTS / "generate.py"
-    specification = importlib.util.spec_from_file_location("generate_script", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module("generate")
 
 
 @pytest.fixture

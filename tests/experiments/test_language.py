@@ -1,10 +1,9 @@
 """The comparison of language models: what is run when, what is read out, and what is drawn."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +11,9 @@ import pytest
 from gdn2_jax.data import DataConfig
 from gdn2_jax.workers import Message, Worker
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "language.py"
-
 
 def load(name):
-    specification = importlib.util.spec_from_file_location(name, SCRIPT.with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")

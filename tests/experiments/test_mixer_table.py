@@ -1,4 +1,4 @@
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,7 @@ pytestmark = pytest.mark.xdist_group("test_presets and test_mixer_table")
 
 @pytest.fixture(scope="module")
 def script():
-    path = ROOT / "experiments" / "mixer_table.py"
-    specification = importlib.util.spec_from_file_location("mixer_table_script", path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return importlib.import_module("mixer_table")
 
 
 @pytest.fixture(scope="module")
