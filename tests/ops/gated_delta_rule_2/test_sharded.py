@@ -60,9 +60,15 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize(
-    ("length", "segments", "regime"), [(37, None, "gentle"), (40, 7, "g=-1e-4")], ids=str
+    ("mesh", "length", "segments", "regime"),
+    [
+        ("sequence 8", 37, None, "gentle"),
+        ("sequence 8", 40, 7, "g=-1e-4"),
+        ("sequence 4, tensor 2", 40, 7, "g=-1e-4"),
+        ("data 2, fsdp 2, tensor 2", 37, None, "gentle"),
+    ],
+    ids=str,
 )
 def test_outputs_states_and_gradients_are_exact(mesh, length, segments, regime):
     """T = 37 does not divide; segments cross the borders of spans, and 40 / 8 = 5 tokens."""
@@ -132,7 +138,7 @@ def test_sixteen_bit_inputs_keep_the_precision_contract(regime):
 def test_spans_with_their_gradients_run_on_the_kernels_of_a_hopper_gpu(monkeypatch):
     """Two kernels forward and two backward; other products join the spans or are the loss'."""
     monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
-    *arrays, ids = operator_inputs(1, 40, 2, 128, dtype="bfloat16", segments=3)
+    *arrays, ids = operator_inputs(1, 40, 2, 64, dtype="bfloat16", segments=3)
     run = functools.partial(results, gated_delta_rule_2_on_mesh)
     with jax.set_mesh(make_mesh(MeshConfig(sequence=4, tensor=2))):
         traced = jax.jit(run).trace(arrays, ids, (arrays[2], arrays[-1]))

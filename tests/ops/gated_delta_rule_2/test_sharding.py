@@ -52,12 +52,9 @@ def loss(arrays, segment_ids, weights, implementation):
 @pytest.mark.parametrize(
     "implementation, taken, replicated",
     [
-        ("xla", "outside", ()),
         ("xla", "outside", ("w", "initial_state")),
         ("xla", "outside", ("q", "k", "v", "g", "b", "w")),
-        ("xla", "inside", ()),
         ("xla", "inside", ("q", "v", "b")),
-        ("recurrent", "outside", ("k", "g")),
         ("recurrent", "inside", ("q", "initial_state")),
     ],
     ids=str,
