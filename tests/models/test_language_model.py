@@ -84,7 +84,6 @@ def assert_gradients_close(actual, expected):
 @pytest.mark.parametrize(
     ("remat", "unroll"),
     [
-        ("none", True),
         ("intermediates", True),
         ("elementwise", False),
         ("mixer", True),
@@ -326,9 +325,7 @@ def test_the_mesh_that_jax_makes_by_default_gives_the_gradients_of_one_device(hy
         assert np.linalg.norm(x - y) < 1e-4 * np.linalg.norm(y)
 
 
-@pytest.mark.parametrize(
-    ("remat", "unroll"), [("none", False), ("full", False), ("intermediates", True)]
-)
+@pytest.mark.parametrize(("remat", "unroll"), [("full", False), ("intermediates", True)])
 def test_a_large_model_lowers_for_gpus_on_this_host(remat, unroll):
     config = dataclasses.replace(PRESETS["swa_gdn2_1.3B"], remat=remat, unroll=unroll)
     ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32)

@@ -21,14 +21,13 @@ NAMES = [
 
 @functools.cache
 def build(mixer):
-    """The tiny hybrid with two layers, and parameters for it."""
-    name = matched_preset("swa_gdn2_tiny", mixer)
+    """The tiny model with one layer, and parameters for it."""
+    name = matched_preset("gdn2_tiny", mixer)
     config = PRESETS[name]
     config = dataclasses.replace(
         config,
-        num_layers=2,
+        num_layers=1,
         d_model=64,
-        attention=dataclasses.replace(config.attention, window_size=8),
         implementation="recurrent",
     )
     params = jax.jit(LanguageModel(config).init)(jax.random.key(0), jnp.zeros((1, 1), int))
@@ -72,7 +71,6 @@ def test_greedy_tokens_of_each_row_are_the_most_likely_ones_of_its_full_forward(
         lambda path, leaf: 4 * leaf if path[-1].key == "kernel" else leaf, params
     )
     start = [row[-length:] for row, length in zip(np.asarray(tokens(2, 5)), (5, 2))]
-    # Beyond the attention window of 8.
     continued = generate(config, params, start, max_new_tokens=7, temperature=0)
     # What is to the left of the shorter row, or to the right of it here, must not be seen.
     whole = np.array([np.pad(row, (0, 17 - len(row))) for row in continued])

@@ -142,20 +142,17 @@ def test_positions_that_do_not_ascend_within_the_text_are_refused(hybrid_model, 
         next(sessions_along(config, params, np.array([text(4)]), positions))
 
 
-@pytest.fixture(params=["recurrent", "window", "attention"])
+@pytest.fixture(params=["window", "attention"])
 def any_model(request, hybrid_model):
-    """Models whose attention sees more than the first prompts have."""
+    """A hybrid and a Transformer whose attention sees more than the first prompts have."""
     config, params = hybrid_model
     if request.param == "window":
         attention = SoftmaxAttention(num_heads=2, window_size=48)
         return dataclasses.replace(config, attention=attention), params
     heads = {name: params["layers"]["block"][name] for name in ("mixer_norm", "mlp_norm", "mlp")}
-    kind = "block" if request.param == "recurrent" else "attention_block"
-    block = heads | {"mixer": params["layers"][kind]["mixer"]}
-    config = dataclasses.replace(config, num_layers=2, hybrid=False)
-    if request.param == "attention":
-        mixer = SoftmaxAttention(kind="attention", num_heads=2)
-        config = dataclasses.replace(config, mixer=mixer, context_length=64)
+    block = heads | {"mixer": params["layers"]["attention_block"]["mixer"]}
+    mixer = SoftmaxAttention(kind="attention", num_heads=2)
+    config = dataclasses.replace(config, num_layers=2, hybrid=False, mixer=mixer, context_length=64)
     return config, params | {"layers": {"block": block}}
 
 

@@ -102,9 +102,12 @@ def at(inputs, t):
     return jax.tree.map(lambda x: x[:, t], inputs)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize(
-    ("dtype", "bound"), [("float64", 1e-10), ("float32", 2e-5), ("bfloat16", 2e-2)]
+    ("ranks", "dtype", "bound"),
+    [
+        *((1, "float64", 1e-10), (1, "bfloat16", 2e-2)),
+        *((4, "float64", 1e-10), (4, "float32", 2e-5)),
+    ],
 )
 @pytest.mark.parametrize("regime", ["gentle", "mixture"])
 def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, bound, ranks):
@@ -115,10 +118,9 @@ def test_chunkwise_form_is_the_recurrence(draw, assert_same, regime, dtype, boun
     assert_same(run_packed, packed_recurrence, arguments, bound)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_gradients_stay_precise_over_spans_of_many_chunks(draw, assert_same, ranks):
+def test_gradients_stay_precise_over_spans_of_many_chunks(draw, assert_same):
     """Also those of the phases, whose terms nearly cancel over all tokens that follow."""
-    length = 4200
+    length, ranks = 4200, 1
     layout = layout_for(length, ranks)
     assert layout.padded // layout.spans == 16 * layout.chunk_size
     arguments = draw(length, ranks, dtype="float32", groups=1)
@@ -129,15 +131,20 @@ def test_gradients_stay_precise_over_spans_of_many_chunks(draw, assert_same, ran
 def test_second_derivatives_are_refused(draw, name):
     inputs, *others = draw(30, ranks=2, dtype="float32")
 
-    def steepness(x, form):
-        def loss(inputs):
-            return jnp.sum(form(inputs, *others)[0] ** 2)
+    def second(form):
+        """Only traced: what is refused, is refused then."""
 
-        return jnp.sum(jax.grad(loss)(inputs._replace(**{name: x})).v ** 2)
+        def steepness(x):
+            def loss(inputs):
+                return jnp.sum(form(inputs, *others)[0] ** 2)
 
-    jax.grad(steepness)(getattr(inputs, name), recurrence)
+            return jnp.sum(jax.grad(loss)(inputs._replace(**{name: x})).v ** 2)
+
+        return jax.eval_shape(jax.grad(steepness), getattr(inputs, name))
+
+    assert second(recurrence).shape == getattr(inputs, name).shape
     with pytest.raises(NotImplementedError, match="^implementation: expected .*got"):
-        jax.grad(steepness)(getattr(inputs, name), run)
+        second(run)
 
 
 @pytest.mark.parametrize("regime", ["0", "-20", "-1000"])
