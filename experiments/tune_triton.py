@@ -81,7 +81,9 @@ def main(options: Options) -> None:
         for case in cases:
             best, *_ = sorted(times[str(case)].items(), key=lambda x: x[1])
             row = {"kernel": case.kernel, "plan": str(tuple(best[0])), "ms": best[1]}
-            row["rule_ms"] = times[str(case)].get(plans.rule(case, plans.shared()), math.nan)
+            row["rule_ms"] = times[str(case)].get(
+                plans.rule(case, plans.capability() or 0), math.nan
+            )
             print(format_row(COLUMNS, row))
     print(f"\nbest plans are taken from {path} from the next start on")
 
@@ -98,7 +100,7 @@ def candidates(case: Case) -> list[Plan]:
         keys = [32] if case.kernel == "value_backward" else [16, 32, 64]
         pairs = itertools.product(keys, (32, 64, 128))
         found = [Plan(k, v, 4, 1) for k, v in pairs if k <= key_tile and v <= value_tile]
-    first = plans.rule(case, plans.shared())
+    first = plans.rule(case, plans.capability() or 0)
     return [first, *(plan for plan in found if plan != first)]
 
 

@@ -85,41 +85,42 @@ def case(kernel: str, key_dim: int, value_dim: int, half: bool, sequences: int) 
 SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """KiB of shared memory that a program may take, by compute capability; 99 where it has another one."""
 
-STORED: dict[int, dict[str, Plan]] = {80: {}, 89: {}, 90: {}}
-"""Plans that are better than the rule's, by compute capability and case."""
+STORED: dict[int, dict[str, Plan]] = {
+    90: {"state_pass_forward 128 128 bfloat16": Plan(128, 128, 8, 2)},
+}
+"""Plans that were measured to be better than the rule's, by compute capability and case."""
 
 _trial: dict[str, Plan] = {}
 
 
 def plan(case: Case) -> Plan:
     """The plan of a kernel on the first local GPU that can run it."""
-    for plans in (_trial, tuned(), STORED.get(capability() or 90, {})):
+    here = capability() or 90
+    for plans in (_trial, tuned(), STORED.get(here, {})):
         if found := plans.get(str(case)):
             return found
-    return rule(case, shared())
+    return rule(case, here)
 
 
-def rule(case: Case, shared: int) -> Plan:
-    """A plan for any case, on a GPU whose programs may take this many KiB of shared memory."""
+def rule(case: Case, capability: int) -> Plan:
+    """A plan for any case on a GPU of this compute capability."""
+    small = case.half and case.key_tile <= 128
     if not case.kernel.startswith("state_pass"):
-        return Plan(min(32, case.key_tile), min(64, case.value_tile), 4, 1)
-    large = not case.half or case.key_tile > 128
-    block_v = 16 if large or case.few else 64
-    if large or shared < 160:
-        stages = 1
-    else:
-        stages = 3 if case.few and shared > 200 else 2
+        # Tensor cores of other GPUs than Hopper take operands from registers, where less fits.
+        block_k, block_v = (32, 128) if capability == 90 else (16, 64)
+        block_v = block_v if case.half else 32
+        return Plan(min(block_k, case.key_tile), min(block_v, case.value_tile), 4, 1)
+    block_v = 64 if small and not case.few else 16
+    stages = 1
+    if small and case.few:
+        shared = SHARED.get(capability, 99)
+        stages = 3 if shared > 200 else 2 if shared > 120 else 1
     return Plan(case.key_tile, min(block_v, case.value_tile), 4, stages)
 
 
 def capability() -> int | None:
     """Compute capability of the first local GPU that can run the kernels, as 90; None without one."""
     return next((round(10 * x) for x in compute_capabilities() if x >= 8), None)
-
-
-def shared() -> int:
-    """KiB of shared memory that a program may take on that GPU."""
-    return SHARED.get(capability() or 90, 99)
 
 
 def cache_path() -> Path:
