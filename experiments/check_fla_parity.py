@@ -41,6 +41,7 @@ from gdn2_jax.interop.pytorch import (
     open_tensors,
     write_tensors,
 )
+from gdn2_jax.rows import Column, format_header, format_row
 
 # Bounds on the layers' difference. On a GPU fla multiplies float32 in TF32.
 BOUNDS = {
@@ -181,16 +182,20 @@ def compare(options: Options, dtype: str, theirs, say: Callable) -> int:
         ours, exact = ours.result()
 
     bound = BOUNDS[options.device, dtype]
-    print(f"{dtype:<24}{'ours - fla':>12}{'ours - exact':>14}{'fla - exact':>13}{'bound':>9}")
+    columns = [
+        Column(dtype, "name", width=-24),
+        *(Column(name, name, ".1e") for name in ("ours - fla", "ours - exact", "fla - exact")),
+        Column("bound", "bound", ".0e"),
+    ]
+    print(format_header(columns))
     failed = 0
     for name in fla:
-        between = difference(ours[name], fla[name])
-        passed = between <= bound
+        row = {"name": name, "bound": bound, "ours - fla": difference(ours[name], fla[name])}
+        row["ours - exact"] = difference(ours[name], exact[name])
+        row["fla - exact"] = difference(fla[name], exact[name])
+        passed = row["ours - fla"] <= bound
         failed += not passed
-        cells = f"{difference(ours[name], exact[name]):>14.1e}{difference(fla[name], exact[name]):>13.1e}"
-        print(
-            f"{name:<24}{between:>12.1e}{cells}{bound:>9.0e}{'' if passed else '  NO'}", flush=True
-        )
+        print(format_row(columns, row if passed else row | {"error": "NO"}), flush=True)
     return failed
 
 

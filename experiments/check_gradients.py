@@ -18,6 +18,7 @@ from gdn2_jax.command import require_positive, run_command
 
 from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops import Implementation
+from gdn2_jax.rows import Column, format_header, format_row
 from gdn2_jax.testing import (
     ERROR_BOUNDS,
     REGIMES,
@@ -72,32 +73,33 @@ def main(options: Options) -> int | str:
     tensors = ["o", "final_state", *(f"d{name}" for name in OperatorInputs._fields[:-1])]
     if not options.initial_state:
         tensors.remove("dinitial_state")
-    header = f"{'inputs':<22}{'implementation':<16}{'dtype':<10}"
-    widths = [max(len(name), 8) + 2 for name in tensors]
-    names = "".join(f"{name:>{width}}" for name, width in zip(tensors, widths))
-    print(f"{header}{names}{'bound':>8}  pass")
+    named = [Column(name, name, width=-21) for name in ("inputs", "implementation", "dtype")]
+    errors = [Column(name, name, width=8) for name in tensors]
+    columns = [*named, *errors, Column("bound", "bound", ".0e"), Column("pass", "verdict")]
+    print(format_header(columns))
     served = failed = 0
     for implementation in options.implementations:
         fn = functools.partial(gated_delta_rule_2, implementation=implementation)
         for dtype in options.dtypes:
             for regime in options.regimes:
-                label = f"{regime:<22}{implementation:<16}{dtype:<10}"
+                label = {"inputs": regime, "implementation": implementation, "dtype": dtype}
                 try:
                     rows = compare_with_recurrence(fn, draw(options, regime, dtype))
                 except NotImplementedError as error:
-                    print(f"{label}  not served: {error}")
+                    print(format_row(named, label | {"error": f"not served: {error}"}))
                     continue
                 except ValueError as error:  # sizes that do not fit together
                     return f"check_gradients.py: {error}"
                 passed = all(row.passed for row in rows)
                 served, failed = served + 1, failed + (not passed)
                 cells = (f"{row.error:.1e}{' ' if row.passed else '!'}" for row in rows)
-                errors = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
-                verdict = "yes" if passed else "NO"
-                print(f"{label}{errors}{rows[0].bound:>8.0e}  {verdict}", flush=True)
+                label |= dict(zip(tensors, cells))
+                label |= {"bound": rows[0].bound, "verdict": "yes" if passed else "NO"}
+                print(format_row(columns, label), flush=True)
         if options.finite_differences:
             verdict = check_numerically(fn, options)
-            print(f"{'finite differences':<22}{implementation:<16}{'float64':<10}  {verdict}")
+            label = {"inputs": "finite differences", "implementation": implementation}
+            print(format_row(named, label | {"dtype": "float64", "error": verdict}))
             failed += verdict.startswith("NO")
     if failed or not served:
         print(f"FAILED: {failed} checks out of bounds, {served} tables served", file=sys.stderr)
