@@ -1,7 +1,6 @@
 """The tuner of the Triton kernels, with made-up times."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,6 @@ from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import Plan
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """The script beside a GPU of compute capability 8.9, where wide blocks of values are fast but large."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "experiments"))
     module = importlib.import_module("tune_triton")
     module.rounds = []
 
