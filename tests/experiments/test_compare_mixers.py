@@ -32,7 +32,7 @@ def options(tmp_path_factory):
         "log-every": 2,
         "validate-every": 2,
         "validation-batches": 1,
-        "sample-tokens": 2,
+        "sample-tokens": 0,
         "data.sequence-length": 32,
         "data.cache-directory": tmp_path_factory.mktemp("cache"),
         "model.d-model": 16,
