@@ -55,13 +55,8 @@ class _Terminated(BaseException):
 def read_options(options: Callable, arguments: list[str] | None = None, **settings: Any) -> Any:
     """Reads a command line. Every option takes a value, as in "--check True".
 
-    Args:
-      options: a dataclass, or a function, whose fields or arguments are the options.
-      arguments: the command line; that of the process if None.
-      **settings: for `tyro.cli`.
-
-    Returns:
-      What `options` gives.
+    `options` is a dataclass or a function, whose result is returned. The arguments are those of the
+    process if None. Settings are for `tyro.cli`.
     """
     import tyro
 
@@ -148,14 +143,11 @@ def read_study[S](kind: type[S], folder: Path, name: str, **changes: Any) -> S:
 
 
 def require_positive(options: Any, **least: int) -> None:
-    """Checks the numbers of a script's options.
-
-    Args:
-      options: a dataclass; its numbers, and those in its tuples, must be at least 1.
-      **least: what those of other fields must at least be.
+    """Checks the numbers in a dataclass, also those in its tuples.
 
     Raises:
-      ValueError: one is less; the message names the field.
+      ValueError: one is less than 1, or than its field's value in `least`; the message names the
+        field.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

@@ -35,13 +35,7 @@ class Example(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """What a batch asks: positions with a `kinds` of 0 only fill up.
-
-    Attributes:
-      positions: ascending, all different.
-      targets: the answers.
-      kinds: as in `Example`.
-    """
+    """What a batch asks, at ascending positions; those with a `kinds` of 0 only fill up."""
 
     positions: Int[Array, "*B Q"]
     targets: Int[Array, "*B Q"]

@@ -76,16 +76,10 @@ def loss_by_position(
     batch_size: int = 8,
     bins: int = 32,
 ) -> LossByPosition:
-    """Evaluates texts of `length` tokens, such as eight times those of training.
+    """Evaluates held-out texts of `length` tokens, such as eight times those of training.
 
-    Args:
-      config: of the model.
-      params: its parameters.
-      store: held-out documents.
-      length: tokens of a window; a multiple of `bins`.
-      windows: texts to read, at most; the starts of as many documents of that length.
-      batch_size: windows at once.
-      bins: of positions, all of a size.
+    At most `windows` texts are read: the starts of as many documents of that length. Positions are
+    in `bins` of one size, whose number divides the length.
     """
     sizes = np.diff(store.offsets)
     long = np.flatnonzero(sizes > length)
@@ -160,16 +154,8 @@ def rare_recall(
     """Measures recall on real text: does a rare pair of tokens, once seen, come to mind again?
 
     As in "Zoology: measuring and improving recall" (arXiv 2312.04927), where pairs are called
-    n-grams and the second occurrences "AR hits".
-
-    Args:
-      config: of the model.
-      params: its parameters.
-      sequences: held-out text.
-      pairs: all pairs of tokens in `sequences`, sorted; from `count_in_training`.
-      counts: how often training has each.
-      rare: pairs that occur there less often are rare.
-      batch_size: sequences at once.
+    n-grams and the second occurrences "AR hits". `count_in_training` gives all pairs of tokens in the
+    sequences and how often training has each; a pair is rare if that is less than `rare`.
     """
     vocab_size = config.vocab_size
     right, seen = [], []

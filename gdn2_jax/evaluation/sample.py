@@ -93,19 +93,9 @@ def continue_rows(
     stream: TextIO | None = None,
     **options: Any,
 ) -> list[str]:
-    """Continues prompts of token ids, as `sample_text` does.
+    """Returns the text that follows each prompt of token ids, sampled as by `sample_text`.
 
-    Args:
-      config: the model's configuration.
-      params: its parameters.
-      tokenizer: of the model.
-      rows: the prompts.
-      stop: strings before which a text ends.
-      stream: where to write the first text as it grows.
-      **options: for `gdn2_jax.models.generate`.
-
-    Returns:
-      The text that follows each prompt.
+    Options are those of `gdn2_jax.models.generate`.
     """
     eos = tokenizer.end_of_document
     texts = [_GrowingText(tokenizer, row, stop) for row in rows]

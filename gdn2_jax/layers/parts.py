@@ -23,16 +23,9 @@ def dense(
     use_bias: bool = False,
     split_channels: bool = True,
 ) -> nn.Dense:
-    """A projection with the dtypes of `module`.
+    """A projection with the dtypes, the initialiser and the names of axes of `module`.
 
-    Args:
-      module: has `dtype`, `param_dtype` and `kernel_init`; the kernel's axes are named as the latter's.
-      name: of the projection.
-      features: channels of its result.
-      axes: our names of the kernel's two axes.
-      kernel_init: initialiser; the module's if None.
-      use_bias: add a bias.
-      split_channels: as in `gdn2_jax.parallel.dense_product`.
+    `axes` are our names of the kernel's two axes; `split_channels` is that of `dense_product`.
     """
     like = module.kernel_init
     return nn.Dense(

@@ -153,13 +153,6 @@ def replace_row(
 
     `session` itself must not be used again.
 
-    Args:
-      config: the model's configuration.
-      params: its parameters.
-      session: of several rows.
-      row: its number.
-      prompt: token ids.
-
     Raises:
       ValueError: there is no such row, or the prompt is malformed.
     """

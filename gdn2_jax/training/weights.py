@@ -18,12 +18,8 @@ from gdn2_jax.training.step import abstract_state
 class Weights(NamedTuple):
     """A trained model, read when asked for.
 
-    Attributes:
-      model: its configuration.
-      training: that of the run; None for a PyTorch checkpoint.
-      tokenizer: for `DataConfig.tokenizer`; "bytes" if the checkpoint has none.
-      end_of_document: for `DataConfig.end_of_document`.
-      load: returns the parameters.
+    `load` returns the parameters. `training` is None for a PyTorch checkpoint, `tokenizer` "bytes" for
+    one without. Both names are those of `DataConfig`.
     """
 
     model: ModelConfig
