@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -53,23 +52,23 @@ def test_steps_match_the_recurrence_with_all_gradients(key_dim, value_dim, optio
 
 @pytest.mark.parametrize("columns", [16, 32, 64])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_every_tuning_computes_the_same_without_races(dim, columns):
+def test_every_tuning_computes_the_same_without_races(dim, columns, races_found):
     arrays = one_token(2, 1, dim, dim, value_heads=2)
     with interpret_mode(detect_races=True):
         results = decode_step(*arrays, 0.3, Tuning(columns=columns))
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     expected = gated_delta_rule_2_step(*arrays, scale=0.3, implementation="xla")
     np.testing.assert_allclose(results[0], expected[0], atol=1e-6)
     np.testing.assert_allclose(*(x[1].astype(jnp.float32) for x in (results, expected)), rtol=1e-2)
 
 
 @pytest.mark.parametrize("seeds", [None, jnp.arange(4).reshape(2, 2)], ids=["nearest", "random"])
-def test_a_bfloat16_state_is_rounded_as_by_xla(seeds):
+def test_a_bfloat16_state_is_rounded_as_by_xla(seeds, races_found):
     state, *arrays = one_token(2, 1, 64, 128, value_heads=2)
     state = state.astype(jnp.bfloat16)
     with interpret_mode(detect_races=True):
         found, output = step(state, *arrays, rounding_seeds=seeds)
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
     expected, expected_output = gated_delta_rule_2_step(
         state, *arrays, rounding_seeds=seeds, implementation="xla"
     )

@@ -8,7 +8,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -43,13 +42,13 @@ def draw(length=100, key_dim=128, **options):
         ),
     ],
 )
-def test_kernels_match_the_recurrence_without_races(options):
+def test_kernels_match_the_recurrence_without_races(options, races_found):
     with interpret_mode(detect_races=True):
         assert_matches_recurrence(kernels, draw(**options))
-    assert not interpret_pallas_call.get_races().races_found
+    assert not races_found()
 
 
-def test_a_race_is_found():
+def test_a_race_is_found(races_found):
     def kernel(x, out, shared):
         thread = jax.lax.axis_index("wg")
         pl.when(thread == 0)(lambda: shared.__setitem__(..., x[...]))
@@ -59,7 +58,7 @@ def test_a_race_is_found():
     options = {"num_threads": 2, "thread_name": "wg", "out_type": jax.typeof(x)}
     with interpret_mode(detect_races=True):
         plgpu.kernel(kernel, scratch_types=[plgpu.SMEM(x.shape, x.dtype)], **options)(x)
-    assert interpret_pallas_call.get_races().races_found
+    assert races_found()
 
 
 def test_forward_without_gradients_equals_the_one_that_saves_for_them():
