@@ -189,7 +189,7 @@ def compile_all(runs: dict[str, TrainingConfig], directory: Path) -> dict[str, P
         for _ in tqdm(as_completed(futures), "compile", len(futures), mininterval=1):
             pass
     finally:
-        # Ctrl-C does not wait for what is being compiled.
+        # Ctrl-C does not wait for compilations.
         pool.shutdown(wait=False, cancel_futures=True)
     return programs
 

@@ -227,7 +227,7 @@ def load_tokenizer(name: str | Path, end_of_document: str = "") -> Tokenizer:
     """Returns the tokenizer "bytes", or the one in a file.
 
     Args:
-      name: "bytes", the path of a Hugging Face tokenizer.json, or of what `save` wrote.
+      name: "bytes", or the path of a Hugging Face tokenizer.json or of a file that `save` wrote.
       end_of_document: the token that ends a document; empty: the usual names are tried.
 
     Raises:

@@ -122,7 +122,7 @@ class DeltaRule:
         return GatedDeltaNet2(**shared, erase_gate=self.erase_gate, write_gate=self.write_gate)
 
     def flops(self, d_model: int, sequence_length: int) -> float:
-        """FLOPs of the recurrence for one token, 2 d_k d_v a head for each of what follows.
+        """FLOPs of the recurrence for one token: 2 d_k d_v a head for each read and write.
 
         Each step reads at its key and writes; the query reads once.
         """

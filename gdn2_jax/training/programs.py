@@ -64,5 +64,5 @@ def compile_programs(config: TrainingConfig, mesh: Mesh) -> Programs[Callable]:
     try:
         return wait_for(submit_programs(config, mesh, pool))
     finally:
-        # Ctrl-C does not wait for what is being compiled.
+        # Ctrl-C does not wait for compilations.
         pool.shutdown(wait=False, cancel_futures=True)

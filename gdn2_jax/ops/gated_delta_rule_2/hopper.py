@@ -1,8 +1,9 @@
 """The operator on a Hopper GPU: the Pallas kernels, and the custom_vjp around them.
 
-Forward and backward each run a kernel over all chunks at once for what needs no state, and one
-over the sequence for the states. The forward keeps the kernels' own intermediates for the
-backward, about 1.2 times the inputs; `jax.checkpoint` around a layer trades them for a second run.
+Forward and backward each run two kernels: one over all chunks at once, for everything that needs no
+state, and one over the sequence, for the states. The forward keeps the kernels' own intermediates
+for the backward, about 1.2 times the inputs; `jax.checkpoint` around a layer trades them for a
+second run.
 """
 
 import functools

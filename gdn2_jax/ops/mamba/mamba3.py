@@ -382,8 +382,8 @@ _rotated_rows.defvjp(_rotated_rows_fwd, _rotated_rows_bwd)
 def _differentiated_once[Gradients](x: Gradients) -> Gradients:
     """Refuses to be differentiated.
 
-    The gradient of the turns is not the derivative of what they are constants in, so that second
-    derivatives would be wrong over several chunks.
+    The phases contain the angles of earlier chunks as constants; `mix_chunks` adds their gradient.
+    Second derivatives do not see that, and would be wrong over several chunks.
     """
     return x
 
