@@ -76,7 +76,7 @@ class Options:
       models: presets; the operator alone where empty.
       contexts: tokens before those that are generated.
       new_tokens: generated in a sample.
-      unroll: compile the layers of models one after another, not as a loop.
+      unroll: compile the layers of models one after another, not as a loop; the preset's if None.
       minutes: after these, no further row is measured.
     """
 
@@ -91,7 +91,7 @@ class Options:
     models: tuple[str, ...] = ()
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768, 65536, 262144, 1048576)
     new_tokens: int = 128
-    unroll: bool = False
+    unroll: bool | None = None
     minutes: float = 20
 
     def __post_init__(self):
@@ -201,8 +201,8 @@ def benchmark_models(options: Options) -> None:
     bandwidth = copy_bandwidth() if jax.default_backend() == "gpu" else None
     rows = read_rows(options.output) if options.output else []
     # The file may hold rows of the operator, too, and rows from before states had other dtypes.
-    rows = [{"state": "float32"} | row for row in rows if "model" in row]
-    keys = ("model", "batch", "state", "context")
+    rows = [{"state": "float32", "unroll": False} | row for row in rows if "model" in row]
+    keys = ("model", "batch", "state", "context", "unroll")
     done = {tuple(row[key] for key in keys) for row in rows}
     late = []
     print(f"{device}, jax {jax.__version__}\n{format_header(MODEL_COLUMNS)}", flush=True)
@@ -211,15 +211,15 @@ def benchmark_models(options: Options) -> None:
         rounded = isinstance(PRESETS[name].mixer, DeltaRule)
         kinds = options.states if rounded else ("float32",)
         for batch, kept, context in itertools.product(options.batches, kinds, options.contexts):
-            if (name, batch, kept, context) in done:
+            config = model_config(name, context, options.unroll, kept)
+            if (name, batch, kept, context, config.unroll) in done:
                 continue
             if time.monotonic() - start > options.minutes * 60:
                 late.append(f"{name} B={batch} {context}")
                 continue
-            config = model_config(name, context, options.unroll, kept)
             params = random_params(config) if params is None else params
             row = {"device": device, "model": name, "batch": batch, "state": kept}
-            row |= {"context": context, "unroll": options.unroll}
+            row |= {"context": context, "unroll": config.unroll}
             try:
                 row |= time_model(options, config, params, batch, context)
             except jax.errors.JaxRuntimeError as error:
@@ -238,9 +238,11 @@ def benchmark_models(options: Options) -> None:
         print(f"rows in {options.output}, figure in {options.output.with_suffix('.png')}")
 
 
-def model_config(name: str, context: int, unroll: bool, kept: StateForm) -> ModelConfig:
+def model_config(name: str, context: int, unroll: bool | None, kept: StateForm) -> ModelConfig:
     """The preset with weights of 16 bits; full attention keeps the context and what follows."""
-    config = dataclasses.replace(PRESETS[name], param_dtype="bfloat16", unroll=unroll)
+    config = dataclasses.replace(PRESETS[name], param_dtype="bfloat16")
+    if unroll is not None:
+        config = dataclasses.replace(config, unroll=unroll)
     config = with_state_rounding(config, None if kept == "float32" else kept)
     if config.mixer.cache_grows:
         config = dataclasses.replace(config, context_length=context + 1024)
@@ -343,7 +345,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         "prefill_tokens_per_s": "prefill (tokens/s)",
         "cache_bytes": "cache (bytes)",
     }
-    keys = ("model", "batch", "state")
+    keys = ("model", "batch", "state", "unroll")
     kinds = sorted({tuple(row[key] for key in keys) for row in rows if "error" not in row})
     for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for number, kind in enumerate(kinds):
@@ -352,8 +354,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 for row in rows
                 if tuple(row[name] for name in keys) == kind and key in row
             )
-            model, batch, kept = kind
+            model, batch, kept, unroll = kind
             label = f"{model}, B={batch}" + ("" if kept == "float32" else f", bfloat16 ({kept})")
+            label += "" if unroll else ", layers in a loop"
             axes.plot(*zip(*points), marker=".", color=f"C{number}", label=label)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="context (tokens)", ylabel=title)

@@ -1,16 +1,70 @@
 """What mixers are made of: projections, parameters of heads, and the state between calls."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
+import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.short_convolution import ShortConvolution
 from gdn2_jax.parallel import beside, dense_product, partitioned
+
+_OF_THE_INPUT = frozenset(
+    ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "w_proj", "g_proj", "f_proj_0", "g_proj_0")
+)
+"""Projections of mixers whose input is the layer's."""
+
+
+@flax.struct.dataclass
+class MergedKernels:
+    """Kernels of projections that read the same input, side by side.
+
+    Attributes:
+      kernel: of all.
+      columns: name, first and last column of each.
+    """
+
+    kernel: Float[Array, "*layers D F"]
+    columns: tuple[tuple[str, int, int], ...] = flax.struct.field(pytree_node=False)
+
+
+def merge_projections(params: dict, dtype: Any) -> dict:
+    """Parameters whose layers project their input by one product, for decoding.
+
+    A step of decoding is bound by reading weights: several small products read them more slowly than
+    one large product does.
+
+    Args:
+      params: of a model or a layer.
+      dtype: of the merged kernels, the model's compute dtype.
+
+    Returns:
+      The parameters with a `MergedKernels` named "merged" in each layer that has such projections,
+      in their place. Kernels that are split over Explicit axes stay apart.
+    """
+    children = {
+        name: merge_projections(x, dtype) if isinstance(x, dict) else x
+        for name, x in params.items()
+    }
+    names = [
+        name
+        for name in children
+        if name in _OF_THE_INPUT
+        and set(children[name]) == {"kernel"}
+        and not any(jax.typeof(children[name]["kernel"]).sharding.spec)
+    ]
+    if len(names) < 2:
+        return children
+    kernels = [children.pop(name)["kernel"].astype(dtype) for name in names]
+    stops = list(itertools.accumulate(kernel.shape[-1] for kernel in kernels))
+    columns = tuple(zip(names, [0, *stops], stops))
+    return children | {"merged": MergedKernels(jnp.concatenate(kernels, axis=-1), columns)}
 
 
 def dense(
@@ -22,11 +76,19 @@ def dense(
     kernel_init: Initializer | None = None,
     use_bias: bool = False,
     split_channels: bool = True,
-) -> nn.Dense:
+) -> Callable[[Array], Array]:
     """A projection with the dtypes, the initialiser and the names of axes of `module`.
+
+    It is a part of the merged product where there is one.
 
     `axes` are our names of the kernel's two axes; `split_channels` is that of `dense_product`.
     """
+    merged = module.get_variable("params", "merged")
+    for part, start, stop in merged.columns if merged else ():
+        if part == name:
+            return lambda x: dense_product(
+                x.astype(merged.kernel.dtype), merged.kernel, (((x.ndim - 1,), (0,)), ((), ()))
+            )[..., start:stop]
     like = module.kernel_init
     return nn.Dense(
         features,

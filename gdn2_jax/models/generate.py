@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.layers.parts import merge_projections
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.session import Session, checked_rows, in_pieces, read, start_session
 
@@ -179,6 +180,11 @@ def _decode(config, params, session, ended, sampling, key, eos, known, steps):
       logits are not finite.
     """
     rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(ended.size))
+    params = merge_projections(params, config.dtype)
+    if config.unroll:
+        # A slice of stacked weights would be copied at every step.
+        params = params | {"layers": _unstacked(params["layers"])}
+        session = session._replace(cache={"layers": _unstacked(session.cache["layers"])})
 
     def broken(session):
         return ~jnp.isfinite(jnp.max(session.logits, axis=-1))
@@ -192,13 +198,29 @@ def _decode(config, params, session, ended, sampling, key, eos, known, steps):
         keys = jax.vmap(jax.random.fold_in, (0, None))(rows, known + step)
         token = _draw(session.logits, sampling, keys)
         token = jnp.where(ended, jnp.maximum(eos, 0), token)
-        session = read(config, params, session.cache, token[:, None])
+        session = read(config, _stacked(params), _stacked(session.cache), token[:, None])
+        if config.unroll:
+            session = session._replace(cache={"layers": _unstacked(session.cache["layers"])})
         return step + 1, session, ended | (token == eos), columns.at[step].set(token)
 
     columns = jnp.zeros((_MOST_STEPS, ended.size), jnp.int32)
     carry = (jnp.int32(0), session, ended, columns)
     step, session, _, columns = jax.lax.while_loop(goes_on, body, carry)
+    session = session._replace(cache=_stacked(session.cache))
     return session, columns, step, broken(session)
+
+
+def _unstacked(tree):
+    """A list of the trees of the layers, whose arrays are stacked in `tree`."""
+    (length,) = {x.shape[0] for x in jax.tree.leaves(tree)}
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(length)]
+
+
+def _stacked(tree):
+    """`tree` with its list of layers as one tree again: XLA takes a layer's slice for its part."""
+    if isinstance(layers := tree["layers"], list):
+        return tree | {"layers": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
+    return tree
 
 
 def _draw(logits: Float[Array, "B vocab"], sampling: Sampling, keys) -> Int[Array, "B"]:

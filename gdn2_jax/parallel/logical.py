@@ -232,6 +232,11 @@ def dense_product(
         }:
             channels = None
         options["out_sharding"] = NamedSharding(sharding.mesh, PartitionSpec(*rows, channels))
+    if x.ndim > 1 and math.prod(x.shape[:-1]) == 1:
+        # XLA makes of a product with one row a multiplication, which writes as many numbers as the
+        # kernel has, and a sum.
+        rows = jnp.broadcast_to(x, (*x.shape[:-2], 8, x.shape[-1]))
+        return jax.lax.dot_general(rows, kernel, dimensions, **options)[..., :1, :]
     return jax.lax.dot_general(x, kernel, dimensions, **options)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import importlib
 import time
@@ -6,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from gdn2_jax.models import LanguageModel, generate
+from gdn2_jax.models import LanguageModel, continue_session, generate, start_session
 from gdn2_jax.models.generate import Sampling, _draw
+from gdn2_jax.models.session import empty_cache
 
 module = importlib.import_module("gdn2_jax.models.generate")
 reading = importlib.import_module("gdn2_jax.models.session")
@@ -40,6 +43,35 @@ def test_greedy_tokens_are_the_most_likely_ones_of_the_full_forward(small_model)
     assert tokens.shape == (2, 14) and tokens.dtype == np.int32
     assert_greedy(config, params, start, tokens)
     assert len(np.unique(tokens[:, 5:])) > 3
+
+
+def test_layers_compiled_one_after_another_give_the_tokens_of_the_loop(hybrid_model):
+    config, params = hybrid_model
+    unrolled = dataclasses.replace(config, unroll=True)
+    start = prompt(1, 5)
+    assert_greedy(
+        config, params, start, generate(unrolled, params, start, max_new_tokens=9, temperature=0)
+    )
+    session = start_session(unrolled, params, start)
+    _, session = continue_session(unrolled, params, session, max_new_tokens=2)
+    assert jax.tree.map(jnp.shape, session.cache) == jax.tree.map(jnp.shape, empty_cache(config, 1))
+
+
+def test_kernels_split_over_explicit_axes_give_the_tokens_of_one_device(hybrid_model):
+    config, params = hybrid_model
+    start = prompt(1, 5)
+    mesh = jax.make_mesh((2,), ("columns",), devices=jax.devices()[:2])
+
+    def spec(path, leaf):
+        inner = "proj" in jax.tree_util.keystr(path) and "o_proj" not in jax.tree_util.keystr(path)
+        return (
+            PartitionSpec(*[None] * 2, "columns") if inner and leaf.ndim == 3 else PartitionSpec()
+        )
+
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, jax.tree.map_with_path(spec, params))
+        rows = generate(config, placed, start, max_new_tokens=4, temperature=0)
+    assert_greedy(config, params, start, rows)
 
 
 def test_streaming_gives_the_same_tokens_one_column_at_a_time(hybrid_model):
