@@ -196,8 +196,8 @@ def test_half_precision_model_keeps_parameters_stream_and_logits_in_float32(hybr
     np.testing.assert_allclose(logits, wide, atol=0.1 * jnp.abs(wide).max())
 
 
-def test_segments_isolate_documents(small_model):
-    config, params = small_model
+def test_segments_isolate_documents(hybrid_model):
+    config, params = hybrid_model
     ids = tokens(1, 12)
     segment_ids = jnp.array([[1] * 5 + [2] * 7])
     with jax.enable_x64(True):
@@ -207,8 +207,8 @@ def test_segments_isolate_documents(small_model):
         np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=1e-10)
 
 
-def test_model_is_causal(small_model):
-    config, params = small_model
+def test_model_is_causal(hybrid_model):
+    config, params = hybrid_model
     ids = tokens(1, 10)
     changed = ids.at[0, 6].add(1) % 31
     before, after = apply(config, params, ids), apply(config, params, changed)
@@ -216,8 +216,8 @@ def test_model_is_causal(small_model):
     assert jnp.all(jnp.any(before[:, 6:] != after[:, 6:], axis=-1))
 
 
-def test_decoding_equals_the_full_forward(small_model):
-    config, params = small_model
+def test_decoding_equals_the_full_forward(hybrid_model):
+    config, params = hybrid_model
     ids = tokens(2, 12)
     full = apply(config, params, ids)
     model = LanguageModel(config, decode=True)

@@ -104,8 +104,8 @@ def test_split_arrays_stay_split(axes, rows, columns):
         np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
 
 
-def test_loss_of_a_model_is_that_of_its_logits(small_model):
-    config, params = small_model
+def test_loss_of_a_model_is_that_of_its_logits(hybrid_model):
+    config, params = hybrid_model
     inputs, targets = jax.random.randint(jax.random.key(3), (2, 2, 9), 0, 31)
     segment_ids = jnp.array([[1] * 9, [1] * 4 + [2] * 5])
     weights = jnp.ones((2, 9)).at[1, 6:].set(0)
