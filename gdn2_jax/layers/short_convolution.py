@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.ops.short_convolution import short_convolution_kernels_or
 from gdn2_jax.parallel import (
     as_typed,
     axis_size,
@@ -93,8 +94,14 @@ class ShortConvolution(nn.Module):
         else:
             inputs, padding = x, past
         rows = ("batch", None)
+
+        def run(*arrays):
+            return _convolve(*arrays, padding, self.unit_dim)
+
+        if padding:
+            run = functools.partial(short_convolution_kernels_or, run, self.unit_dim)
         convolve = as_typed(
-            lambda *arrays: _convolve(*arrays, padding, self.unit_dim),
+            run,
             ((*rows, "heads"), (None, "heads"), ("heads",), rows),
             (*rows, "heads"),
             heads=channels // (self.unit_dim or 1),

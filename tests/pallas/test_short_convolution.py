@@ -1,0 +1,72 @@
+"""The kernels of the short convolution on a CPU: in GPU interpret mode, and lowered for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gdn2_jax.ops.short_convolution import short_convolution_by_kernels
+from gdn2_jax.pallas.mosaic import interpret_mode
+from gdn2_jax.pallas.short_convolution import TOKENS, convolve, convolve_backward
+
+
+def inputs(rows=1, length=2 * TOKENS, channels=128):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, dy = (jax.random.normal(key, (rows, length, channels), jnp.bfloat16) for key in keys[:2])
+    kernel = jax.random.uniform(keys[2], (rows, 4, channels), minval=-0.5, maxval=0.5)
+    return x, kernel, dy
+
+
+def definition(x, kernel, *, unit):
+    """In NumPy's order: a tap after the other, in the arrays' dtype."""
+    length = x.shape[1]
+    past = jnp.pad(x, ((0, 0), (3, 0), (0, 0)))
+    y = jax.nn.silu(sum(kernel[:, i, None] * past[:, i : i + length] for i in range(4)))
+    heads = y.reshape(*x.shape[:2], -1, 128)
+    lengths = jnp.sqrt(jnp.sum(heads**2, -1, keepdims=True) + 1e-6)
+    return (heads / lengths).reshape(x.shape) if unit else y
+
+
+def assert_close(actual, expected, tolerance):
+    error = np.linalg.norm(np.asarray(actual, np.float64) - expected)
+    assert error <= tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_kernels_match_the_definition_with_all_gradients_and_without_races(unit):
+    x, kernel, dy = inputs()
+    with interpret_mode(detect_races=True):
+        y = convolve(x, kernel, unit=unit)
+        gradients = convolve_backward(x, kernel, dy, unit=unit)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(array, jnp.float64) for array in (x, kernel, dy)]
+        expected, pullback = jax.vjp(functools.partial(definition, unit=unit), *wide[:2])
+        expected = [np.asarray(array) for array in (expected, *pullback(wide[2]))]
+    # Of rounding once to bfloat16, and of float32.
+    for actual, exact, tolerance in zip((y, *gradients), expected, (2e-3, 2e-3, 1e-6)):
+        assert_close(actual, exact, tolerance)
+
+
+def test_mapped_rows_are_rows_and_their_gradients():
+    x, kernel, dy = inputs(rows=2, length=TOKENS, channels=128)
+
+    def run(x, dy):
+        y, pullback = jax.vjp(functools.partial(short_convolution_by_kernels, 128), x, kernel[0])
+        return y, *pullback(dy)
+
+    with interpret_mode():
+        mapped = jax.vmap(run)(x[:, None], dy[:, None])
+        expected = run(x, dy)
+    for actual, row in zip(mapped[:2], expected):
+        np.testing.assert_array_equal(actual[:, 0], row)
+    np.testing.assert_allclose(mapped[2].sum(0), expected[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_kernels_lower_for_cuda(unit):
+    x, kernel, dy = inputs()
+    for function, arrays in ((convolve, (x, kernel)), (convolve_backward, (x, kernel, dy))):
+        lowered = function.trace(*arrays, unit=unit).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("@mosaic_gpu") == 1
