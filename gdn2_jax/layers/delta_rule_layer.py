@@ -15,6 +15,7 @@ from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import small_xavier_uniform
 from gdn2_jax.layers.inputs import check_attributes, check_choices
 from gdn2_jax.layers.parts import dense, from_cached_state, short_convolution
+from gdn2_jax.layers.rms_norm import RMSNorm
 from gdn2_jax.layers.short_convolution import to_unit_length
 from gdn2_jax.ops import (
     Implementation,
@@ -128,9 +129,7 @@ class DeltaRuleLayer(nn.Module):
     ) -> Float[Array, "B T {width}"]:
         """o_proj(RMSNorm(o) * activation(z))."""
         wide = jnp.promote_types(o.dtype, jnp.float32)
-        norm = nn.RMSNorm(
-            self.norm_epsilon, dtype=wide, param_dtype=self.param_dtype, name="o_norm"
-        )
+        norm = RMSNorm(self.norm_epsilon, wide, self.param_dtype, name="o_norm")
         gate = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}[activation]
         y = norm(o) * gate(split_heads(z, self._value_heads).astype(wide))
         y = checkpoint_name(y.astype(o.dtype), "operand")

@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers import SwiGLU
+from gdn2_jax.layers.rms_norm import RMSNorm
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.mixers import Mixer, depth_scaled
 from gdn2_jax.models.remat import policy
@@ -41,10 +42,8 @@ class Block(nn.Module):
         config = self.config
 
         def norm(name, x):
-            module = nn.RMSNorm(
-                config.norm_epsilon, dtype=x.dtype, param_dtype=config.param_dtype, name=name
-            )
-            return checkpoint_name(module(x).astype(config.dtype), "operand")
+            module = RMSNorm(config.norm_epsilon, config.dtype, config.param_dtype, name=name)
+            return module(x)
 
         mixer = self.mixer.layer(config, self.decode, "mixer")
         mixed = mixer(norm("mixer_norm", x), segment_ids)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.layers.initializers import fan_in_uniform
+from gdn2_jax.layers.rms_norm import RMSNorm
 from gdn2_jax.models.blocks import Layers, residual_dtype
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.parallel import as_typed, constrain, dense_product, gathered, partitioned
@@ -89,11 +90,9 @@ class LanguageModel(nn.Module):
         x, _ = layers(config, self.decode, name="layers")(x, segment_ids)
         if last_only:
             x = x[:, -1:]
-        x = nn.RMSNorm(
-            config.norm_epsilon, dtype=dtype, param_dtype=config.param_dtype, name="final_norm"
-        )(x)
+        x = RMSNorm(config.norm_epsilon, config.dtype, config.param_dtype, name="final_norm")(x)
         if not head:
-            return x.astype(config.dtype)
+            return x
         logits = nn.Dense(
             config.vocab_size,
             use_bias=False,

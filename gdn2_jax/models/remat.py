@@ -13,7 +13,8 @@ _KERNELS = ("custom_vmap_call", "core_map", "pallas_call", "dot_product_attentio
 def policy(remat: str) -> Callable[..., bool]:
     """Returns the `jax.checkpoint` policy of `ModelConfig.remat`, but for "none"."""
     # Layers name what kernels and matrix products take, and blocks what mixers give.
-    names = ("mixer_output", "operand") if remat == "intermediates" else ("mixer_output",)
+    # Statistics of norms are one number a token.
+    names = ("mixer_output", "statistic", *(["operand"] if remat == "intermediates" else []))
     named = jax.checkpoint_policies.save_only_these_names(*names)
 
     def keep(primitive: Any, *avals: Any, **params: Any) -> bool:

@@ -189,7 +189,7 @@ def test_half_precision_model_keeps_parameters_stream_and_logits_in_float32(hybr
     assert logits.dtype == jnp.float32
     for block in ("block", "attention_block"):
         assert layers[block]["__call__"][0].dtype == jnp.float32
-        assert layers[block]["mixer_norm"]["__call__"][0].dtype == jnp.float32
+        assert layers[block]["mixer_norm"]["__call__"][0].dtype == dtype
         assert layers[block]["mixer"]["__call__"][0].dtype == dtype
         assert layers[block]["mlp"]["__call__"][0].dtype == dtype
     wide = apply(config, params, ids)
