@@ -17,7 +17,7 @@ _TINY_MIXERS = {
     SoftmaxAttention: {"num_heads": 2, "window_size": 128},
 }
 # Compares mixers on bytes within minutes on one data-centre GPU.
-_30M = {"vocab_size": 257, "d_model": 512, "num_layers": 8}
+_30M = {"vocab_size": 257, "d_model": 512, "num_layers": 8, "unroll": True}
 _30M_MIXERS = {
     DeltaRule: {"num_heads": 4, "head_dim": 128},
     StateSpace: {"inner_dim": 1024, "state_dim": 64},
@@ -42,7 +42,7 @@ _305M_MIXERS = {
     SoftmaxAttention: {"num_heads": 16},
 }
 # The paper's models; "1.3B" counts the blocks without embedding and head. Mixers have their defaults.
-_PAPER = {"d_model": 2304, "num_layers": 18, "remat": "elementwise", "unroll": True}
+_PAPER = {"d_model": 2304, "num_layers": 18, "remat": "intermediates", "unroll": True}
 
 _Sizes = dict[type, dict[str, Any]]
 # Names are filled with the mixer; "swa_" makes a hybrid. Each scale: the fields that all models share,
