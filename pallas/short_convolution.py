@@ -25,6 +25,7 @@ TOKENS = 64
 """Of a block."""
 _ROWS = 4
 """Tokens that the threads of a block hold at once, 4 channels each: a token is one warp's."""
+_SHAPE = (_ROWS, WIDTH)
 _UNROLL = 2
 _LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((_ROWS, WIDTH), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
@@ -54,7 +55,7 @@ def convolve(
         def of(first, _):
             s, *_ = _silu(_convolved(taps, _seen(tile, first)))
             if unit:
-                s *= mosaic.over_columns(_per_length(s), s.shape)
+                s *= mosaic.over_columns(_per_length(s), _SHAPE)
             target = y.at[row, pl.ds(start + first, _ROWS), channels]
             mosaic.store_global(target, s.astype(y.dtype))
 
@@ -101,8 +102,8 @@ def convolve_backward(
             if unit:
                 inverse = _per_length(s)
                 along = jnp.sum(s * d, axis=1) * inverse * inverse
-                d -= s * mosaic.over_columns(along, s.shape)
-                d *= mosaic.over_columns(inverse, s.shape)
+                d -= s * mosaic.over_columns(along, _SHAPE)
+                d *= mosaic.over_columns(inverse, _SHAPE)
             dc = d * gate * slope
             dc_tile[pl.ds(first, _ROWS)] = dc
             return tuple(total + dc * u for total, u in zip(d_taps, seen))
@@ -189,7 +190,7 @@ def _clear(is_there, tile, first: int) -> None:
 
 
 def _zeros(dtype) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((_ROWS, WIDTH), dtype), _LAYOUT)
+    return plgpu.layout_cast(jnp.zeros(_SHAPE, dtype), _LAYOUT)
 
 
 def _taps(kernel) -> list[jax.Array]:
@@ -208,7 +209,7 @@ def _load(ref) -> Float[Array, "R W"]:
 
 
 def _convolved(taps: list[jax.Array], seen: list[jax.Array]) -> Float[Array, "R W"]:
-    terms = [u * mosaic.over_rows(tap, u.shape) for tap, u in zip(taps, seen)]
+    terms = [u * mosaic.over_rows(tap, _SHAPE) for tap, u in zip(taps, seen)]
     return functools.reduce(jnp.add, terms)
 
 

@@ -26,7 +26,7 @@ def test_kernels_match_the_same_layer_in_float64(unit_dim):
         return y, pullback(dy)
 
     narrow = outputs_and_gradients.lower(params, x, dy, layer).compile()
-    assert narrow.as_text().count("mosaic_gpu") >= 2
+    assert str(narrow.as_text()).count("mosaic_gpu") >= 2
     results = narrow(params, x, dy)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda u: u.astype(jnp.float64), (params, x, dy))
