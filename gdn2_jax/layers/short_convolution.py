@@ -95,13 +95,12 @@ class ShortConvolution(nn.Module):
             inputs, padding = x, past
         rows = ("batch", None)
 
-        def run(*arrays):
+        def default(*arrays):
             return _convolve(*arrays, padding, self.unit_dim)
 
-        if padding:
-            run = functools.partial(short_convolution_kernels_or, run, self.unit_dim)
+        kernels_or = functools.partial(short_convolution_kernels_or, default, self.unit_dim)
         convolve = as_typed(
-            run,
+            kernels_or if padding else default,
             ((*rows, "heads"), (None, "heads"), ("heads",), rows),
             (*rows, "heads"),
             heads=channels // (self.unit_dim or 1),
