@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict, Unpack
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,7 +181,7 @@ def _decode(config, params, session, ended, sampling, key, eos, known, steps):
       logits are not finite.
     """
     rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(ended.size))
-    params = merge_projections(params, config.dtype)
+    params = merge_projections(nn.unbox(params), config.dtype)
     if config.unroll:
         # A slice of stacked weights would be copied at every step.
         params = params | {"layers": _unstacked(params["layers"])}

@@ -3,6 +3,7 @@ import functools
 import importlib
 import time
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 from gdn2_jax.models import LanguageModel, continue_session, generate, start_session
 from gdn2_jax.models.generate import Sampling, _draw
 from gdn2_jax.models.session import empty_cache
+from gdn2_jax.parallel.logical import RULES
 
 module = importlib.import_module("gdn2_jax.models.generate")
 reading = importlib.import_module("gdn2_jax.models.session")
@@ -71,6 +73,16 @@ def test_kernels_split_over_explicit_axes_give_the_tokens_of_one_device(hybrid_m
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, jax.tree.map_with_path(spec, params))
         rows = generate(config, placed, start, max_new_tokens=4, temperature=0)
+    assert_greedy(config, params, start, rows)
+
+
+def test_parameters_in_boxes_give_the_tokens_of_plain_ones(hybrid_model):
+    config, params = hybrid_model
+    with nn.logical_axis_rules(RULES):
+        boxed = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), prompt(1, 1))
+    boxed = nn.meta.replace_boxed(boxed["params"], params)
+    start = prompt(1, 5)
+    rows = generate(config, boxed, start, max_new_tokens=4, temperature=0)
     assert_greedy(config, params, start, rows)
 
 
