@@ -68,6 +68,22 @@ def test_a_file_that_is_damaged_is_reported_and_left_out(script, caplog):
     assert str(path) in caplog.text
 
 
+def test_without_a_file_that_can_be_read_the_rule_serves(script, monkeypatch, caplog):
+    case = plans.case("key_backward", 128, 128, True, 1)
+    plans.cache_path().mkdir(parents=True)
+    assert plans.plan(case) == plans.rule(case, 89)
+    assert "Is a directory" in caplog.text
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    plans.tuned.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(plans.Path, "home", no_home)
+    assert plans.plan(case) == plans.rule(case, 89)
+    assert "home" in caplog.text
+
+
 def test_without_a_gpu_it_says_so(script, monkeypatch):
     monkeypatch.setattr(plans, "capability", lambda: None)
     with pytest.raises(SystemExit, match="expected an NVIDIA GPU of compute capability 8.0"):

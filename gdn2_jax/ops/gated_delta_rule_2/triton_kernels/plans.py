@@ -8,6 +8,7 @@ import collections
 import contextlib
 import functools
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ import jax
 
 from gdn2_jax.ops.gated_delta_rule_2.hopper import compute_capabilities
 from gdn2_jax.rows import read_rows
+
+_LOG = logging.getLogger(__name__)
 
 MIN_TILE = 16
 _FEW = 64
@@ -149,7 +152,11 @@ def measured(path: Path) -> dict[str, dict[Plan, float]]:
 @functools.cache
 def tuned() -> dict[str, Plan]:
     """The fastest plans that were measured on this card, by their cases; read once."""
-    times = measured(cache_path())
+    try:
+        times = measured(cache_path())
+    except (OSError, RuntimeError) as error:  # It may not be read, or there is no home.
+        _LOG.warning("no tuned plans of Triton kernels: %s", error)
+        return {}
     best = {case: min(plans, key=plans.__getitem__) for case, plans in times.items()}
     return {case: plan for case, plan in best.items() if times[case][plan] < math.inf}
 
