@@ -46,7 +46,7 @@ def load_config(path: Path) -> TrainingConfig:
         parts = {"data": DataConfig, "optimizer": OptimizerConfig, "mesh": MeshConfig}
         fields |= {name: part(**fields[name]) for name, part in parts.items()}
         return TrainingConfig(**fields)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} does not hold a configuration: {error}") from error
 
 

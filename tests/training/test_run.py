@@ -226,6 +226,7 @@ def test_config_names_the_field_that_is_out_of_range(config, field, value):
         ({"model": {"d_model": "16"}}, "d_model: expected an integer, got '16'"),
         ({"data": {"sequence_length": 8.0}}, "data.sequence_length: expected an integer, got 8.0"),
         ({"mesh": {"data": "all"}}, "mesh.data: expected an integer or None, got 'all'"),
+        ({"data": []}, "'list' object has no attribute 'items'"),
         ({"optimizer": {"beta1": "0.9"}}, "optimizer.beta1: expected a number, got '0.9'"),
     ],
 )
