@@ -21,7 +21,7 @@ from gdn2_jax.pallas import mosaic
 TAPS = 4
 WIDTH = 128
 """Channels of a block."""
-TOKENS = 64
+TOKENS = 32
 """Of a block."""
 _ROWS = 4
 """Tokens that the threads of a block hold at once, 4 channels each: a token is one warp's."""
