@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
@@ -46,18 +45,14 @@ def merge_projections(params: dict, dtype: Any) -> dict:
 
     Returns:
       The parameters with a `MergedKernels` named "merged" in each layer that has such projections,
-      in their place. Kernels that are split over Explicit axes stay apart.
+      in their place. The kernels must not be split over devices.
     """
     children = {
         name: merge_projections(x, dtype) if isinstance(x, dict) else x
         for name, x in params.items()
     }
     names = [
-        name
-        for name in children
-        if name in _OF_THE_INPUT
-        and set(children[name]) == {"kernel"}
-        and not any(jax.typeof(children[name]["kernel"]).sharding.spec)
+        name for name in children if name in _OF_THE_INPUT and set(children[name]) == {"kernel"}
     ]
     if len(names) < 2:
         return children

@@ -113,6 +113,9 @@ def continue_session(
     filler = 0 if eos is None else eos
     end = np.int32(-1 if eos is None else eos)  # No token is -1.
 
+    # Columns that are split over devices would move between them.
+    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
+    merges = all(x is None or x.is_fully_replicated for x in shardings)
     batch = session.logits.shape[0]
     new = np.full((batch, max_new_tokens), filler, np.int32)
     lengths = np.full(batch, max_new_tokens)
@@ -122,7 +125,7 @@ def continue_session(
         before = time.monotonic()
         steps = min(steps, max_new_tokens - known)
         session, columns, count, broken = _decode(
-            config, params, session, jnp.array(ended), sampling, key, end, known, steps
+            config, merges, params, session, jnp.array(ended), sampling, key, end, known, steps
         )
         for column in np.asarray(columns)[: int(count)]:
             column = np.where(ended, filler, column)
@@ -170,8 +173,8 @@ class Sampling(NamedTuple):
         return cls._make((np.float32(temperature), np.int32(top_k), np.float32(top_p)))
 
 
-@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("session",))
-def _decode(config, params, session, ended, sampling, key, eos, known, steps):
+@functools.partial(jax.jit, static_argnames=("config", "merges"), donate_argnames=("session",))
+def _decode(config, merges, params, session, ended, sampling, key, eos, known, steps):
     """Up to `steps` tokens more than the `known` ones.
 
     Stops early when all rows have ended, and before a token whose logits are not finite.
@@ -181,10 +184,12 @@ def _decode(config, params, session, ended, sampling, key, eos, known, steps):
       logits are not finite.
     """
     rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(ended.size))
-    params = merge_projections(nn.unbox(params), config.dtype)
+    params = nn.unbox(params)
+    if merges:
+        params = merge_projections(params, config.dtype)
     if config.unroll:
         # A slice of stacked weights would be copied at every step.
-        params = params | {"layers": _unstacked(params["layers"])}
+        params = {**params, "layers": _unstacked(params["layers"])}
         session = session._replace(cache={"layers": _unstacked(session.cache["layers"])})
 
     def broken(session):

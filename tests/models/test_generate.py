@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import importlib
+import re
 import time
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gdn2_jax.models import LanguageModel, continue_session, generate, start_session
 from gdn2_jax.models.generate import Sampling, _draw
@@ -59,10 +60,8 @@ def test_layers_compiled_one_after_another_give_the_tokens_of_the_loop(hybrid_mo
     assert jax.tree.map(jnp.shape, session.cache) == jax.tree.map(jnp.shape, empty_cache(config, 1))
 
 
-def test_kernels_split_over_explicit_axes_give_the_tokens_of_one_device(hybrid_model):
-    config, params = hybrid_model
-    start = prompt(1, 5)
-    mesh = jax.make_mesh((2,), ("columns",), devices=jax.devices()[:2])
+def by_columns(params, mesh):
+    """The parameters on a mesh of one axis "columns", which splits those of inner projections."""
 
     def spec(path, leaf):
         inner = "proj" in jax.tree_util.keystr(path) and "o_proj" not in jax.tree_util.keystr(path)
@@ -70,10 +69,34 @@ def test_kernels_split_over_explicit_axes_give_the_tokens_of_one_device(hybrid_m
             PartitionSpec(*[None] * 2, "columns") if inner and leaf.ndim == 3 else PartitionSpec()
         )
 
+    specs = jax.tree.map_with_path(spec, params)
+    return jax.device_put(params, jax.tree.map(lambda x: NamedSharding(mesh, x), specs))
+
+
+def test_kernels_split_over_explicit_axes_give_the_tokens_of_one_device(hybrid_model):
+    config, params = hybrid_model
+    start = prompt(1, 5)
+    mesh = jax.make_mesh((2,), ("columns",), devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        placed = jax.device_put(params, jax.tree.map_with_path(spec, params))
+        placed = by_columns(params, mesh)
         rows = generate(config, placed, start, max_new_tokens=4, temperature=0)
     assert_greedy(config, params, start, rows)
+
+
+def test_kernels_split_over_devices_stay_where_they_are(hybrid_model, monkeypatch):
+    config, params = hybrid_model
+    mesh = jax.make_mesh((2,), ("columns",), (AxisType.Auto,), devices=jax.devices()[:2])
+    decode, programs = module._decode, []
+
+    def compiled(config, merges, *arguments):
+        programs.append(decode.lower(config, merges, *arguments).compile())
+        return programs[-1](*arguments)
+
+    monkeypatch.setattr(module, "_decode", compiled)
+    placed, start = by_columns(params, mesh), prompt(1, 5)
+    rows = generate(config, placed, start, max_new_tokens=4, temperature=0)
+    assert_greedy(config, params, start, rows)
+    assert not re.search("all-to-all|collective-permute", programs[0].as_text())
 
 
 def test_parameters_in_boxes_give_the_tokens_of_plain_ones(hybrid_model):
