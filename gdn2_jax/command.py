@@ -97,7 +97,7 @@ def run_command(
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
     if keep_programs and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(_compilation_cache()))
+        jax.config.update("jax_compilation_cache_dir", _compilation_cache())
     if gpu_memory is not None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(gpu_memory))
     signal.signal(signal.SIGTERM, _terminate)
@@ -177,12 +177,19 @@ def _terminate(number, frame) -> None:
     raise _Terminated
 
 
-def _compilation_cache() -> Path:
-    """A directory for this kind of CPU: other machines of this home may not run its programs."""
+def _compilation_cache() -> str | None:
+    """A directory for this kind of CPU: other machines of this home may not run its programs.
+
+    None for a user without a home, as in some containers.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
     try:
         facts = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         facts = []
     flags = sorted({line for line in facts if line.startswith(("flags", "Features", "model name"))})
     digest = hashlib.blake2b("".join(flags).encode(), digest_size=4).hexdigest()
-    return Path.home() / ".cache" / "gdn2_jax" / f"compiled-{platform.machine()}-{digest}"
+    return str(home / ".cache" / "gdn2_jax" / f"compiled-{platform.machine()}-{digest}")

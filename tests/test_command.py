@@ -1,6 +1,7 @@
 import sys
+from pathlib import Path
 
-from gdn2_jax.command import out_of_memory
+from gdn2_jax.command import _compilation_cache, out_of_memory
 
 import jax
 import jax.numpy as jnp
@@ -29,3 +30,11 @@ def test_ctrl_c_during_imports_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["experiments/train.py"])
     sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == "\ntrain.py: stopped by SIGINT\n"
+
+
+def test_a_user_without_a_home_has_no_kept_programs(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert _compilation_cache() is None
