@@ -252,23 +252,10 @@ def key_backward(
     total = tl.exp2(tl.sum(log_decay, axis=0)) * d_total
     d_decay += tl.where(before == last, total, 0.0)[None, :]
 
-    # Through pairs of rows. Blocks come last: so the loop has more registers.
-    for step in range(1, LEVELS - LOW + 1):
-        factor = tl.exp2(sum_rows(load_sums(sums, 2 + LOW + step, C), log_decay, PARTS))
-        left_e = (erase * factor).to(operand)
-        left_q = (query * factor).to(operand)
-        right = (key * factor).to(operand)
-        d_left_e, d_left_q, d_right = pair_gradients(
-            d_erase, d_read, index, step, left_e, left_q, right, LOW, C, PRECISION
-        )
-        d_left_e *= factor
-        d_left_q *= factor
-        d_right *= factor
-        d_erase_row += d_left_e
-        d_query += d_left_q
-        d_key += d_right
-        d_exponent = erase * d_left_e + query * d_left_q + key * d_right
-        d_decay += sum_rows(load_sums_transposed(sums, 2 + LOW + step, C), d_exponent, PARTS)
+    # Through pairs of rows. Rows of a pair with themselves do not decay.
+    own = tl.load(diagonal + index.to(tl.int64) * C + i)[:, None]
+    d_query += own * key
+    d_key += own * query
     if LOW > 0:
         exponent = sum_in_block(sums, log_decay, C, PARTS)
         # Weights of pairs fill fp32's range: gradients of pairs times a key may be 2^-38 to 2^15.
@@ -288,10 +275,22 @@ def key_backward(
         d_erase_row += d_left_e * up
         d_query += d_left_q * up
         d_key += d_right * down
-    # Rows of a pair with themselves do not decay.
-    own = tl.load(diagonal + index.to(tl.int64) * C + i)[:, None]
-    d_query += own * key
-    d_key += own * query
+    for step in range(1, LEVELS - LOW + 1):
+        factor = tl.exp2(sum_rows(load_sums(sums, 2 + LOW + step, C), log_decay, PARTS))
+        left_e = (erase * factor).to(operand)
+        left_q = (query * factor).to(operand)
+        right = (key * factor).to(operand)
+        d_left_e, d_left_q, d_right = pair_gradients(
+            d_erase, d_read, index, step, left_e, left_q, right, LOW, C, PRECISION
+        )
+        d_left_e *= factor
+        d_left_q *= factor
+        d_right *= factor
+        d_erase_row += d_left_e
+        d_query += d_left_q
+        d_key += d_right
+        d_exponent = erase * d_left_e + query * d_left_q + key * d_right
+        d_decay += sum_rows(load_sums_transposed(sums, 2 + LOW + step, C), d_exponent, PARTS)
 
     store_rows(dg, row, count, H, channel, d_decay, K, C)
     store_rows(dq, row, count, H, channel, d_query * SCALE, K, C)
