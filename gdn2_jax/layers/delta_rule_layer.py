@@ -81,7 +81,10 @@ class DeltaRuleLayer(nn.Module):
         if not self.use_short_conv:
             y = jax.nn.silu(y)
             return y if unit_dim is None else _heads_to_unit_length(y, unit_dim)
-        return short_convolution(self, f"{name}_conv1d", unit_dim=unit_dim)(y, segment_ids)
+        convolution = short_convolution(
+            self, f"{name}_conv1d", unit_dim=unit_dim, implementation=self.implementation
+        )
+        return convolution(y, segment_ids)
 
     def _mix_tied(self, q, k, v, g, beta, segment_ids) -> Float[Array, "B T Hv V"]:
         """The operator with one gate `beta` [B, T, Hv, 1] a value head, for erasing and writing.

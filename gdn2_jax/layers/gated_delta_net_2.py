@@ -66,7 +66,8 @@ class GatedDeltaNet2(DeltaRuleLayer):
         The random bits of "stochastic" follow from the number of tokens of the row's document so
         far, which the cache then has as `position`: the same document gives the same outputs, beside
         any other rows.
-      implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`.
+      implementation: of the operator, see `gdn2_jax.gated_delta_rule_2`, and of the convolutions, see
+        `ShortConvolution`.
     """
 
     erase_gate: GateStructure = "channel"

@@ -81,7 +81,9 @@ class Mamba2(nn.Module):
         in_proj = dense(self, "in_proj", features, split_channels=False)
         projected = in_proj(x)
         z, vkq, s = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)
-        convolution = short_convolution(self, "conv1d", use_bias=True)
+        convolution = short_convolution(
+            self, "conv1d", use_bias=True, implementation=self.implementation
+        )
         v, k, q = jnp.split(convolution(vkq, segment_ids), [inner, inner + shared], axis=-1)
         q, k = (u.reshape(*x.shape[:2], groups, self.state_dim) for u in (q, k))
         v = v.reshape(*x.shape[:2], heads, self.head_dim)

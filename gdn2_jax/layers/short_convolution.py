@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.ops import Implementation
 from gdn2_jax.ops.short_convolution import short_convolution_kernels_or
 from gdn2_jax.parallel import (
     as_typed,
@@ -43,6 +44,8 @@ class ShortConvolution(nn.Module):
       axes_like: initialiser; if its axes have names, the parameters' axes are named alike.
       decode: keep the last kernel_size - 1 inputs, and their documents, in the "cache"
         collection; see `GatedDeltaNet2` for the meaning of `segment_ids` between calls.
+      implementation: kernels for a Hopper GPU serve with None and "pallas", where they can. With
+        another name the program holds no kernel.
     """
 
     kernel_size: int = 4
@@ -52,6 +55,7 @@ class ShortConvolution(nn.Module):
     kernel_init: Callable[..., Array] = _uniform_fan_in_taps
     axes_like: Initializer | None = None
     decode: bool = False
+    implementation: Implementation | None = None
 
     @nn.compact
     def __call__(
@@ -100,7 +104,7 @@ class ShortConvolution(nn.Module):
 
         kernels_or = functools.partial(short_convolution_kernels_or, default, self.unit_dim)
         convolve = as_typed(
-            kernels_or if padding else default,
+            kernels_or if padding and self.implementation in (None, "pallas") else default,
             ((*rows, "heads"), (None, "heads"), ("heads",), rows),
             (*rows, "heads"),
             heads=channels // (self.unit_dim or 1),

@@ -72,7 +72,8 @@ class SoftmaxAttentionLayer(nn.Module):
     def _convolved(self, name: str, x: Array, segment_ids: Array | None) -> Float[Array, "B T D"]:
         if self.conv_size is None:
             return x
-        return short_convolution(self, f"{name}_conv1d")(x, segment_ids)
+        convolution = short_convolution(self, f"{name}_conv1d", implementation="xla")
+        return convolution(x, segment_ids)
 
     def _attend_on_mesh(self, q, k, v, segment_ids) -> Float[Array, "B T N H"]:
         split = axis_size("sequence") > 1

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gdn2_jax.layers import Attention, GatedDeltaNet2, ShortConvolution
+from gdn2_jax.ops.gated_delta_rule_2 import hopper
 from gdn2_jax.ops.short_convolution import short_convolution_by_kernels
 from gdn2_jax.pallas.mosaic import interpret_mode
 from gdn2_jax.pallas.short_convolution import TOKENS, convolve, convolve_backward
@@ -70,3 +72,22 @@ def test_kernels_lower_for_cuda(unit):
     for function, arrays in ((convolve, (x, kernel)), (convolve_backward, (x, kernel, dy))):
         lowered = function.trace(*arrays, unit=unit).lower(lowering_platforms=("cuda",))
         assert lowered.as_text().count("@mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(
+    "layer, kernels",
+    [
+        (ShortConvolution(), 1),
+        (ShortConvolution(implementation="xla"), 0),
+        (GatedDeltaNet2(num_heads=1, head_dim=128, dtype=jnp.bfloat16, implementation="xla"), 0),
+        (Attention(num_heads=1, conv_size=4, context_length=TOKENS, dtype=jnp.bfloat16), 0),
+    ],
+)
+def test_a_layer_beside_a_hopper_gpu_holds_no_kernel_where_it_names_another_form(
+    layer, kernels, monkeypatch
+):
+    monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
+    x = jnp.ones((1, TOKENS, 128), jnp.bfloat16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    lowered = jax.jit(layer.apply).trace(params, x).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == kernels
