@@ -21,6 +21,7 @@ from gdn2_jax.interop.pytorch.convert import (
 from gdn2_jax.interop.pytorch.files import StoredTensor, unwrapped, without_wrappers
 from gdn2_jax.interop.pytorch.layouts import Entry, layer_entries
 from gdn2_jax.layers import (
+    Attention,
     GatedDeltaNet,
     GatedDeltaNet2,
     KimiDeltaAttention,
@@ -34,6 +35,7 @@ _MIXERS = {
     GatedDeltaNet: "gdn",
     Mamba2: "mamba2",
     SlidingWindowAttention: "attention",
+    Attention: "attention",
 }
 
 
