@@ -40,24 +40,23 @@ docs: .venv/.docs  ## builds the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict
 
 .venv/.eval: .venv/.installed
-	.venv/bin/python -m pip install --quiet --no-compile --editable ".[eval]" --constraint constraints.txt
+	.venv/bin/python -m pip install --quiet --editable ".[eval]" --constraint constraints.txt
 	@touch $@
 
 .venv/.docs: .venv/.installed
-	.venv/bin/python -m pip install --quiet --no-compile --editable ".[docs]" --constraint constraints.txt
+	.venv/bin/python -m pip install --quiet --editable ".[docs]" --constraint constraints.txt
 	@touch $@
 
 .venv/.installed: setup.py constraints.txt
 .venv-newest/.installed: setup.py constraints-newest.txt
 
-# Modules are compiled when they are first imported; most never are.
 %/.installed:
 	@test -n "$(PYTHON)" || { echo "gdn2-jax needs Python >= 3.12 on the PATH (or PYTHON=/path/to/python3.12)"; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 12) and "gdn2-jax needs Python >= 3.12, but $(PYTHON) is %d.%d" % v[:2])'
 	$(PYTHON) -m venv $*
-	$*/bin/python -m pip install --quiet --no-compile --editable ".[train,test$(CUDA)]" --constraint $(filter constraints%,$^)
+	$*/bin/python -m pip install --quiet --editable ".[train,test$(CUDA)]" --constraint $(filter constraints%,$^)
 	@# For the guide to other people's models. Its bounds exclude current numpy and typeguard, with which it works.
-	$*/bin/python -m pip install --quiet --no-compile --no-deps recurrentgemma==1.0.1 --constraint $(filter constraints%,$^)
+	$*/bin/python -m pip install --quiet --no-deps recurrentgemma==1.0.1 --constraint $(filter constraints%,$^)
 	@touch $@
 
 clean:  ## removes what make has installed and built

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from gdn2_jax.parallel import explicit_sharding
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 or wider.
@@ -29,7 +31,11 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "B T *H D"]) -> Float[Array, "B T *H D"]:
         """Normalises `x`."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        return _norm(self.epsilon, jnp.dtype(self.dtype), x, scale)
+        dtype = jnp.dtype(self.dtype)
+        if explicit_sharding((x, scale)) or jax.typeof(x).manual_axis_type.varying:
+            # The scale's gradient is a sum over devices here, which JAX's own derivative places.
+            return _forward(self.epsilon, dtype, x, scale)[0]
+        return _norm(self.epsilon, dtype, x, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
