@@ -7,7 +7,7 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt32
 
-from gdn2_jax.ops.gated_delta_rule_2.batching import joining_the_batch
+from gdn2_jax.ops.batching import joining_the_batch
 from gdn2_jax.ops.gated_delta_rule_2.recurrent import step
 from gdn2_jax.pallas.decode_step import decode_step
 from gdn2_jax.pallas.rounding import mixed, round_stochastically

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.ops.arguments import match_varying_axes
-from gdn2_jax.ops.gated_delta_rule_2.batching import joining_the_batch
+from gdn2_jax.ops.batching import joining_the_batch
 from gdn2_jax.ops.gated_delta_rule_2.decode_step import decode_xla
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import (
     Plan,
