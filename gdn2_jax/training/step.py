@@ -202,6 +202,8 @@ def abstract_batch(config: TrainingConfig, mesh: Mesh, *leading: int) -> Batch:
 
 
 def _initial_params(config: TrainingConfig, key: Key[Array, ""]) -> Any:
-    # The definition of the operator traces ten times faster than kernels, and none of it remains.
-    model = LanguageModel(dataclasses.replace(config.model, implementation="recurrent"))
+    # The definition of the operator traces ten times faster than kernels, and none of it remains;
+    # unrolled, each layer's random numbers would be compiled again, a minute for 18 layers.
+    fast = dataclasses.replace(config.model, implementation="recurrent", unroll=False)
+    model = LanguageModel(fast)
     return model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
