@@ -1,10 +1,10 @@
 """Keeps NaN and infinity inside the document they come from.
 
 Matrix products over the rows of a chunk give what a row must not read a weight of zero, and
-0 * NaN is NaN. So tokens that are not finite enter an operator as zeros, which write nothing and
-forget nothing, and what depends on them is set to NaN behind it: the outputs of their document from
-there on, the state where it is the last document, and all gradients of the document's tokens.
-Cotangents that are not finite are treated likewise.
+0 * NaN is NaN. So what is not finite of a token enters an operator as zeros, and what depends on
+the token is set to NaN behind it: the outputs of its document from there on, the state where it is
+the last document, and all gradients of the document's tokens. Cotangents that are not finite are
+treated likewise.
 
 The Hopper kernels do not use this module. They count such values while they load them
 (gdn2_jax/pallas/segments.py); a mask made here would read all inputs once more.
@@ -78,10 +78,14 @@ def _positions(x: Array) -> Array:
 
 @jax.custom_vjp
 def _admit(tokens, state, bad, starts):
-    """Zeros in place of bad tokens, and a mark by which `_release` reports bad cotangents."""
+    """Zeros in place of what is not finite, and a mark by which `_release` reports bad cotangents.
+
+    A bad token keeps the arrays that are finite: where documents share a block of rows, another
+    log-decay would move the rounding of the next document's sums.
+    """
     del starts
-    clean = jax.tree.map(lambda x: replace(bad, 0, x), tokens)
-    return clean, jax.tree.map(lambda x: replace(bad[:, 0], 0, x), state), 0.0 * bad
+    clean = jax.tree.map(lambda x: replace(not_finite(x, 2), 0, x), tokens)
+    return clean, jax.tree.map(lambda x: replace(not_finite(x, 1), 0, x), state), 0.0 * bad
 
 
 def _admit_fwd(tokens, state, bad, starts):
