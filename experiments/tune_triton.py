@@ -22,7 +22,7 @@ from gdn2_jax.command import require_positive, run_command
 import jax
 from benchmark_operator import both, inputs, parse_shape
 
-from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import plans
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form, plans
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import Case, Plan
 from gdn2_jax.rows import Column, append_row, format_header, format_row
 from gdn2_jax.timing import device_events
@@ -69,6 +69,8 @@ def main(options: Options) -> None:
         raise SystemExit(
             "tune_triton.py: expected an NVIDIA GPU of compute capability 8.0 or more, found none"
         )
+    if obstacle := form.import_error():
+        raise SystemExit(f"tune_triton.py: {obstacle}")
     path = plans.cache_path()
     print(f"measurements of {jax.local_devices()[0].device_kind} go to {path}", flush=True)
     for text, dtype in itertools.product(options.shapes, options.dtypes):

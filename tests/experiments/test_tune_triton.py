@@ -4,8 +4,9 @@ import importlib
 
 import pytest
 
-from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import plans
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form, plans
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import Plan
+from gdn2_jax.rows import append_row
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def script(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "kernel_times", kernel_times)
     monkeypatch.setattr(module, "inputs", lambda shape, dtype: ())
     monkeypatch.setattr(plans, "capability", lambda: 89)
+    monkeypatch.setattr(form, "import_error", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     plans.tuned.cache_clear()
     yield module
@@ -68,6 +70,30 @@ def test_a_file_that_is_damaged_is_reported_and_left_out(script, caplog):
     assert str(path) in caplog.text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan": [64, 64, 4]},
+        {"plan": [64, 48, 4, 1]},
+        {"plan": "fast"},
+        {"plan": [64, 64.0, 4, 1]},
+        {"ms": float("nan")},
+        {"case": None},
+    ],
+    ids=str,
+)
+def test_a_row_that_is_no_measurement_is_reported_and_left_out(script, caplog, change):
+    case = plans.case("key_backward", 128, 128, True, 1)
+    row = plans.provenance() | {"case": str(case), "plan": [64, 64, 4, 1], "ms": 1.0}
+    append_row(plans.cache_path(), row)
+    assert plans.plan(case) == Plan(64, 64, 4, 1)
+    plans.tuned.cache_clear()
+    plans.cache_path().unlink()
+    append_row(plans.cache_path(), row | change)
+    assert plans.plan(case) == plans.rule(case, 89)
+    assert "no measurement" in caplog.text
+
+
 def test_without_a_file_that_can_be_read_the_rule_serves(script, monkeypatch, caplog):
     case = plans.case("key_backward", 128, 128, True, 1)
     plans.cache_path().mkdir(parents=True)
@@ -88,3 +114,10 @@ def test_without_a_gpu_it_says_so(script, monkeypatch):
     monkeypatch.setattr(plans, "capability", lambda: None)
     with pytest.raises(SystemExit, match="expected an NVIDIA GPU of compute capability 8.0"):
         script.main(script.Options())
+
+
+def test_without_what_the_kernels_need_nothing_counts_as_measured(script, monkeypatch):
+    monkeypatch.setattr(form, "import_error", lambda: "jax_triton cannot be imported (why)")
+    with pytest.raises(SystemExit, match=r"^tune_triton.py: jax_triton cannot be imported \(why\)"):
+        script.main(script.Options())
+    assert not plans.cache_path().exists()

@@ -89,8 +89,8 @@ def gated_delta_rule_2(
         key head, bf16 or fp16 beside a fp32 g), "triton" (kernels for NVIDIA GPUs of compute
         capability 8.0 or more, if jax-triton is installed; K up to 256, any dtypes but fp64; no
         `jax.export`), "xla" (chunkwise, any backend), "recurrent" (the definition, token by token),
-        or None for "pallas" on a Hopper GPU where it serves, else "triton" where that serves, else
-        "xla".
+        or None for "pallas" on a Hopper GPU where it serves, else "triton" where that serves and the
+        program is not exported, else "xla".
 
     Returns:
       Outputs of `v`'s shape and dtype, and the state after the last token (of each document, with
@@ -148,7 +148,8 @@ def gated_delta_rule_2(
     elif implementation == "xla":
         outputs, final_state = matrix_form(*arrays, starts, scale)
     else:
-        choice = {"pallas": hopper, "triton": triton, "xla": matrix_form}
+        by_triton = functools.partial(triton, portable=True)
+        choice = {"pallas": hopper, "triton": by_triton, "xla": matrix_form}
         outputs, final_state = fastest(_serving(choice, obstacles, scale), *arrays, starts)
     outputs, final_state = opaque((outputs, final_state))
     final_state = final_state.reshape(-1, *final_state.shape[-3:])
@@ -226,7 +227,7 @@ def gated_delta_rule_2_step(
     else:
 
         def by_triton(*arrays, scale):
-            return decode_triton(*arrays[:-1], scale)
+            return decode_triton(*arrays[:-1], scale, True)
 
         choice = {"pallas": decode_kernel, "triton": by_triton, "xla": decode_xla}
         results = fastest(_serving(choice, obstacles, scale), *arrays)

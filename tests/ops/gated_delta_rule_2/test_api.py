@@ -1,10 +1,11 @@
 """The public contract: dtypes, scale, choice of implementation, and an error for every misuse."""
 
 import functools
+import sys
+import types
 from types import SimpleNamespace
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -264,6 +265,7 @@ def test_kernels_say_that_they_cannot_serve_here(kernels):
         ("8.0", True, 64, "bfloat16", "triton"),
         ("12.0", True, 64, "bfloat16", "triton"),
         ("8.0", False, 64, "bfloat16", "xla"),
+        ("8.0", "broken", 64, "bfloat16", "xla"),
         ("8.0", True, 320, "bfloat16", "xla"),
         ("7.5", True, 64, "bfloat16", "xla"),
         ("gfx942", True, 64, "bfloat16", "xla"),
@@ -274,16 +276,17 @@ def test_none_takes_the_kernels_of_the_gpu_that_is_there(
 ):
     monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability=gpu)])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(form, "import_error", lambda: "broken" if installed == "broken" else None)
     chosen = []
 
     def noting(name, form):
-        return lambda *arrays, scale: chosen.append(name) or form(*arrays, scale)
+        return lambda *arrays, scale, **_: chosen.append(name) or form(*arrays, scale)
 
     for name, module in (("pallas", "hopper"), ("triton", "triton")):
         monkeypatch.setattr(api, module, noting(name, chunkwise))
     monkeypatch.setattr(api, "decode_kernel", noting("pallas", decode_xla))
     monkeypatch.setattr(
-        api, "decode_triton", lambda *x: chosen.append("triton") or decode_xla(*x[:-1], None, x[-1])
+        api, "decode_triton", lambda *x: chosen.append("triton") or decode_xla(*x[:7], None, x[7])
     )
     inputs = operator_inputs(1, 2, 1, key_dim, 64, dtype=dtype)
     jax.eval_shape(lambda *x: gated_delta_rule_2(*x), *inputs[:6])
@@ -292,10 +295,16 @@ def test_none_takes_the_kernels_of_the_gpu_that_is_there(
     assert whole == (chosen or ["xla"])[0] == expected
 
 
-def test_triton_says_why_it_is_not_exported():
-    with pytest.raises(NotImplementedError, match='^implementation="triton": jax.export .*"xla"$'):
-        jax.export.export(jax.jit(form._not_exported.bind))(jnp.ones(2))
-    assert jax.jit(form._not_exported.bind)(1.0) == 1
+def test_a_triton_that_cannot_be_imported_is_no_obstacle_to_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    monkeypatch.setattr(form, "capability", lambda: 80)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(form, "import_error", form.import_error.__wrapped__)
+    inputs = draw()
+    jax.eval_shape(gated_delta_rule_2, *inputs[:6])
+    with pytest.raises(NotImplementedError, match="jax_triton cannot be imported .Module.*xla"):
+        gated_delta_rule_2(*inputs[:6], implementation="triton")
 
 
 def test_triton_says_that_it_has_no_state_in_bfloat16():

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -19,6 +20,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
+from gdn2_jax.ops.arguments import segment_starts
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
 
@@ -120,6 +122,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(module.InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(form, "call_kernel", interpret)
     monkeypatch.setattr(form, "capability", lambda: 90)
+    monkeypatch.setattr(form, "import_error", lambda: None)  # JAX's CPU version has nothing for it
 
 
 @pytest.mark.parametrize(
@@ -214,6 +217,39 @@ def test_mapped_over_inside_shard_map_a_gradient_is_as_without():
     gradients = jax.jit(mapped)(arrays, state, ids)
     for x, y in zip(gradients, jax.grad(loss)(arrays, state, ids), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_an_exported_program_holds_no_kernels_where_none_named_them():
+    inputs = operator_inputs(1, 20, 1, 16, segments=2)
+
+    def gradients(run, *arrays):
+        results, pullback = jax.vjp(run, *arrays)
+        return results, pullback(results)
+
+    def xla(*arrays):
+        *six, state = arrays
+        ids = inputs.segment_ids
+        return gated_delta_rule_2(*six, initial_state=state, segment_ids=ids, implementation="xla")
+
+    starts = segment_starts(inputs.segment_ids)
+    run = functools.partial(form.triton, starts=starts, scale=0.25, portable=True)
+    exported = jax.export.export(jax.jit(functools.partial(gradients, run)), platforms=("cpu",))
+    results = exported(*inputs[:7]).call(*inputs[:7])
+    expected = jax.jit(functools.partial(gradients, xla))(*inputs[:7])
+    for x, y in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="jax.export takes no custom calls"):
+        jax.export.export(jax.jit(kernels), platforms=("cuda",))(*inputs[:6])
+
+
+def test_a_second_derivative_is_refused_by_name():
+    inputs = operator_inputs(1, 3, 1, 16)
+
+    def loss(q):
+        return jnp.sum(kernels(q, *inputs[1:6])[0] ** 2)
+
+    with pytest.raises(NotImplementedError, match="differentiated once, in reverse mode"):
+        jax.grad(lambda q: jnp.sum(jax.grad(loss)(q) ** 2))(inputs.q)
 
 
 @pytest.mark.slow

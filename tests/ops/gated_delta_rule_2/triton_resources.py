@@ -35,6 +35,7 @@ def launches(key_dim, value_dim, dtype, capability=90):
         return tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)
 
     form.call_kernel = record
+    form.import_error = lambda: None
     form.capability = plans.capability = lambda: capability
     key, value = (jax.ShapeDtypeStruct((2, 70, 2, d), dtype) for d in (key_dim, value_dim))
     decay = jax.ShapeDtypeStruct(key.shape, "float32")

@@ -4,6 +4,7 @@ The forward keeps the kernels' own intermediates for the backward, as `hopper` d
 """
 
 import functools
+import importlib
 import importlib.util
 import inspect
 from typing import Any
@@ -12,13 +13,12 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.ops.arguments import match_varying_axes
 from gdn2_jax.ops.batching import joining_the_batch
+from gdn2_jax.ops.gated_delta_rule_2.chunkwise import chunkwise
 from gdn2_jax.ops.gated_delta_rule_2.decode_step import decode_xla
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import (
     Plan,
@@ -28,6 +28,7 @@ from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import (
     tile,
 )
 from gdn2_jax.ops.isolation import isolated
+from gdn2_jax.ops.portable import unless_portable
 from gdn2_jax.ops.precision import HIGHEST, arithmetic_for, finite_log_decay
 
 _MAX_CHANNELS = 256
@@ -52,6 +53,17 @@ def why_not_triton(q, k, v, g, b, w) -> str | None:
         return (
             "the kernels need an NVIDIA GPU of compute capability 8.0 or more, and none is attached"
         )
+    return import_error()
+
+
+@functools.cache
+def import_error() -> str | None:
+    """Why what the kernels need cannot be imported, or None; imports it."""
+    try:
+        importlib.import_module("triton")
+        importlib.import_module("jax_triton")
+    except Exception as error:  # noqa: BLE001 - versions that do not go together raise anything
+        return f"jax_triton cannot be imported ({type(error).__name__}: {error})"
     return None
 
 
@@ -65,15 +77,17 @@ def triton(
     initial_state: Float[Array, "B H K V"],
     starts: Bool[Array, "B T"] | None,
     scale: float,
+    portable: bool = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Outputs (in v's dtype) and final state (fp32); arguments as in `chunkwise`.
 
     Where all inputs but g are bf16 or fp16, matrix products read bf16, or what would cancel in two bf16
-    parts, and the inverse TF32. Else they read fp32, in three TF32 products.
+    parts, and the inverse fp16, as exact as TF32. Else they read fp32, in three TF32 products. If
+    `portable`, exported programs hold `chunkwise` instead; else exporting raises a NotImplementedError.
     """
 
     def run(tokens, state):
-        results: Any = _triton(scale, *tokens, state, segment)
+        results: Any = _triton(scale, portable, *tokens, state, segment)
         return results
 
     if starts is None:
@@ -84,21 +98,22 @@ def triton(
     return isolated(run, (q, k, v, g, b, w), initial_state, starts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def decode_triton(state, q, k, v, g, b, w, scale: float):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def decode_triton(state, q, k, v, g, b, w, scale: float, portable: bool = False):
     """`decode_xla` by a Triton kernel, for inputs that `why_not_triton` lets pass.
 
     The new state is a new buffer: jax-triton's versions differ in what they pass for one that is reused.
     """
-    results: Any = joining_the_batch(functools.partial(_run_decode, scale))(state, q, k, v, g, b, w)
-    return results
+    kernel = functools.partial(_run_decode, scale)
+    form = functools.partial(decode_xla, seeds=None, scale=scale)
+    return _call(kernel, form if portable else None, state, q, k, v, g, b, w)
 
 
 def _decode_forward(*arguments):
-    return decode_triton(*arguments), arguments[:-1]
+    return decode_triton(*arguments), arguments[:-2]
 
 
-def _decode_backward(scale, arrays, cotangents):
+def _decode_backward(scale, _, arrays, cotangents):
     step = functools.partial(decode_xla, seeds=None, scale=scale)
     return jax.vjp(step, *arrays)[1](cotangents)
 
@@ -106,25 +121,43 @@ def _decode_backward(scale, arrays, cotangents):
 decode_triton.defvjp(_decode_forward, _decode_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _triton(scale, *arguments):
-    return joining_the_batch(functools.partial(_run_forward, scale, False))(*arguments)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _triton(scale, portable, *arguments):
+    form = functools.partial(_chunkwise, scale) if portable else None
+    return _call(functools.partial(_run_forward, scale, False), form, *arguments)
 
 
-def _forward(scale, *arguments):
-    outputs, final_state, *saved = joining_the_batch(functools.partial(_run_forward, scale, True))(
-        *arguments
-    )
-    *inputs, _, segment = arguments
-    return (outputs, final_state), (*inputs, segment, *saved)
+def _forward(scale, portable, *arguments):
+    form = functools.partial(_chunkwise, scale) if portable else None
+    kernels = functools.partial(_run_forward, scale, True)
+    outputs, final_state, *saved = _call(kernels, form, *arguments)
+    return (outputs, final_state), (arguments, saved)
 
 
-def _backward(scale, residuals, cotangents):
-    gradients = joining_the_batch(functools.partial(_run_backward, scale))(*residuals, *cotangents)
-    return *gradients, None
+def _backward(scale, portable, residuals, cotangents):
+    arguments, saved = residuals
+    form = functools.partial(_chunkwise_backward, scale) if portable else None
+    kernels = functools.partial(_run_backward, scale)
+    return *_call(kernels, form, *cotangents, *arguments, *saved), None
 
 
 _triton.defvjp(_forward, _backward)
+
+
+def _call(kernels, form, *arrays) -> Any:
+    return joining_the_batch(unless_portable(kernels, form, "triton"))(*arrays)
+
+
+def _chunkwise(scale, *arguments):
+    q, k, v, g, b, w, state, segment = arguments
+    starts = jnp.diff(segment, axis=1, prepend=0) > 0
+    return chunkwise(q, k, v, g, b, w, state, starts, scale)
+
+
+def _chunkwise_backward(scale, d_o, d_final_state, *rest):
+    *arrays, segment = rest[:8]
+    _, pullback = jax.vjp(lambda *x: _chunkwise(scale, *x, segment), *arrays)
+    return pullback((d_o, d_final_state))
 
 
 def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
@@ -167,12 +200,12 @@ def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
     return tuple(results)
 
 
-def _run_backward(scale, *arrays):
+def _run_backward(scale, d_o, d_final_state, *arrays):
     """Gradients of q, k, v, g, b, w and the initial state."""
     from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import backward
 
-    q, k, v, g, b, w, segment, y, k_tail, q_gamma, read, inverse, decay, *rest = arrays
-    residual, states, d_o, d_final_state = rest
+    q, k, v, g, b, w, _, segment, *saved = arrays
+    y, k_tail, q_gamma, read, inverse, decay, residual, states = saved
     (batch, length, heads, key_dim), value_dim = q.shape, v.shape[-1]
     chunks = -(-length // _CHUNK)
     operand, constants = _arithmetic(q, k, v, b, w)
@@ -300,31 +333,12 @@ def call_kernel(
     """
     import jax_triton
 
-    first, *others = arguments
     # jax-triton 0.4 has another name for it.
     parameters = inspect.signature(jax_triton.triton_call).parameters
     name = "out_type" if "out_type" in parameters else "out_shape"
     return jax_triton.triton_call(
-        _not_exported.bind(first), *others, kernel=kernel, grid=grid, **{name: outputs}, **options
+        *arguments, kernel=kernel, grid=grid, **{name: outputs}, **options
     )
-
-
-_not_exported = Primitive("not_exported")
-_not_exported.def_abstract_eval(lambda x: x)
-_not_exported.def_impl(lambda x: x)
-
-
-def _lower_not_exported(context, x):
-    """Lowers the identity, and says by name why a program with Triton kernels is not exported."""
-    if context.module_context.lowering_parameters.for_export:
-        raise NotImplementedError(
-            'implementation="triton": jax.export takes no custom calls without a guarantee of '
-            'compatibility, as these kernels are; use "xla"'
-        )
-    return [x]
-
-
-mlir.register_lowering(_not_exported, _lower_not_exported)
 
 
 def _fp32(shape) -> jax.ShapeDtypeStruct:

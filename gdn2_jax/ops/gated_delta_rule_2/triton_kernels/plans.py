@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,19 +135,36 @@ def cache_path() -> Path:
 
 @functools.cache
 def provenance() -> dict[str, str]:
-    """What a measurement holds for: this card, and the kernels' sources."""
+    """What a measurement holds for: this card, the kernels' sources and their compiler."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.blake2b(b"".join(x.read_bytes() for x in sources), digest_size=8)
-    return {"device": jax.local_devices()[0].device_kind, "kernels": digest.hexdigest()}
+    triton = next((x.version for x in distributions(name="triton")), "")
+    device = jax.local_devices()[0].device_kind
+    return {"device": device, "kernels": digest.hexdigest(), "triton": triton}
 
 
 def measured(path: Path) -> dict[str, dict[Plan, float]]:
-    """Milliseconds by case and plan, of those rows that hold for this card and these kernels."""
+    """Milliseconds by case and plan, of those rows that hold for this card and these kernels.
+
+    Rows without a plan or a time are left out with a warning.
+    """
     times = collections.defaultdict(dict)
     for row in read_rows(path, "ms"):
-        if provenance().items() <= row.items():
-            times[row["case"]][Plan(*row["plan"])] = row["ms"]
+        if not provenance().items() <= row.items():
+            continue
+        match row:
+            case {"case": str(name), "plan": [*sizes], "ms": ms} if _is_plan(sizes) and ms > 0:
+                times[name][Plan(*sizes)] = ms
+            case _:
+                _LOG.warning("%s: left out a row that is no measurement: %s", path, row)
     return times
+
+
+def _is_plan(sizes: list) -> bool:
+    """Whether these are a plan's: two blocks, each a tile, and two numbers."""
+    if len(sizes) != len(Plan._fields) or any(type(x) is not int or x < 1 for x in sizes):
+        return False
+    return all(tile(x) == x for x in sizes[:2])
 
 
 @functools.cache
