@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 
 # A file's tests run in one worker (tests/conftest.py), the heavy ones before the last folders' light ones.
-PYTEST = -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=15
+PYTEST = -m pytest -rs -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations=15
 # What uses most of the libraries' interfaces.
 NEWEST = tests/ops tests/layers tests/pallas tests/data tests/interop/test_nnx.py tests/training/test_train.py
 

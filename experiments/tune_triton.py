@@ -94,8 +94,8 @@ def candidates(case: Case) -> list[Plan]:
     """What to try for a kernel, the default first."""
     key_tile, value_tile = case.key_tile, case.value_tile
     if case.kernel.startswith("state_pass"):
-        cuts = [(16, 4, 1), (16, 4, 2), (16, 4, 3), (32, 4, 1), (32, 4, 2), (32, 4, 3), (64, 4, 1)]
-        cuts += [(64, 4, 2), (64, 8, 2), (128, 8, 1), (128, 8, 2)]
+        cuts = [(64, 8, 2), (128, 8, 2), (128, 8, 1), (64, 4, 2), (64, 4, 1), (32, 4, 2)]
+        cuts += [(32, 4, 1), (32, 4, 3), (16, 4, 3), (16, 4, 2), (16, 4, 1)]
         found = [Plan(key_tile, *cut) for cut in cuts if cut[0] <= value_tile]
     else:
         # value_backward takes no key channels.
