@@ -3,6 +3,7 @@
     python experiments/benchmark_operator.py                       # the project's own shapes
     python experiments/benchmark_operator.py --shapes 1,8192,16,128 --dtypes bfloat16
     python experiments/benchmark_operator.py --peers fla cudnn     # PyTorch kernels in this process
+    python experiments/benchmark_operator.py --gates gdn2 kda gdn  # also with one number a head
 
 A row is one compiled function: the forward, or the forward and the backward with cotangents of both
 results. Times are medians with the interquartile range; inputs are on the device, compilation is
@@ -13,6 +14,7 @@ a large copy, measured in the same process.
 
 import dataclasses
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +43,9 @@ GPU_CASES = [
 ]
 MEMORY_SHAPE = (1, 4096, 4, 128)
 
+# The gates that have one number for all channels of a head.
+ONE_CHANNEL = {"gdn2": "", "kda": "bw", "gdn": "gbw"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -50,6 +55,8 @@ class Options:
       shapes: each "B,T,H,d"; the project's own where empty.
       implementations: of the operator, for the shapes given.
       dtypes: of q, k, v, b and w, for the shapes given.
+      gates: of GDN-2, a number a channel; of KDA, one a head to erase and to write; of GDN, one log-decay
+        a head, too.
       peers: kernels of other packages to time beside ours, where importable: fla, cudnn.
       repeats: timed samples of each function.
       output: file to append the rows to, as JSON lines.
@@ -58,6 +65,7 @@ class Options:
     shapes: tuple[str, ...] = ()
     implementations: tuple[Implementation, ...] = ("xla",)
     dtypes: tuple[Literal[*ERROR_BOUNDS], ...] = ("bfloat16",)
+    gates: tuple[Literal[*ONE_CHANNEL], ...] = ("gdn2",)
     peers: tuple[Literal["fla", "cudnn"], ...] = ()
     repeats: int = 10
     output: Path | None = None
@@ -88,14 +96,14 @@ def main(options: Options) -> None:
     if options.shapes:
         shapes = [parse_shape(shape) for shape in options.shapes]
         cases = [(s, dtype, options.implementations) for s in shapes for dtype in options.dtypes]
-    for shape, dtype, implementations in cases:
-        arguments, cotangents = inputs(shape, dtype)
+    for (shape, dtype, implementations), gates in itertools.product(cases, options.gates):
+        arguments, cotangents = inputs(shape, dtype, gates)
         for implementation in implementations:
             for name, function, operands in (
                 ("forward", forward(implementation), arguments),
                 ("forward + backward", both(implementation), (arguments, cotangents)),
             ):
-                row = label(implementation, shape, dtype, name)
+                row = label(implementation, shape, dtype, name, gates)
                 try:
                     row |= measure(function, operands, options.repeats)
                 except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
@@ -108,7 +116,7 @@ def main(options: Options) -> None:
                 add(row)
         for peer in options.peers:
             for row in time_peer(peer, arguments, options.repeats):
-                add(dict(label(peer, shape, dtype, row.pop("pass")), **row))
+                add(dict(label(peer, shape, dtype, row.pop("pass"), gates), **row))
     if not options.shapes:
         for row in memory_rows():
             add(row)
@@ -126,10 +134,11 @@ def parse_shape(text: str) -> Shape:
     return shape
 
 
-def inputs(shape: Shape, dtype: str) -> tuple[tuple, tuple]:
+def inputs(shape: Shape, dtype: str, gates: str = "gdn2") -> tuple[tuple, tuple]:
     """Inputs with the gates of a new layer, and cotangents of both results."""
     batch, length, heads, dim = shape
     drawn = operator_inputs(batch, length, heads, dim, dtype=dtype, initial_state=False)
+    drawn = drawn._replace(**{name: getattr(drawn, name)[..., :1] for name in ONE_CHANNEL[gates]})
     state = jax.random.normal(jax.random.key(0), (batch, heads, dim, dim), drawn.g.dtype)
     return tuple(drawn[:6]), (drawn.v[::-1], state)
 
@@ -250,28 +259,32 @@ def cuda_times(torch: Any, function: Callable, repeats: int) -> dict[str, float]
     return spread(samples)
 
 
-def label(implementation: str, shape: Shape, dtype: str, name: str) -> dict[str, Any]:
+def label(
+    implementation: str, shape: Shape, dtype: str, name: str, gates: str = "gdn2"
+) -> dict[str, Any]:
     """What a row is about."""
-    return {"implementation": implementation, "shape": shape, "dtype": dtype, "pass": name}
+    row = {"implementation": implementation, "gates": gates, "shape": shape, "dtype": dtype}
+    return row | {"pass": name}
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """Ratios of "xla" to "recurrent" where both were timed."""
     times = {
-        (row["shape"], row["pass"], row["implementation"]): row["median_ms"]
+        (row["shape"], row["gates"], row["pass"], row["implementation"]): row["median_ms"]
         for row in rows
         if "median_ms" in row
     }
     lines = []
-    for (shape, name, implementation), ms in times.items():
-        other = times.get((shape, name, "recurrent"))
+    for (shape, gates, name, implementation), ms in times.items():
+        other = times.get((shape, gates, name, "recurrent"))
         if implementation == "xla" and other:
-            lines.append(f"{shape} {name}: xla takes {ms / other:.2f} of recurrent's time")
+            lines.append(f"{shape} {gates} {name}: xla takes {ms / other:.2f} of recurrent's time")
     return lines
 
 
 COLUMNS = (
     Column("implementation", "implementation"),
+    Column("gates", "gates", width=6),
     Column("shape", "shape_text", width=20),
     Column("dtype", "dtype", width=9),
     Column("pass", "pass", width=19),

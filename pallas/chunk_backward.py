@@ -50,8 +50,8 @@ def chunk_backward(
     k: BFloat16[Array, "B T H K"],
     v: BFloat16[Array, "B T H V"],
     g: Float32[Array, "B T H K"],
-    b: BFloat16[Array, "B T H K"],
-    w: BFloat16[Array, "B T H V"],
+    b: BFloat16[Array, "B T H K"] | Float32[Array, "B H T"],
+    w: BFloat16[Array, "B T H V"] | Float32[Array, "B H T"],
     d_o: BFloat16[Array, "B T H V"],
     r_t: BFloat16[Array, "BH N V 64"],
     d_z: BFloat16[Array, "BH T V"],
@@ -67,9 +67,9 @@ def chunk_backward(
     BFloat16[Array, "B T H K"],
     BFloat16[Array, "B T H K"],
     Float32[Array, "B T H K"],
-    BFloat16[Array, "B T H K"],
+    BFloat16[Array, "B T H K"] | Float32[Array, "B H 2 T"],
     BFloat16[Array, "B T H V"],
-    BFloat16[Array, "B T H V"],
+    BFloat16[Array, "B T H V"] | Float32[Array, "B H M T"],
 ]:
     """Computes the gradients of a chunk's inputs.
 
@@ -80,7 +80,7 @@ def chunk_backward(
     counts as zero, and `poison` (NaN or zero) is added to the gradients of each row.
 
     Returns:
-      dq, dk, dg, db, dv and dw.
+      dq, dk, dg, db, dv and dw. Of a gate with one number a head they are summands, not poisoned.
     """
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[-1]
@@ -89,8 +89,10 @@ def chunk_backward(
     value_side = (*key_side[:3], value_dim)
     state_side = (batch * heads, chunks, value_dim, key_dim)
     mosaic.check_shapes(
-        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g, "b": b}.items()},
-        **{name: (x, value_side) for name, x in {"v": v, "w": w, "d_o": d_o}.items()},
+        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g}.items()},
+        b=(b, mosaic.gate_shape(b, key_side)),
+        **{name: (x, value_side) for name, x in {"v": v, "d_o": d_o}.items()},
+        w=(w, mosaic.gate_shape(w, value_side)),
         r_t=(r_t, (*state_side[:3], CHUNK)),
         d_z=(d_z, (batch * heads, length, value_dim)),
         states=(states, state_side),
@@ -98,6 +100,7 @@ def chunk_backward(
         decay=(decay, (*state_side[:2], key_dim)),
         steps=(steps, (*state_side[:2], _STEPS, key_dim)),
     )
+    scalar_b, scalar_w = (mosaic.is_scalar(x) for x in (b, w))
     wg_channels = key_dim // _WARPGROUPS
     swizzle = 2 * wg_channels
     block = _VALUES if value_dim % _VALUES == 0 else _VALUES // 2
@@ -111,7 +114,6 @@ def chunk_backward(
         *refs,
         qs,
         ks,
-        bs,
         h_union,
         d_h_union,
         d_o_d_z_union,
@@ -131,6 +133,9 @@ def chunk_backward(
         d_o_d_z_loaded,
         free,
         pairs_ready,
+        bs: Any = None,
+        db_tile: Any = None,
+        dw_tile: Any = None,
     ):
         q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, sums, *refs = refs
         if masks is not None:
@@ -140,7 +145,7 @@ def chunk_backward(
         (hs,), (k_parts,) = h_union
         (d_hs,), (gs,), (q_parts,) = d_h_union
         (d_o_d_z,), (pairs, d_decays) = d_o_d_z_union
-        ((r_ts,), (d_tails,)), ((vs,), (dq_states,)), ((ws,), (de_states,)) = (
+        ((r_ts,), (d_tails,)), ((vs,), (dq_states,)), (*ws, (de_states,)) = (
             r_union,
             v_union,
             w_union,
@@ -177,6 +182,17 @@ def chunk_backward(
             value = load_piece(ref, piece)
             return value if masks is None else mosaic.finite(value)
 
+        def load_inputs(piece):
+            keys, *gates, queries = (
+                load_input(x, piece) for x in ((ks, qs) if scalar_b else (ks, bs, qs))
+            )
+            if scalar_b:
+                # Loaded again for each piece: it would hold registers between them.
+                gates = [mosaic.load_scalars(b.at[row, head, rows], piece_shape)]
+                if masks is not None:
+                    gates = [mosaic.finite(gates[0])]
+            return keys, gates[0], queries
+
         def part_of(value, piece):
             start = piece[1].start
             return value[:, start : start + _PIECE]
@@ -185,7 +201,7 @@ def chunk_backward(
             for i, part in enumerate(split(value)):
                 ref.at[wg, i, *piece][...] = part
 
-        for source, target in ((k, ks), (b, bs), (q, qs)):
+        for source, target in ((k, ks), *(() if scalar_b else ((b, bs),)), (q, qs)):
             load(source.at[place], target.at[wg], keys_loaded.at[wg])
 
         @pl.when(wg == 0)
@@ -204,7 +220,7 @@ def chunk_backward(
                 load(d_z.at[index, rows, values], d_o_d_z.at[1], d_o_d_z_loaded)
                 load(r_t.at[index, chunk, values], r_ts, d_o_d_z_loaded)
 
-            for source, target in ((v, vs), (w, ws)):
+            for source, target in ((v, vs), *((w, x) for (x,) in ws)):
                 load(source.at[value_place(n)], target.at[wg], values_loaded.at[wg])
             for source, target in ((states, hs), (d_states, d_hs)):
                 source = source.at[index, chunk, values, channels]
@@ -215,20 +231,37 @@ def chunk_backward(
 
         def store_values(n):
             """Writes this warpgroup's columns of dv and dw; returns S * dS' in 64 summands a channel."""
+            if scalar_w:
+                scalar_write = mosaic.load_scalars(w.at[row, head, rows], shape)
+                dw = jnp.float32(0)
             plgpu.barrier_wait(d_o_d_z_loaded)
             plgpu.barrier_wait(values_loaded.at[wg])
             for start in range(0, wg_values, wg_channels):
                 part = (wg, slice(None), pl.ds(start, wg_channels))
                 columns = pl.ds(wg * wg_values + start, wg_channels)
-                dz, value, write = (
+                dz, value, *write = (
                     plgpu.load(x, layout=WGMMA).astype(f32)
-                    for x in (d_o_d_z.at[1, :, columns], vs.at[part], ws.at[part])
+                    for x in (
+                        d_o_d_z.at[1, :, columns],
+                        vs.at[part],
+                        *(x.at[part] for (x,) in ws),
+                    )
                 )
+                write = scalar_write if scalar_w else write[0]
                 vs.at[part][...] = poisoned(dz * write).astype(bf16)
-                ws.at[part][...] = poisoned(dz * value).astype(bf16)
+                if scalar_w:
+                    dw += jnp.sum(dz * value, axis=1)
+                for (x,) in ws:
+                    x.at[part][...] = poisoned(dz * value).astype(bf16)
+            if scalar_w:
+                dw_tile[wg] = dw
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(vs.at[wg], dv_out.at[value_place(n)])
-            plgpu.copy_smem_to_gmem(ws.at[wg], dw_out.at[value_place(n)])
+            for (x,) in ws:
+                plgpu.copy_smem_to_gmem(x.at[wg], dw_out.at[value_place(n)])
+            if scalar_w:
+                summand = dw_out.at[row, head, n * _WARPGROUPS + wg, rows]
+                plgpu.copy_smem_to_gmem(dw_tile.at[wg], summand)
             plgpu.barrier_wait(states_loaded.at[wg])
             return sum(
                 math.prod(
@@ -320,7 +353,7 @@ def chunk_backward(
         plgpu.commit_smem()  # every warp is done with the parts of g
         plgpu.barrier_wait(keys_loaded.at[wg])
         for piece in pieces:
-            keys, gates, queries = (load_input(x, piece) for x in (ks, bs, qs))
+            keys, gates, queries = load_inputs(piece)
             up = jnp.exp2(part_of(in_block, piece) + _COLUMN_CENTRE)
             store_parts(k_parts, keys * gates * up, piece)
             store_parts(q_parts, queries * scale * up, piece)
@@ -365,9 +398,10 @@ def chunk_backward(
 
         de_pairs, dq_pairs = mosaic.with_accumulators(by_row, shape, shape)
         plgpu.commit_smem()  # every warp is done with the parts of k
+        db = jnp.float32(0)
         on_diagonal = mosaic.over_columns(plgpu.load(diagonal, layout=ROWS), piece_shape)
         for piece in pieces:
-            keys, gates, queries = (load_input(x, piece) for x in (ks, bs, qs))
+            keys, gates, queries = load_inputs(piece)
             queries *= scale
             exponent = part_of(in_block, piece)
             up, down = jnp.exp2(exponent + _ROW_CENTRE), jnp.exp2(-_COLUMN_CENTRE - exponent)
@@ -381,12 +415,22 @@ def chunk_backward(
             for target, value in (
                 (qs, (dq + on_diagonal * keys) * scale),
                 (ks, dk),
-                (bs, keys * de),
+                *(() if scalar_b else ((bs, keys * de),)),
             ):
                 target.at[wg, *piece][...] = poisoned(value).astype(bf16)
+            if scalar_b:
+                db += jnp.sum(keys * de, axis=1)
+        if scalar_b:
+            db_tile[wg] = db
         plgpu.commit_smem()
-        for source, target in ((qs, dq_out), (ks, dk_out), (bs, db_out)):
+        for source, target in (
+            (qs, dq_out),
+            (ks, dk_out),
+            *(() if scalar_b else ((bs, db_out),)),
+        ):
             plgpu.copy_smem_to_gmem(source.at[wg], target.at[place])
+        if scalar_b:
+            plgpu.copy_smem_to_gmem(db_tile.at[wg], db_out.at[row, head, wg, rows])
         # The sum over the rows below and the row itself, and over the rows above.
         dg = matmul(
             shape,
@@ -405,18 +449,30 @@ def chunk_backward(
     values_tile = tile((_WARPGROUPS, CHUNK, wg_values), bf16, swizzle)
     square_tiles = tile((2, *square), bf16, _BLOCK_SWIZZLE)
     per_warpgroup: dict[str, Any] = {"num_barriers": _WARPGROUPS}
+    of_scalars = {
+        **({"db_tile": plgpu.SMEM((_WARPGROUPS, CHUNK), f32)} if scalar_b else {}),
+        **({"dw_tile": plgpu.SMEM((_WARPGROUPS, CHUNK), f32)} if scalar_w else {}),
+    }
+
+    def summands(count):
+        return jax.ShapeDtypeStruct((batch, heads, count, length), f32)
+
     return mosaic.kernel(
         chunk_backward_kernel,
         out_type=(
-            *(jax.ShapeDtypeStruct(q.shape, dtype) for dtype in (bf16, bf16, f32, bf16)),
-            *(jax.ShapeDtypeStruct(v.shape, bf16),) * 2,
+            *(jax.ShapeDtypeStruct(q.shape, dtype) for dtype in (bf16, bf16, f32)),
+            summands(_WARPGROUPS) if scalar_b else jax.ShapeDtypeStruct(q.shape, bf16),
+            jax.ShapeDtypeStruct(v.shape, bf16),
+            summands(_WARPGROUPS * value_blocks)
+            if scalar_w
+            else jax.ShapeDtypeStruct(v.shape, bf16),
         ),
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
         num_threads=_WARPGROUPS,
         thread_name="wg",
         scratch_types={
-            **dict.fromkeys(("qs", "ks", "bs"), keys_tile),
+            **dict.fromkeys(("qs", "ks") if scalar_b else ("qs", "ks", "bs"), keys_tile),
             "h_union": mosaic.overlaid((states_tile,), (parts_tile,)),
             "d_h_union": mosaic.overlaid(
                 (states_tile,), (tile((_WARPGROUPS, *shape), f32),), (parts_tile,)
@@ -426,20 +482,21 @@ def chunk_backward(
             ),
             "r_union": mosaic.overlaid((tile((block, CHUNK), bf16, swizzle),), (keys_tile,)),
             "v_union": mosaic.overlaid((values_tile,), (keys_tile,)),
-            "w_union": mosaic.overlaid((values_tile,), (keys_tile,)),
+            "w_union": mosaic.overlaid(*(() if scalar_w else ((values_tile,),)), (keys_tile,)),
             "dt_low": tile(square, bf16, _BLOCK_SWIZZLE),
             "sum_tiles": square_tiles,
             "decay_tile": plgpu.SMEM((key_dim,), f32),
             "steps_tile": plgpu.SMEM((_STEPS, key_dim), f32),
             "diagonal": plgpu.SMEM((CHUNK,), f32),
-            "keys_loaded": plgpu.Barrier(num_arrivals=3, **per_warpgroup),
+            "keys_loaded": plgpu.Barrier(num_arrivals=2 if scalar_b else 3, **per_warpgroup),
             "states_loaded": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
             "g_loaded": plgpu.Barrier(num_arrivals=1, **per_warpgroup),
-            "values_loaded": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
+            "values_loaded": plgpu.Barrier(num_arrivals=1 if scalar_w else 2, **per_warpgroup),
             "tables_loaded": plgpu.Barrier(num_arrivals=3),
             "d_o_d_z_loaded": plgpu.Barrier(num_arrivals=3),
             "free": plgpu.Barrier(num_arrivals=_WARPGROUPS),
             "pairs_ready": plgpu.Barrier(num_arrivals=_WARPGROUPS),
+            **of_scalars,
         },
         compiler_params=mosaic.COMPILER_PARAMS,
     )(

@@ -63,8 +63,8 @@ def intra_chunk_forward(
     k: BFloat16[Array, "B T H K"],
     v: BFloat16[Array, "B T H V"],
     g: Float32[Array, "B T H K"],
-    b: BFloat16[Array, "B T H K"],
-    w: BFloat16[Array, "B T H V"],
+    b: BFloat16[Array, "B T H K"] | Float32[Array, "B H T"],
+    w: BFloat16[Array, "B T H V"] | Float32[Array, "B H T"],
     masks: Masks | None,
     *,
     scale: float,
@@ -82,8 +82,10 @@ def intra_chunk_forward(
 ]:
     """Computes a chunk's operands for the pass over states.
 
-    K is 64 or 128; T and V are multiples of 64; the log-decay g is <= 0. `scale` is a factor on q,
-    `masks` are those of the segments, and `save` also returns what only the backward needs.
+    K is 64 or 128; T and V are multiples of 64; the log-decay g is <= 0. A gate b or w has a number
+    for each channel, or one for all channels of a head, which is not read again for each. `scale` is
+    a factor on q, `masks` are those of the segments, and `save` also returns what only the backward
+    needs.
 
     Returns:
       Y^T, U^T, Kt, Qg, Aqk^T and the decay of a whole chunk; or None, X in two parts and the clamped
@@ -96,9 +98,12 @@ def intra_chunk_forward(
     key_side = (batch, chunks * CHUNK, heads, key_dim)
     value_side = (*key_side[:3], value_dim)
     mosaic.check_shapes(
-        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g, "b": b}.items()},
-        **{name: (x, value_side) for name, x in {"v": v, "w": w}.items()},
+        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g}.items()},
+        b=(b, mosaic.gate_shape(b, key_side)),
+        v=(v, value_side),
+        w=(w, mosaic.gate_shape(w, value_side)),
     )
+    scalar_b, scalar_w = (mosaic.is_scalar(x) for x in (b, w))
     value_block = 128 if value_dim % 128 == 0 else 64
     # A row of g, one channel a thread; 64 channels do not fill the 128 threads.
     row_layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1) if key_dim == 128 else COLUMNS
@@ -127,7 +132,7 @@ def intra_chunk_forward(
             x_out, steps, *refs = refs
         if masks is not None:
             (flaws,) = refs
-        (gs,), (parts,), (vs, ws), (_, a_qk_tile) = g_union
+        (gs,), (parts,), (vs, *ws), (_, a_qk_tile) = g_union
         (qs,), (y_tile,), (u_tile,) = q_union
         (sum_tiles,), (xs, ps), (x_high, x_low) = x_union
         row, head, chunk = (lax.axis_index(name) for name in ("b", "h", "c"))
@@ -137,7 +142,7 @@ def intra_chunk_forward(
         for p in pieces:
             columns = pl.ds(p * _PIECE, _PIECE)
             plgpu.copy_gmem_to_smem(g.at[row, rows, head, columns], gs.at[p], loaded)
-        for source, target in ((k, ks), (b, bs), (q, qs)):
+        for source, target in ((k, ks), *(() if scalar_b else ((b, bs),)), (q, qs)):
             plgpu.copy_gmem_to_smem(source.at[row, rows, head], target, loaded)
         plgpu.copy_gmem_to_smem(sums, sum_tiles, loaded)
 
@@ -179,6 +184,8 @@ def intra_chunk_forward(
                 )
                 for x in (reads, writes)
             )
+        if scalar_b:
+            scalar_erase = mosaic.load_scalars(b.at[row, head, rows], shape)
         plgpu.barrier_wait(loaded)
         keys, all_flaws = [], jnp.float32(0)
         for p in pieces:
@@ -198,10 +205,11 @@ def intra_chunk_forward(
             to_row = sum_g(p, sum_tiles.at[1]) + _CENTRE
             plgpu.commit_smem()  # every warp is done with the parts of g
             up, down = jnp.exp2(to_row), jnp.exp2(-to_row)
-            key, erase, query = (
-                plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, bs, qs)
+            key, *erase, query = (
+                plgpu.load(x.at[columns], layout=WGMMA).astype(f32)
+                for x in ((ks, qs) if scalar_b else (ks, bs, qs))
             )
-            erase, query = erase * key, query * scale
+            erase, query = (scalar_erase if scalar_b else erase[0]) * key, query * scale
             if masks is not None:
                 key = jnp.where(known, key, jnp.float32(jnp.nan))
                 key, erase, query, flawed = without_flaws(key, erase, query)
@@ -259,11 +267,13 @@ def intra_chunk_forward(
         plgpu.commit_smem()  # every warp is done with the parts of e and q
 
         def load_values(start):
-            for source, target in ((v, vs), (w, ws)):
+            for source, target in zip((v, w), (vs, *ws)):
                 columns = pl.ds(start, value_block)
                 plgpu.copy_gmem_to_smem(source.at[row, rows, head, columns], target, loaded_values)
 
         load_values(0)
+        if scalar_w:
+            scalar_write = mosaic.load_scalars(w.at[row, head, rows], (CHUNK, value_block))
 
         # The inverse of I + T^T (unit upper triangular) by doubling its diagonal blocks.
         def invert(accumulator):
@@ -297,7 +307,7 @@ def intra_chunk_forward(
                 load_values(start)
             plgpu.barrier_wait(loaded_values)
             z = plgpu.load(vs, layout=WGMMA).astype(jnp.float32)
-            z *= plgpu.load(ws, layout=WGMMA).astype(jnp.float32)
+            z *= scalar_write if scalar_w else plgpu.load(ws[0], layout=WGMMA).astype(jnp.float32)
             if masks is not None:
                 z, flawed = without_flaws(z)
                 all_flaws = all_flaws + flawed
@@ -351,7 +361,7 @@ def intra_chunk_forward(
             "g_union": mosaic.overlaid(
                 (tile((len(pieces), *shape), f32),),
                 (tile((len(pieces), 2, *shape), bf16, _SWIZZLE),),
-                (value_tile, value_tile),
+                (value_tile,) if scalar_w else (value_tile, value_tile),
                 (value_tile, tile(square, bf16)),
             ),
             "q_union": mosaic.overlaid(
@@ -365,8 +375,8 @@ def intra_chunk_forward(
                 (tile(square, bf16, _SWIZZLE),) * 2,
             ),
             "steps_tile": plgpu.SMEM((_STEPS, key_dim), f32),
-            "loaded": plgpu.Barrier(num_arrivals=len(pieces) + 4),
-            "loaded_values": plgpu.Barrier(num_arrivals=2),
+            "loaded": plgpu.Barrier(num_arrivals=len(pieces) + (3 if scalar_b else 4)),
+            "loaded_values": plgpu.Barrier(num_arrivals=1 if scalar_w else 2),
             **({} if masks is None else {"flaws_tile": plgpu.SMEM((CHUNK,), f32)}),
         },
         compiler_params=mosaic.COMPILER_PARAMS,

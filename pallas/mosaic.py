@@ -69,6 +69,17 @@ def check_shapes(**operands: tuple[jax.Array, tuple[int, ...]]) -> None:
             raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
 
 
+def is_scalar(gate: jax.Array) -> bool:
+    """Whether a gate has one number a head and token, fp32 [B, H, T], for all of its channels."""
+    return gate.ndim == 3
+
+
+def gate_shape(gate: jax.Array, full: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a gate over the channels of `full`, [B, T, H, C], or over the heads alone."""
+    batch, length, heads, _ = full
+    return (batch, heads, length) if is_scalar(gate) else full
+
+
 def kernel(body: Callable, *, scratch_types: dict[str, Any], **options) -> Callable:
     """`plgpu.kernel` whose body takes its scratch by name.
 
@@ -184,6 +195,11 @@ def store_global(ref, value: jax.Array) -> None:
         ref[...] = value
     else:
         plgpu.store(ref, value, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def load_scalars(ref, shape: tuple[int, int]) -> jax.Array:
+    """A number for each row from global memory, repeated along the columns."""
+    return over_columns(plgpu.load(ref, layout=ROWS, optimized=False), shape)
 
 
 def over_rows(per_column: jax.Array, shape: tuple[int, int]) -> jax.Array:

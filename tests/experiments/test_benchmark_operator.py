@@ -63,6 +63,8 @@ def test_traffic_counts_each_tensor_once(script):
     # Forward; then the inputs and the output's cotangent are read and six gradients written.
     both = elements * ((14 + 2) + (14 + 2) + 14)
     assert script.traffic(arguments, "forward + backward") == both
+    kda, _ = script.inputs((1, 8, 1, 4), "bfloat16", "kda")
+    assert script.traffic(kda, "forward") == elements * (3 * 2 + 4 + 2) + 2 * 8 * 2
 
 
 def test_memory_is_reported_for_a_length_and_its_double(script, monkeypatch):

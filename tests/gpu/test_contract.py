@@ -47,10 +47,12 @@ class Shape(NamedTuple):
     segments: int | None = None
     dtype: str = "bfloat16"
     implementation: str = "pallas"
+    one_channel: str = ""  # gates with one number a head
 
     def __str__(self):
         group = self.value_heads // self.heads
-        return f"{self.implementation}-T{self.length}-K{self.key_dim}-V{self.value_dim}x{group}"
+        name = f"{self.implementation}-T{self.length}-K{self.key_dim}-V{self.value_dim}x{group}"
+        return f"{name}-one-{self.one_channel}" if self.one_channel else name
 
 
 SHAPES = (
@@ -61,6 +63,10 @@ SHAPES = (
     Shape(67, 128, 64, heads=2, value_heads=6, segments=9),  # 192
     Shape(64, 128, 128, heads=2, value_heads=2, dtype="float16"),
     Shape(17, 64, 128, heads=2, value_heads=2),
+    Shape(193, 128, 128, heads=2, value_heads=2, one_channel="bw"),
+    Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="bw"),
+    Shape(67, 128, 64, segments=3, dtype="float16", one_channel="b"),
+    Shape(130, 128, 256, one_channel="gw"),
 )
 TRITON_SHAPES = [
     x._replace(implementation="triton")
@@ -95,6 +101,7 @@ def stacked(shape: Shape, first_seed: int):
         )
         for i, regime in enumerate(DRAWS)
     ]
+    drawn = [x._replace(**{n: getattr(x, n)[..., :1] for n in shape.one_channel}) for x in drawn]
     *arrays, segment_ids = (
         None if x[0] is None else jnp.concatenate(x) for x in zip(*drawn, strict=True)
     )
@@ -300,7 +307,7 @@ def test_no_bit_of_the_past_depends_on_the_future(shape):
         ("v", np.inf),
     ],
 )
-@pytest.mark.parametrize("shape", both_implementations(1), ids=str)
+@pytest.mark.parametrize("shape", [*both_implementations(1), SHAPES[8]], ids=str)
 def test_a_nan_stays_in_its_document(shape, where, value):
     kernels, _ = programs(shape)
     arrays, _, (d_outputs, d_state), _ = stacked(shape, 0)
@@ -315,7 +322,8 @@ def test_a_nan_stays_in_its_document(shape, where, value):
     clean = jax.tree.map(np.asarray, kernels(arrays, segment_ids, (d_outputs, d_state)))
     token, document = (0, 0) if where == "initial_state" else (85, 1)
     named = dict(zip(OperatorInputs._fields, arrays)) | {"d_outputs": d_outputs}
-    place = np.s_[:, 0, 3, 5] if where == "initial_state" else np.s_[:, token, 0, 5]
+    channel = 0 if where in shape.one_channel else 5
+    place = np.s_[:, 0, 3, 5] if where == "initial_state" else np.s_[:, token, 0, channel]
     named[where] = named[where].at[place].set(value)
     d_outputs = named.pop("d_outputs")
     dirty = kernels(list(named.values()), segment_ids, (d_outputs, d_state))

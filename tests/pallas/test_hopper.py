@@ -20,9 +20,10 @@ from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
 kernels = functools.partial(gated_delta_rule_2, implementation="pallas")
 
 
-def draw(length=100, key_dim=128, **options):
-    options = {"dtype": "bfloat16", **options}
-    return operator_inputs(1, length, 1, key_dim, **options)
+def draw(length=100, key_dim=128, one_channel="", **options):
+    """Inputs in which the gates named have one number a head."""
+    inputs = operator_inputs(1, length, 1, key_dim, **{"dtype": "bfloat16", **options})
+    return inputs._replace(**{name: getattr(inputs, name)[..., :1] for name in one_channel})
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,15 @@ def draw(length=100, key_dim=128, **options):
         pytest.param(
             {"regime": "resets", "key_dim": 64, "value_heads": 3, "segments": 3},
             id="gates from 0 to -inf, 64 channels, grouped, segments",
+        ),
+        pytest.param(
+            {"regime": "mixture", "length": 67, "one_channel": "bw"},
+            id="one number a head to erase and to write",
+        ),
+        pytest.param(
+            {"regime": "resets", "length": 67, "key_dim": 64, "value_dim": 128, "segments": 3}
+            | {"one_channel": "b", "dtype": "float16"},
+            id="one number a head to erase, segments",
         ),
     ],
 )

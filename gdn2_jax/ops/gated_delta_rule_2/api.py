@@ -42,9 +42,9 @@ def gated_delta_rule_2(
     q: Float[Array, "B T Hk K"],
     k: Float[Array, "B T Hk K"],
     v: Float[Array, "B T Hv V"],
-    g: Float[Array, "B T Hk K"],
-    b: Float[Array, "B T Hk K"],
-    w: Float[Array, "B T Hv V"],
+    g: Float[Array, "B T Hk #K"],
+    b: Float[Array, "B T Hk #K"],
+    w: Float[Array, "B T Hv #V"],
     *,
     scale: float | None = None,
     initial_state: Float[Array, "B *N Hv K V"] | None = None,
@@ -59,7 +59,8 @@ def gated_delta_rule_2(
         S_t = (I - k_t (b_t * k_t)^T) Diag(exp g_t) S_{t-1} + k_t (w_t * v_t)^T
         o_t = scale * S_t^T q_t
 
-    Value head i reads key head i // (Hv / Hk). Both results are differentiable in every array
+    Value head i reads key head i // (Hv / Hk). A gate g, b or w may have one channel, which counts for
+    all channels of its head; its gradient has one, too. Both results are differentiable in every array
     input; each cotangent has its input's dtype. Reverse mode only, except through
     `implementation="recurrent"`; numerical checks of gradients need to know:
 
@@ -109,6 +110,8 @@ def gated_delta_rule_2(
         raise ValueError(f"num_documents: expected a positive integer or None, got {count!r}")
     documents = () if count is None else (count,)
     state_shape = _check_inputs(q, k, v, g, b, w, "initial_state", initial_state, "B T", documents)
+    if v.shape[2] != q.shape[2]:
+        w = jnp.broadcast_to(w, v.shape)  # a head of the forms holds several value heads
     batch, length, key_heads, key_dim = q.shape
     check_segment_ids(segment_ids, (batch, length))
     scale = _resolve_scale(scale, key_dim)
@@ -137,18 +140,18 @@ def gated_delta_rule_2(
     if num_documents is not None:
         forms = recurrent_by_document, chunkwise_by_document
         starts = jnp.zeros((batch, length), bool) if starts is None else starts
-    definition, matrix_form = forms
+    definition, matrix_form = forms[0], _of_channels(forms[1])
     if implementation == "recurrent":
         q, *rest = (x.astype(g.dtype) for x in arrays)
         outputs, final_state = definition(q * scale, *rest, starts)
     elif implementation == "pallas":
         outputs, final_state = hopper(*arrays, starts, scale)
     elif implementation == "triton":
-        outputs, final_state = triton(*arrays, starts, scale)
+        outputs, final_state = _of_channels(triton)(*arrays, starts, scale)
     elif implementation == "xla":
         outputs, final_state = matrix_form(*arrays, starts, scale)
     else:
-        by_triton = functools.partial(triton, portable=True)
+        by_triton = functools.partial(_of_channels(triton), portable=True)
         choice = {"pallas": hopper, "triton": by_triton, "xla": matrix_form}
         outputs, final_state = fastest(_serving(choice, obstacles, scale), *arrays, starts)
     outputs, final_state = opaque((outputs, final_state))
@@ -162,9 +165,9 @@ def gated_delta_rule_2_step(
     q: Float[Array, "B Hk K"],
     k: Float[Array, "B Hk K"],
     v: Float[Array, "B Hv V"],
-    g: Float[Array, "B Hk K"],
-    b: Float[Array, "B Hk K"],
-    w: Float[Array, "B Hv V"],
+    g: Float[Array, "B Hk #K"],
+    b: Float[Array, "B Hk #K"],
+    w: Float[Array, "B Hv #V"],
     *,
     scale: float | None = None,
     rounding_seeds: Integer[Array, "B Hv"] | None = None,
@@ -176,7 +179,7 @@ def gated_delta_rule_2_step(
       state: state before the token; float32 (float64 when any other input is float64), or bfloat16,
         which halves what a step reads and writes. The arithmetic is float32 then, too; the new state
         is rounded, after the output was read from it. "triton" does not serve it.
-      q: query; dtypes of all inputs as in `gated_delta_rule_2`.
+      q: query; dtypes of all inputs, and gates with one channel, as in `gated_delta_rule_2`.
       k: key.
       v: value.
       g: log-decay, <= 0; -inf resets its channel of the state.
@@ -217,6 +220,7 @@ def gated_delta_rule_2_step(
         obstacles["triton"] = "the Triton kernel keeps the state in float32, got bfloat16"
     _check_kernels(implementation, obstacles)
 
+    g, b, w = (jnp.broadcast_to(x, like.shape) for x, like in ((g, q), (b, q), (w, v)))
     arrays = match_varying_axes(opaque((state, q, k, v, g, b, w, seeds)))
     if implementation == "pallas":
         results: Any = decode_kernel(*arrays, scale)
@@ -253,9 +257,13 @@ def _check_inputs(
 ) -> tuple[int, ...]:
     """Returns the shape of the state, whose argument has that name."""
     check_heads(q, v, f"{leading} Hk K", f"{leading} Hv V")
-    for other, array in (("k", k), ("g", g), ("b", b)):
-        check_shape(other, array, q.shape)
-    check_shape("w", w, v.shape)
+    check_shape("k", k, q.shape)
+    for gate, array, full in (("g", g, q.shape), ("b", b, q.shape), ("w", w, v.shape)):
+        if tuple(array.shape) not in (full, (*full[:-1], 1)):
+            raise ValueError(
+                f"{gate}: expected shape {full}, or 1 in place of {full[-1]}, "
+                f"got {tuple(array.shape)}"
+            )
     shape = (q.shape[0], *documents, v.shape[-2], q.shape[-1], v.shape[-1])
     full = {"g": g}
     if state is not None:
@@ -263,6 +271,16 @@ def _check_inputs(
         full[name] = state
     check_dtypes({"q": q, "k": k, "v": v, "b": b, "w": w}, full)
     return shape
+
+
+def _of_channels(form: Callable) -> Callable:
+    """The form of the operator, called with a number of each gate for each channel."""
+
+    def run(q, k, v, g, b, w, *rest, **options):
+        g, b, w = (jnp.broadcast_to(x, like.shape) for x, like in ((g, q), (b, q), (w, v)))
+        return form(q, k, v, g, b, w, *rest, **options)
+
+    return run
 
 
 def _obstacles(why_not_pallas: Callable, inputs: tuple) -> dict[str, str | None]:

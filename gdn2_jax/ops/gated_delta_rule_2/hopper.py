@@ -64,18 +64,20 @@ def hopper(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
-    g: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
-    w: Float[Array, "B T H V"],
+    g: Float[Array, "B T H #K"],
+    b: Float[Array, "B T H #K"],
+    w: Float[Array, "B T H #V"],
     initial_state: Float[Array, "B H K V"],
     starts: Bool[Array, "B T"] | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Outputs (in v's dtype) and final state (fp32); arguments as in `chunkwise`, dtypes as above.
 
-    K is 64 or 128 and V a multiple of 64; fp16 inputs are rounded to bf16.
+    K is 64 or 128 and V a multiple of 64; fp16 inputs are rounded to bf16. The kernels read a gate b
+    or w with one channel as one number a head, and leave its gradient so; g is broadcast.
     """
     length, key_dim, value_dim, dtype = q.shape[1], q.shape[-1], v.shape[-1], v.dtype
+    g = jnp.broadcast_to(g, q.shape)
     padding = -length % CHUNK
     # A block of value channels is as wide as the key's two halves.
     value_padding = -value_dim % key_dim
@@ -83,12 +85,14 @@ def hopper(
         # Padded rows are exact no-ops: they write nothing and do not decay the state.
         rows = ((0, 0), (0, padding), (0, 0))
         q, k, g, b = (jnp.pad(x, (*rows, (0, 0))) for x in (q, k, g, b))
-        v, w = (jnp.pad(x, (*rows, (0, value_padding))) for x in (v, w))
+        v = jnp.pad(v, (*rows, (0, value_padding)))
+        w = jnp.pad(w, (*rows, (0, 0 if w.shape[-1] == 1 else value_padding)))
         initial_state = jnp.pad(initial_state, ((0, 0),) * 3 + ((0, value_padding),))
     masks = None
     if starts is not None:
         masks = segment_masks(jnp.pad(starts, ((0, 0), (0, padding))))
-    q, k, v, b, w = (x.astype(jnp.bfloat16) for x in (q, k, v, b, w))
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    b, w = map(_for_kernels, (b, w))
     results: Any = _hopper(scale, q, k, v, g, b, w, _transpose(initial_state), masks)
     outputs, final_state = results
     outputs = outputs[:, :length, :, :value_dim].astype(dtype)
@@ -146,6 +150,7 @@ def _backward(scale, residuals, cotangents):
         *(masks, _rows(poison)),
         scale=scale,
     )
+    db, dw = (_gradient(x, like, poison) for x, like in ((db, b), (dw, w)))
     if poison is not None:
         d_initial_state += poison[..., 0, None, None]
     *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, q))
@@ -159,6 +164,21 @@ def _without_flaws(x: Array, axes=(-2, -1)) -> tuple[Array, Array]:
     """The array with zeros in place of NaN and infinity, and their number along the axes."""
     finite = jnp.isfinite(x)
     return jnp.where(finite, x, 0), jnp.sum(~finite, axis=axes, dtype=jnp.float32)
+
+
+def _for_kernels(gate: Float[Array, "B T H #C"]) -> Float[Array, "..."]:
+    """The gate in bf16; fp32 [B, H, T] where it has one number for all channels of a head."""
+    if gate.shape[-1] > 1:
+        return gate.astype(jnp.bfloat16)
+    return jnp.swapaxes(gate[..., 0], 1, 2).astype(jnp.float32)
+
+
+def _gradient(gradient: Array, gate: Array, poison: Float[Array, "B H T"] | None) -> Array:
+    """The gradient of a gate as `_for_kernels` gives it; the kernels leave one a head in summands."""
+    if gate.ndim == 4:
+        return gradient
+    gradient = jnp.sum(gradient, axis=2)
+    return gradient if poison is None else gradient + poison
 
 
 def _rows(x: Float[Array, "B H T"] | None) -> Float[Array, "BH T"] | None:

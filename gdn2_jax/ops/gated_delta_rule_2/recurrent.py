@@ -13,9 +13,9 @@ def step(
     q: Float[Array, "B H K"],
     k: Float[Array, "B H K"],
     v: Float[Array, "B H V"],
-    g: Float[Array, "B H K"],
-    b: Float[Array, "B H K"],
-    w: Float[Array, "B H V"],
+    g: Float[Array, "B H #K"],
+    b: Float[Array, "B H #K"],
+    w: Float[Array, "B H #V"],
 ) -> tuple[Float[Array, "B H K V"], Float[Array, "B H V"]]:
     """Advances the state by one token and reads it (paper eqs. 8-10).
 
@@ -34,9 +34,9 @@ def recurrent(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
-    g: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
-    w: Float[Array, "B T H V"],
+    g: Float[Array, "B T H #K"],
+    b: Float[Array, "B T H #K"],
+    w: Float[Array, "B T H #V"],
     initial_state: Float[Array, "B H K V"],
     starts: Bool[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
@@ -64,9 +64,9 @@ def recurrent_by_document(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
-    g: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
-    w: Float[Array, "B T H V"],
+    g: Float[Array, "B T H #K"],
+    b: Float[Array, "B T H #K"],
+    w: Float[Array, "B T H #V"],
     initial_states: Float[Array, "B N H K V"],
     starts: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B N H K V"]]:

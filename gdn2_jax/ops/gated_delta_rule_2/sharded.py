@@ -42,9 +42,9 @@ def gated_delta_rule_2_on_mesh(
     q: Float[Array, "B T Hk K"],
     k: Float[Array, "B T Hk K"],
     v: Float[Array, "B T Hv V"],
-    g: Float[Array, "B T Hk K"],
-    b: Float[Array, "B T Hk K"],
-    w: Float[Array, "B T Hv V"],
+    g: Float[Array, "B T Hk #K"],
+    b: Float[Array, "B T Hk #K"],
+    w: Float[Array, "B T Hv #V"],
     *,
     scale: float | None = None,
     initial_state: Float[Array, "B Hv K V"] | None = None,
@@ -150,15 +150,16 @@ def _span(arrays, initial_state, segment_ids, **options):
         identity = jnp.where(carries[:, None, None, None], identity, 0)
     initial_state = fold_state(initial_state, key_heads)
     nothing = jnp.zeros_like(q, dtype=v.dtype)
+    if w.shape[-1] > 1 or v.shape[2] > key_heads:
+        w = jnp.broadcast_to(w, v.shape).reshape(batch, length, key_heads, -1)
+        w = jnp.concatenate([nothing.astype(w.dtype), w], axis=-1)
     outputs, state = gated_delta_rule_2(
         q,
         k,
         jnp.concatenate([nothing, v.reshape(batch, length, key_heads, -1)], axis=-1),
         g,
         b,
-        jnp.concatenate(
-            [nothing.astype(w.dtype), w.reshape(batch, length, key_heads, -1)], axis=-1
-        ),
+        w,
         initial_state=jnp.concatenate([identity, jnp.zeros_like(initial_state)], axis=-1),
         segment_ids=segment_ids,
         **options,

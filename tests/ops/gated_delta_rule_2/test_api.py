@@ -105,6 +105,30 @@ def test_a_value_head_reads_its_groups_key_head():
     np.testing.assert_allclose(grouped_state, repeated_state, atol=1e-6)
 
 
+@pytest.mark.parametrize("heads", [2, 4], ids=["grouped", "tied"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_gate_with_one_channel_counts_for_all_channels_of_its_head(implementation, heads):
+    inputs = operator_inputs(2, 5, heads, 4, 3, value_heads=4)
+    one = {n: getattr(inputs, n)[..., :1] for n in "gbw"}
+    all_channels = {n: jnp.broadcast_to(x, getattr(inputs, n).shape) for n, x in one.items()}
+
+    @jax.jit
+    def run(gates):
+        def fn(gates):
+            arrays = inputs._asdict() | gates | {"implementation": implementation}
+            tokens = {n: x[:, 0] for n, x in arrays.items() if n in "qkvgbw"}
+            step = gated_delta_rule_2_step(inputs.initial_state, **tokens)
+            return gated_delta_rule_2(**arrays), step
+
+        results, pullback = jax.vjp(fn, gates)
+        return results, pullback(results)[0]
+
+    (results, gradients), (expected, of_channels) = run(one), run(all_channels)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), results, expected)
+    for name, x in of_channels.items():
+        np.testing.assert_allclose(gradients[name], x.sum(-1, keepdims=True), atol=1e-5)
+
+
 def test_no_implementation_named_works_under_cross_lowering():
     lowered = jax.jit(gated_delta_rule_2).trace(*draw()[:6]).lower(lowering_platforms=("cuda",))
     assert "stablehlo" in lowered.as_text()
@@ -127,7 +151,8 @@ BAD_INPUTS = {
     "empty sequence": ({"q": array(2, 0, 2, 4)}, "q: .*non-empty.*(2, 0, 2, 4)"),
     "v of three dimensions": ({"v": array(2, 5, 4)}, "v: .*B T Hv V.*(2, 5, 4)"),
     "k of another length": ({"k": array(2, 6, 2, 4)}, "k: .*(2, 5, 2, 4).*(2, 6, 2, 4)"),
-    "g without channels": ({"g": array(2, 5, 2, 1)}, "g: .*(2, 5, 2, 4).*(2, 5, 2, 1)"),
+    "g without channels": ({"g": array(2, 5, 2)}, "g: .*(2, 5, 2, 4).*(2, 5, 2)"),
+    "g of half the channels": ({"g": array(2, 5, 2, 2)}, "g: .*(2, 5, 2, 4).*1.*4.*(2, 5, 2, 2)"),
     "b on the value side": ({"b": array(2, 5, 4, 4)}, "b: .*(2, 5, 2, 4).*(2, 5, 4, 4)"),
     "w on the key side": ({"w": array(2, 5, 2, 4)}, "w: .*(2, 5, 4, 3).*(2, 5, 2, 4)"),
     "v of another batch": (
@@ -185,7 +210,7 @@ def test_a_bad_input_is_named_with_what_was_expected_and_what_came(case):
 
 # The cases that mean something without the time axis.
 BAD_STEP_INPUTS = [
-    "g without channels",
+    "g of half the channels",
     "b on the value side",
     "w on the key side",
     "v of another batch",

@@ -61,22 +61,23 @@ MESHES = {
 
 
 @pytest.mark.parametrize(
-    ("mesh", "length", "segments", "regime"),
+    ("mesh", "length", "segments", "regime", "value_heads", "one_channel"),
     [
-        ("sequence 8", 37, None, "gentle"),
-        ("sequence 8", 40, 7, "g=-1e-4"),
-        ("sequence 4, tensor 2", 40, 7, "g=-1e-4"),
-        ("data 2, fsdp 2, tensor 2", 37, None, "gentle"),
+        ("sequence 8", 37, None, "gentle", 4, ""),
+        ("sequence 8", 40, 7, "g=-1e-4", 2, "gbw"),
+        ("sequence 4, tensor 2", 40, 7, "g=-1e-4", 4, "w"),
+        ("data 2, fsdp 2, tensor 2", 37, None, "gentle", 4, "b"),
     ],
     ids=str,
 )
-def test_outputs_states_and_gradients_are_exact(mesh, length, segments, regime):
+def test_outputs_states_and_gradients_are_exact(
+    mesh, length, segments, regime, value_heads, one_channel
+):
     """T = 37 does not divide; segments cross the borders of spans, and 40 / 8 = 5 tokens."""
     with jax.enable_x64(True):
-        sizes = {"value_heads": 4, "dtype": "float64"}
-        *arrays, ids = operator_inputs(
-            4, length, 2, 4, 3, regime=regime, segments=segments, **sizes
-        )
+        sizes = {"value_heads": value_heads, "dtype": "float64"}
+        inputs = operator_inputs(4, length, 2, 4, 3, regime=regime, segments=segments, **sizes)
+        *arrays, ids = inputs._replace(**{n: getattr(inputs, n)[..., :1] for n in one_channel})
         other = operator_inputs(4, length, 2, 4, 3, seed=1, **sizes)
         weights = (other.v, other.initial_state)
         expected = on_one_device(arrays, ids, weights)
