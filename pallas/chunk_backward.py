@@ -20,6 +20,7 @@ The gradient of g sums what depends on each G over the rows below. That sum leav
 diagonal: those pairs do not decay, and their share of dg is zero only until it is rounded.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -45,11 +46,19 @@ _STEPS = (CHUNK - BLOCK) // HALF
 _ROW_CENTRE, _COLUMN_CENTRE = -CLAMP * HALF - 16, -CLAMP * HALF + 8
 
 
+def from_sums_in_chunks(d_sums: Float32[Array, "B H N W 2 64"]) -> Float32[Array, "B H T"]:
+    """The gradient of a log-decay, of W summands for each row's share in both `sums_in_chunks`."""
+    up_to = jnp.tri(CHUNK, dtype=d_sums.dtype)
+    sums = jnp.stack([up_to, 1 - up_to])
+    dg = jnp.einsum("bhnwir,irs->bhns", d_sums, sums, precision="highest")
+    return dg.reshape(*dg.shape[:2], -1)
+
+
 def chunk_backward(
     q: BFloat16[Array, "B T H K"],
     k: BFloat16[Array, "B T H K"],
     v: BFloat16[Array, "B T H V"],
-    g: Float32[Array, "B T H K"],
+    g: Float32[Array, "B T H K"] | Float32[Array, "B H N 2 64"],
     b: BFloat16[Array, "B T H K"] | Float32[Array, "B H T"],
     w: BFloat16[Array, "B T H V"] | Float32[Array, "B H T"],
     d_o: BFloat16[Array, "B T H V"],
@@ -58,7 +67,7 @@ def chunk_backward(
     states: BFloat16[Array, "BH N V K"],
     d_states: BFloat16[Array, "BH N V K"],
     decay: Float32[Array, "BH N K"],
-    steps: Float32[Array, "BH N 6 K"],
+    steps: Float32[Array, "BH N 6 K"] | None,
     masks: Masks | None,
     poison: Float32[Array, "BH T"] | None,
     *,
@@ -66,7 +75,7 @@ def chunk_backward(
 ) -> tuple[
     BFloat16[Array, "B T H K"],
     BFloat16[Array, "B T H K"],
-    Float32[Array, "B T H K"],
+    Float32[Array, "B T H K"] | Float32[Array, "B H N 2 2 64"],
     BFloat16[Array, "B T H K"] | Float32[Array, "B H 2 T"],
     BFloat16[Array, "B T H V"],
     BFloat16[Array, "B T H V"] | Float32[Array, "B H M T"],
@@ -88,8 +97,12 @@ def chunk_backward(
     key_side = (batch, chunks * CHUNK, heads, key_dim)
     value_side = (*key_side[:3], value_dim)
     state_side = (batch * heads, chunks, value_dim, key_dim)
+    scalar_b, scalar_w = (mosaic.is_scalar(x) for x in (b, w))
+    scalar_g = scalar_b and g.shape != key_side
     mosaic.check_shapes(
-        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g}.items()},
+        q=(q, key_side),
+        k=(k, key_side),
+        g=(g, (batch, heads, chunks, 2, CHUNK) if scalar_g else key_side),
         b=(b, mosaic.gate_shape(b, key_side)),
         **{name: (x, value_side) for name, x in {"v": v, "d_o": d_o}.items()},
         w=(w, mosaic.gate_shape(w, value_side)),
@@ -98,9 +111,8 @@ def chunk_backward(
         states=(states, state_side),
         d_states=(d_states, state_side),
         decay=(decay, (*state_side[:2], key_dim)),
-        steps=(steps, (*state_side[:2], _STEPS, key_dim)),
+        **({} if scalar_g else {"steps": (steps, (*state_side[:2], _STEPS, key_dim))}),
     )
-    scalar_b, scalar_w = (mosaic.is_scalar(x) for x in (b, w))
     wg_channels = key_dim // _WARPGROUPS
     swizzle = 2 * wg_channels
     block = _VALUES if value_dim % _VALUES == 0 else _VALUES // 2
@@ -121,29 +133,33 @@ def chunk_backward(
         v_union,
         w_union,
         dt_low,
-        sum_tiles,
         decay_tile,
-        steps_tile,
         diagonal,
         keys_loaded,
         states_loaded,
-        g_loaded,
         values_loaded,
         tables_loaded,
         d_o_d_z_loaded,
         free,
         pairs_ready,
+        sum_tiles: Any = None,
+        steps_tile: Any = None,
+        g_loaded: Any = None,
+        dg_tile: Any = None,
         bs: Any = None,
+        b_tile: Any = None,
         db_tile: Any = None,
         dw_tile: Any = None,
     ):
-        q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps, sums, *refs = refs
+        q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, *refs = refs
+        if not scalar_g:
+            steps, sums, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, poison, *refs = refs
         dq_out, dk_out, dg_out, db_out, dv_out, dw_out = refs
         # Slabs of equal size for each warpgroup, which alone uses them.
-        (hs,), (k_parts,) = h_union
-        (d_hs,), (gs,), (q_parts,) = d_h_union
+        (hs,), (k_parts,) = h_union  # with one decay a head, dT b in two parts
+        (d_hs,), *g_areas = d_h_union
         (d_o_d_z,), (pairs, d_decays) = d_o_d_z_union
         ((r_ts,), (d_tails,)), ((vs,), (dq_states,)), (*ws, (de_states,)) = (
             r_union,
@@ -186,12 +202,11 @@ def chunk_backward(
             keys, *gates, queries = (
                 load_input(x, piece) for x in ((ks, qs) if scalar_b else (ks, bs, qs))
             )
-            if scalar_b:
-                # Loaded again for each piece: it would hold registers between them.
-                gates = [mosaic.load_scalars(b.at[row, head, rows], piece_shape)]
-                if masks is not None:
-                    gates = [mosaic.finite(gates[0])]
-            return keys, gates[0], queries
+            return keys, gates_of(piece_shape) if scalar_b else gates[0], queries
+
+        def gates_of(shape):
+            gates = mosaic.over_columns(plgpu.load(b_tile, layout=ROWS), shape)
+            return gates if masks is None else mosaic.finite(gates)
 
         def part_of(value, piece):
             start = piece[1].start
@@ -206,9 +221,13 @@ def chunk_backward(
 
         @pl.when(wg == 0)
         def _():
-            load(sums, sum_tiles, tables_loaded)
+            if not scalar_g:
+                load(sums, sum_tiles, tables_loaded)
             load(decay.at[index, chunk], decay_tile, tables_loaded)
-            load(steps.at[index, chunk], steps_tile, tables_loaded)
+            if not scalar_g:
+                load(steps.at[index, chunk], steps_tile, tables_loaded)
+            if scalar_b:
+                load(b.at[row, head, rows], b_tile, tables_loaded)
 
         def load_values(n):
             """Starts the copies of a block of value channels."""
@@ -298,7 +317,9 @@ def chunk_backward(
         dk_tail, dq, de, pair, d_decay = mosaic.with_accumulators(
             over_values, shape, shape, shape, square
         )
-        load(g.at[place], gs.at[wg], g_loaded.at[wg])
+        if not scalar_g:
+            (gs,), (q_parts,) = g_areas
+            load(g.at[place], gs.at[wg], g_loaded.at[wg])
 
         @pl.when(wg == 0)
         def _():
@@ -310,6 +331,10 @@ def chunk_backward(
                 plgpu.load(column_segment.at[row, rows], layout=COLUMNS, optimized=False), square
             )
             pair = jnp.where(same, pair, 0.0)
+        if scalar_g:
+            to_row = mosaic.load_scalars(g.at[row, head, chunk, 0], square)
+            to_column = plgpu.load(g.at[row, head, chunk, 0], layout=COLUMNS, optimized=False)
+            pair *= jnp.exp2(jnp.minimum(to_row - mosaic.over_rows(to_column, square), 0.0))
         plgpu.barrier_wait(free)  # everybody has read dO and dZ
         pair_high, pair_low = split(pair)
         pairs.at[wg][...] = pair_high
@@ -319,6 +344,9 @@ def chunk_backward(
             # With repeated keys sums over dT telescope: one bf16 number for each entry would be too
             # coarse.
             dt_low[...] = pair_low
+            if scalar_g:
+                for i, part in enumerate(split(pair * gates_of(square))):
+                    k_parts.at[i][...] = part
 
         # The 64 summands will be summed: their rounding averages out.
         d_decays[wg] = d_decay.astype(bf16)
@@ -326,7 +354,7 @@ def chunk_backward(
         plgpu.barrier_arrive(pairs_ready)
 
         # Sums of g: up to each row, beyond it, and from its block's beginning up to it.
-        parts = [k_parts.at[wg, i] for i in range(2)]
+        parts = [] if scalar_g else [k_parts.at[wg, i] for i in range(2)]
 
         def sum_g(limit, *matrices):
             value = at_least(limit, plgpu.load(gs.at[wg], layout=WGMMA) * LOG2_E)
@@ -334,12 +362,17 @@ def chunk_backward(
             plgpu.commit_smem()
             return [matmul(shape, *((matrix, part) for part in parts)) for matrix in matrices]
 
-        plgpu.barrier_wait(g_loaded.at[wg])
-        to_row, from_row = sum_g(
-            UNDERFLOW * LOG2_E, sum_tiles.at[0], sum_tiles.at[0].transpose((1, 0))
-        )
-        gamma = jnp.exp2(to_row)
-        tail = jnp.exp2(from_row - sum(plgpu.load(x, layout=WGMMA).astype(f32) for x in parts))
+        if scalar_g:
+            gamma, tail = (
+                jnp.exp2(mosaic.load_scalars(g.at[row, head, chunk, i], shape)) for i in range(2)
+            )
+        else:
+            plgpu.barrier_wait(g_loaded.at[wg])
+            to_row, from_row = sum_g(
+                UNDERFLOW * LOG2_E, sum_tiles.at[0], sum_tiles.at[0].transpose((1, 0))
+            )
+            gamma = jnp.exp2(to_row)
+            tail = jnp.exp2(from_row - sum(plgpu.load(x, layout=WGMMA).astype(f32) for x in parts))
         if masks is not None:
             gamma, tail = gamma * row_mask(reads), tail * row_mask(writes)
         for target, value in (
@@ -349,68 +382,104 @@ def chunk_backward(
         ):
             target[wg] = value.astype(bf16)
         plgpu.commit_smem()
-        (in_block,) = sum_g(CLAMP, sum_tiles.at[1])
-        plgpu.commit_smem()  # every warp is done with the parts of g
-        plgpu.barrier_wait(keys_loaded.at[wg])
-        for piece in pieces:
-            keys, gates, queries = load_inputs(piece)
-            up = jnp.exp2(part_of(in_block, piece) + _COLUMN_CENTRE)
-            store_parts(k_parts, keys * gates * up, piece)
-            store_parts(q_parts, queries * scale * up, piece)
-        plgpu.commit_smem()
-        plgpu.barrier_wait(pairs_ready)
 
-        def move(i, rows, *accumulators):
-            """Moves the sums of `rows` between the beginnings of block i and of the next block."""
-            first, second = (vector(steps_tile.at[2 * i + half, channels]) for half in range(2))
-            for accumulator in accumulators:
-                value = accumulator.get()
-                accumulator.set(jnp.where(rows, value * first * second, value))
+        def pairs_by_head():
+            """The sums over pairs, where all channels of a head decay alike: as `pairs_by_channel`."""
+            plgpu.barrier_wait(keys_loaded.at[wg])
+            if masks is not None:
+                for x, piece in itertools.product((ks, qs), pieces):
+                    x.at[wg, *piece][...] = load_input(x, piece).astype(bf16)
+                plgpu.commit_smem()
+            plgpu.barrier_wait(pairs_ready)
 
-        def by_column(accumulator):
-            for i in reversed(range(_BLOCKS)):
-                at = pl.ds(BLOCK * i, BLOCK)
-                if i + 1 < _BLOCKS:
-                    move(i, strip_row < BLOCK * (i + 1), accumulator)
+            def products(for_k, for_k_from_q, for_e, for_q):
                 for part in range(2):
-                    accumulator.add(pairs.at[1, at].transpose((1, 0)), k_parts.at[wg, part, at])
-                    accumulator.add(pairs.at[0, at].transpose((1, 0)), q_parts.at[wg, part, at])
-                accumulator.add(dt_low.at[at].transpose((1, 0)), k_parts.at[wg, 0, at])
-            return accumulator.get()
+                    for_k.add(k_parts.at[part].transpose((1, 0)), ks.at[wg])
+                for_k_from_q.add(pairs.at[0].transpose((1, 0)), qs.at[wg])
+                for part in (pairs.at[1], dt_low):
+                    for_e.add(part, ks.at[wg])
+                for_q.add(pairs.at[0], ks.at[wg])
+                return for_k.get() + scale * for_k_from_q.get(), for_e.get(), for_q.get()
 
-        dk_pairs = mosaic.with_accumulators(by_column, shape)
-        plgpu.commit_smem()  # every warp is done with the parts of e and q
-        for piece in pieces:
-            down = jnp.exp2(-_ROW_CENTRE - part_of(in_block, piece))
-            store_parts(k_parts, load_input(ks, piece) * down, piece)
-        plgpu.commit_smem()
+            return mosaic.with_accumulators(products, *(shape,) * 4)
 
-        def by_row(for_e, for_q):
-            for i in range(_BLOCKS):
-                at = pl.ds(BLOCK * i, BLOCK)
-                if i:
-                    move(i - 1, strip_row >= BLOCK * i, for_e, for_q)
-                for part in range(2):
-                    for_e.add(pairs.at[1, :, at], k_parts.at[wg, part, at])
-                    for_q.add(pairs.at[0, :, at], k_parts.at[wg, part, at])
-                for_e.add(dt_low.at[:, at], k_parts.at[wg, 0, at])
-            return for_e.get(), for_q.get()
+        def pairs_by_channel():
+            """The sums over pairs for k, e and q, but for factors, and sums of g in blocks."""
+            (in_block,) = sum_g(CLAMP, sum_tiles.at[1])
+            plgpu.commit_smem()  # every warp is done with the parts of g
+            plgpu.barrier_wait(keys_loaded.at[wg])
+            for piece in pieces:
+                keys, gates, queries = load_inputs(piece)
+                up = jnp.exp2(part_of(in_block, piece) + _COLUMN_CENTRE)
+                store_parts(k_parts, keys * gates * up, piece)
+                store_parts(q_parts, queries * scale * up, piece)
+            plgpu.commit_smem()
+            plgpu.barrier_wait(pairs_ready)
 
-        de_pairs, dq_pairs = mosaic.with_accumulators(by_row, shape, shape)
+            def move(i, rows, *accumulators):
+                """Moves the sums of `rows` between the beginnings of block i and of the next block."""
+                first, second = (vector(steps_tile.at[2 * i + half, channels]) for half in range(2))
+                for accumulator in accumulators:
+                    value = accumulator.get()
+                    accumulator.set(jnp.where(rows, value * first * second, value))
+
+            def by_column(accumulator):
+                for i in reversed(range(_BLOCKS)):
+                    at = pl.ds(BLOCK * i, BLOCK)
+                    if i + 1 < _BLOCKS:
+                        move(i, strip_row < BLOCK * (i + 1), accumulator)
+                    for part in range(2):
+                        accumulator.add(pairs.at[1, at].transpose((1, 0)), k_parts.at[wg, part, at])
+                        accumulator.add(pairs.at[0, at].transpose((1, 0)), q_parts.at[wg, part, at])
+                    accumulator.add(dt_low.at[at].transpose((1, 0)), k_parts.at[wg, 0, at])
+                return accumulator.get()
+
+            dk_pairs = mosaic.with_accumulators(by_column, shape)
+            plgpu.commit_smem()  # every warp is done with the parts of e and q
+            for piece in pieces:
+                down = jnp.exp2(-_ROW_CENTRE - part_of(in_block, piece))
+                store_parts(k_parts, load_input(ks, piece) * down, piece)
+            plgpu.commit_smem()
+
+            def by_row(for_e, for_q):
+                for i in range(_BLOCKS):
+                    at = pl.ds(BLOCK * i, BLOCK)
+                    if i:
+                        move(i - 1, strip_row >= BLOCK * i, for_e, for_q)
+                    for part in range(2):
+                        for_e.add(pairs.at[1, :, at], k_parts.at[wg, part, at])
+                        for_q.add(pairs.at[0, :, at], k_parts.at[wg, part, at])
+                    for_e.add(dt_low.at[:, at], k_parts.at[wg, 0, at])
+                return for_e.get(), for_q.get()
+
+            de_pairs, dq_pairs = mosaic.with_accumulators(by_row, shape, shape)
+            return dk_pairs, de_pairs, dq_pairs, in_block
+
+        if scalar_g:
+            dk_pairs, de_pairs, dq_pairs = pairs_by_head()
+        else:
+            dk_pairs, de_pairs, dq_pairs, in_block = pairs_by_channel()
         plgpu.commit_smem()  # every warp is done with the parts of k
-        db = jnp.float32(0)
+        db, d_sums = jnp.float32(0), [jnp.float32(0)] * 2
         on_diagonal = mosaic.over_columns(plgpu.load(diagonal, layout=ROWS), piece_shape)
         for piece in pieces:
             keys, gates, queries = load_inputs(piece)
             queries *= scale
-            exponent = part_of(in_block, piece)
-            up, down = jnp.exp2(exponent + _ROW_CENTRE), jnp.exp2(-_COLUMN_CENTRE - exponent)
+            up, down = 1.0, 1.0
+            if not scalar_g:
+                exponent = part_of(in_block, piece)
+                up, down = jnp.exp2(exponent + _ROW_CENTRE), jnp.exp2(-_COLUMN_CENTRE - exponent)
             de = up * part_of(de_pairs, piece) + load_piece(de_states, piece)
             dq = up * part_of(dq_pairs, piece) + load_piece(dq_states, piece)
             dk = down * part_of(dk_pairs, piece)
             d_tail, d_decay = load_piece(d_tails, piece), load_piece(d_decays, piece)
-            store_parts(q_parts, queries * dq + keys * gates * de - keys * dk + d_decay, piece)
-            store_parts(k_parts, keys * d_tail + d_decay, piece)
+            d_to_row = queries * dq + keys * gates * de - keys * dk + d_decay
+            d_from_row = keys * d_tail + d_decay
+            if scalar_g:
+                d_sums = [x + jnp.sum(y, axis=1) for x, y in zip(d_sums, (d_to_row, d_from_row))]
+            else:
+                store_parts(q_parts, d_to_row, piece)
+                store_parts(k_parts, d_from_row, piece)
             dk += d_tail + gates * de + on_diagonal * queries
             for target, value in (
                 (qs, (dq + on_diagonal * keys) * scale),
@@ -422,6 +491,9 @@ def chunk_backward(
                 db += jnp.sum(keys * de, axis=1)
         if scalar_b:
             db_tile[wg] = db
+        if scalar_g:
+            for i, x in enumerate(d_sums):
+                dg_tile[wg, i] = x
         plgpu.commit_smem()
         for source, target in (
             (qs, dq_out),
@@ -431,28 +503,39 @@ def chunk_backward(
             plgpu.copy_smem_to_gmem(source.at[wg], target.at[place])
         if scalar_b:
             plgpu.copy_smem_to_gmem(db_tile.at[wg], db_out.at[row, head, wg, rows])
-        # The sum over the rows below and the row itself, and over the rows above.
-        dg = matmul(
-            shape,
-            *((sum_tiles.at[0].transpose((1, 0)), q_parts.at[wg, i]) for i in range(2)),
-            *((sum_tiles.at[0], part) for part in parts),
-        ) - sum(plgpu.load(part, layout=WGMMA).astype(f32) for part in parts)
-        plgpu.commit_smem()
-        gs[wg] = poisoned(dg)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(gs.at[wg], dg_out.at[place])
+        if scalar_g:
+            plgpu.copy_smem_to_gmem(dg_tile.at[wg], dg_out.at[row, head, chunk, wg])
+        else:
+            # The sum over the rows below and the row itself, and over the rows above.
+            dg = matmul(
+                shape,
+                *((sum_tiles.at[0].transpose((1, 0)), q_parts.at[wg, i]) for i in range(2)),
+                *((sum_tiles.at[0], part) for part in parts),
+            ) - sum(plgpu.load(part, layout=WGMMA).astype(f32) for part in parts)
+            plgpu.commit_smem()
+            gs[wg] = poisoned(dg)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(gs.at[wg], dg_out.at[place])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     keys_tile = tile((_WARPGROUPS, *shape), bf16, 2 * _PIECE)
     states_tile = tile((_WARPGROUPS, _VALUES, wg_channels), bf16, swizzle)
     parts_tile = tile((_WARPGROUPS, 2, *shape), bf16, _BLOCK_SWIZZLE)
     values_tile = tile((_WARPGROUPS, CHUNK, wg_values), bf16, swizzle)
-    square_tiles = tile((2, *square), bf16, _BLOCK_SWIZZLE)
+    # One with a swizzle of its own: both operands of a product have the same one.
+    pairs_swizzle = 2 * _PIECE if scalar_g else _BLOCK_SWIZZLE
+    square_tiles = tile((2, *square), bf16, pairs_swizzle)
+    g_tiles = () if scalar_g else ((tile((_WARPGROUPS, *shape), f32),), (parts_tile,))
     per_warpgroup: dict[str, Any] = {"num_barriers": _WARPGROUPS}
-    of_scalars = {
-        **({"db_tile": plgpu.SMEM((_WARPGROUPS, CHUNK), f32)} if scalar_b else {}),
-        **({"dw_tile": plgpu.SMEM((_WARPGROUPS, CHUNK), f32)} if scalar_w else {}),
-    }
+    of_scalars = {}
+    tables = (1 if scalar_b else 0) + (1 if scalar_g else 3)
+    if scalar_g:
+        of_scalars["dg_tile"] = plgpu.SMEM((_WARPGROUPS, 2, CHUNK), f32)
+    if scalar_b:
+        of_scalars["b_tile"] = plgpu.SMEM((CHUNK,), f32)
+        of_scalars["db_tile"] = plgpu.SMEM((_WARPGROUPS, CHUNK), f32)
+    if scalar_w:
+        of_scalars["dw_tile"] = plgpu.SMEM((_WARPGROUPS, CHUNK), f32)
 
     def summands(count):
         return jax.ShapeDtypeStruct((batch, heads, count, length), f32)
@@ -460,7 +543,10 @@ def chunk_backward(
     return mosaic.kernel(
         chunk_backward_kernel,
         out_type=(
-            *(jax.ShapeDtypeStruct(q.shape, dtype) for dtype in (bf16, bf16, f32)),
+            *(jax.ShapeDtypeStruct(q.shape, dtype) for dtype in (bf16, bf16)),
+            jax.ShapeDtypeStruct(
+                (*g.shape[:3], _WARPGROUPS, 2, CHUNK) if scalar_g else g.shape, f32
+            ),
             summands(_WARPGROUPS) if scalar_b else jax.ShapeDtypeStruct(q.shape, bf16),
             jax.ShapeDtypeStruct(v.shape, bf16),
             summands(_WARPGROUPS * value_blocks)
@@ -473,26 +559,24 @@ def chunk_backward(
         thread_name="wg",
         scratch_types={
             **dict.fromkeys(("qs", "ks") if scalar_b else ("qs", "ks", "bs"), keys_tile),
-            "h_union": mosaic.overlaid((states_tile,), (parts_tile,)),
-            "d_h_union": mosaic.overlaid(
-                (states_tile,), (tile((_WARPGROUPS, *shape), f32),), (parts_tile,)
-            ),
+            "h_union": mosaic.overlaid((states_tile,), (square_tiles if scalar_g else parts_tile,)),
+            "d_h_union": mosaic.overlaid((states_tile,), *g_tiles),
             "d_o_d_z_union": mosaic.overlaid(
                 (tile((2, CHUNK, block), bf16, swizzle),), (square_tiles, keys_tile)
             ),
             "r_union": mosaic.overlaid((tile((block, CHUNK), bf16, swizzle),), (keys_tile,)),
             "v_union": mosaic.overlaid((values_tile,), (keys_tile,)),
             "w_union": mosaic.overlaid(*(() if scalar_w else ((values_tile,),)), (keys_tile,)),
-            "dt_low": tile(square, bf16, _BLOCK_SWIZZLE),
-            "sum_tiles": square_tiles,
+            "dt_low": tile(square, bf16, pairs_swizzle),
+            **({} if scalar_g else {"sum_tiles": square_tiles}),
             "decay_tile": plgpu.SMEM((key_dim,), f32),
-            "steps_tile": plgpu.SMEM((_STEPS, key_dim), f32),
+            **({} if scalar_g else {"steps_tile": plgpu.SMEM((_STEPS, key_dim), f32)}),
             "diagonal": plgpu.SMEM((CHUNK,), f32),
             "keys_loaded": plgpu.Barrier(num_arrivals=2 if scalar_b else 3, **per_warpgroup),
             "states_loaded": plgpu.Barrier(num_arrivals=2, **per_warpgroup),
-            "g_loaded": plgpu.Barrier(num_arrivals=1, **per_warpgroup),
+            **({} if scalar_g else {"g_loaded": plgpu.Barrier(num_arrivals=1, **per_warpgroup)}),
             "values_loaded": plgpu.Barrier(num_arrivals=1 if scalar_w else 2, **per_warpgroup),
-            "tables_loaded": plgpu.Barrier(num_arrivals=3),
+            "tables_loaded": plgpu.Barrier(num_arrivals=tables),
             "d_o_d_z_loaded": plgpu.Barrier(num_arrivals=3),
             "free": plgpu.Barrier(num_arrivals=_WARPGROUPS),
             "pairs_ready": plgpu.Barrier(num_arrivals=_WARPGROUPS),
@@ -500,7 +584,7 @@ def chunk_backward(
         },
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
-        *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, steps),
-        sum_matrices()[:2],
+        *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay),
+        *(() if scalar_g else (steps, sum_matrices()[:2])),
         *(() if masks is None else (masks.segment, *masks[:3], poison)),
     )

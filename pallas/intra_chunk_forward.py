@@ -58,11 +58,19 @@ def sum_matrices() -> BFloat16[Array, "3 64 64"]:
     return jnp.stack([up_to, jnp.where(block[:, None] == block, up_to, 0), 1 - up_to])
 
 
+def sums_in_chunks(g: Float32[Array, "B H T"]) -> Float32[Array, "B H N 2 64"]:
+    """Base-2 log-decays of a head, summed up to each row of a chunk and over the later rows."""
+    g = jnp.maximum(g, UNDERFLOW) * LOG2_E
+    up_to = jnp.tri(CHUNK, dtype=g.dtype)
+    chunks = g.reshape(*g.shape[:2], -1, CHUNK)
+    return jnp.einsum("bhns,irs->bhnir", chunks, jnp.stack([up_to, 1 - up_to]), precision="highest")
+
+
 def intra_chunk_forward(
     q: BFloat16[Array, "B T H K"],
     k: BFloat16[Array, "B T H K"],
     v: BFloat16[Array, "B T H V"],
-    g: Float32[Array, "B T H K"],
+    g: Float32[Array, "B T H K"] | Float32[Array, "B H N 2 64"],
     b: BFloat16[Array, "B T H K"] | Float32[Array, "B H T"],
     w: BFloat16[Array, "B T H V"] | Float32[Array, "B H T"],
     masks: Masks | None,
@@ -75,7 +83,7 @@ def intra_chunk_forward(
     BFloat16[Array, "BH T K"],
     BFloat16[Array, "BH T K"],
     BFloat16[Array, "BH N 64 64"],
-    Float32[Array, "BH N K"],
+    Float32[Array, "BH N K"] | None,
     BFloat16[Array, "BH N 2 64 64"] | None,
     Float32[Array, "BH N 6 K"] | None,
     Float32[Array, "BH T"] | None,
@@ -83,27 +91,31 @@ def intra_chunk_forward(
     """Computes a chunk's operands for the pass over states.
 
     K is 64 or 128; T and V are multiples of 64; the log-decay g is <= 0. A gate b or w has a number
-    for each channel, or one for all channels of a head, which is not read again for each. `scale` is
-    a factor on q, `masks` are those of the segments, and `save` also returns what only the backward
-    needs.
+    for each channel, or one for all channels of a head, which is not read again for each. Beside such
+    a b, g may be the `sums_in_chunks` of one log-decay a head. `scale` is a factor on q, `masks` are
+    those of the segments, and `save` also returns what only the backward needs.
 
     Returns:
       Y^T, U^T, Kt, Qg, Aqk^T and the decay of a whole chunk; or None, X in two parts and the clamped
       decays of the halves of all blocks but the last; or None, without masks, the number of elements
-      that are not finite in each row.
+      that are not finite in each row. Decays are None, too, and gates are not counted, where all
+      channels of a head decay alike.
     """
     batch, length, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     chunks = length // CHUNK
     key_side = (batch, chunks * CHUNK, heads, key_dim)
     value_side = (*key_side[:3], value_dim)
+    scalar_b, scalar_w = (mosaic.is_scalar(x) for x in (b, w))
+    scalar_g = scalar_b and g.shape != key_side
     mosaic.check_shapes(
-        **{name: (x, key_side) for name, x in {"q": q, "k": k, "g": g}.items()},
+        q=(q, key_side),
+        k=(k, key_side),
+        g=(g, (batch, heads, chunks, 2, CHUNK) if scalar_g else key_side),
         b=(b, mosaic.gate_shape(b, key_side)),
         v=(v, value_side),
         w=(w, mosaic.gate_shape(w, value_side)),
     )
-    scalar_b, scalar_w = (mosaic.is_scalar(x) for x in (b, w))
     value_block = 128 if value_dim % 128 == 0 else 64
     # A row of g, one channel a thread; 64 channels do not fill the 128 threads.
     row_layout = plgpu.Layout.WG_STRIDED((128,), vec_size=1) if key_dim == 128 else COLUMNS
@@ -119,49 +131,32 @@ def intra_chunk_forward(
         ks,
         bs,
         x_union,
-        steps_tile,
         loaded,
         loaded_values,
+        steps_tile: Any = None,
         flaws_tile: Any = None,
     ):
-        q, k, v, g, b, w, sums, *refs = refs
+        q, k, v, g, b, w, *refs = refs
+        sums, decay, steps = None, None, None
+        if not scalar_g:
+            sums, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, *refs = refs
-        y_t, u_t, k_tail, q_gamma, a_qk_t, decay, *refs = refs
+        y_t, u_t, k_tail, q_gamma, a_qk_t, *refs = refs
+        if not scalar_g:
+            decay, *refs = refs
         if save:
-            x_out, steps, *refs = refs
+            x_out, *refs = refs
+        if save and not scalar_g:
+            steps, *refs = refs
         if masks is not None:
             (flaws,) = refs
-        (gs,), (parts,), (vs, *ws), (_, a_qk_tile) = g_union
+        *g_areas, (vs, *ws), (_, a_qk_tile) = g_union
         (qs,), (y_tile,), (u_tile,) = q_union
-        (sum_tiles,), (xs, ps), (x_high, x_low) = x_union
+        *sum_tiles, (xs, ps), (x_high, x_low) = x_union
         row, head, chunk = (lax.axis_index(name) for name in ("b", "h", "c"))
         rows = pl.ds(chunk * CHUNK, CHUNK)
         index = row * heads + head
-
-        for p in pieces:
-            columns = pl.ds(p * _PIECE, _PIECE)
-            plgpu.copy_gmem_to_smem(g.at[row, rows, head, columns], gs.at[p], loaded)
-        for source, target in ((k, ks), *(() if scalar_b else ((b, bs),)), (q, qs)):
-            plgpu.copy_gmem_to_smem(source.at[row, rows, head], target, loaded)
-        plgpu.copy_gmem_to_smem(sums, sum_tiles, loaded)
-
-        # Meanwhile, channel by channel: decays of the whole chunk and of the halves of blocks.
-        total, clamped, halves = 0.0, 0.0, []
-        for r in range(CHUNK):
-            at = g.at[row, chunk * CHUNK + r, head]
-            value = plgpu.load(at, layout=row_layout, optimized=False)
-            total += at_least(UNDERFLOW, value)
-            clamped += at_least(CLAMP / LOG2_E, value)
-            if (r + 1) % HALF == 0:
-                halves.append(clamped)
-                clamped = 0.0
-        decay.at[index, chunk][...] = jnp.exp2(total * LOG2_E)
-        for i, value in enumerate(halves[:_STEPS]):
-            step = jnp.exp2(value * LOG2_E)
-            steps_tile[i] = step
-            if save:
-                steps.at[index, chunk, i][...] = step
 
         def without_flaws(*values):
             """The values, all zero where one is not finite, and the number of those in each row."""
@@ -169,90 +164,173 @@ def intra_chunk_forward(
             values = [jnp.where(finite, value, jnp.float32(0)) for value in values]
             return *values, jnp.sum(jnp.where(finite, jnp.float32(0), jnp.float32(1)), axis=1)
 
-        def store_parts(p, value):
-            for i, part in enumerate(split(value)):
-                parts.at[p, i][...] = part
+        def load_keys():
+            for source, target in ((k, ks), *(() if scalar_b else ((b, bs),)), (q, qs)):
+                plgpu.copy_gmem_to_smem(source.at[row, rows, head], target, loaded)
+
+        def row_masks():
+            """Of what reads the incoming state, and of what writes to the outgoing one."""
+            if masks is None:
+                return None, None
+            return (mosaic.load_scalars(x.at[row, rows], shape) for x in (reads, writes))
+
+        def store_keys():
             plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(qs, q_gamma.at[index, rows])
+            plgpu.copy_smem_to_gmem(ks, k_tail.at[index, rows])
 
-        def sum_g(p, matrix):
-            return matmul(shape, *((matrix, parts.at[p, i]) for i in range(2)))
+        def pairs_by_channel():
+            """Sums over pairs, in blocks of 16 columns, and what is not finite in each row."""
+            (gs,), (parts,) = g_areas
+            for p in pieces:
+                columns = pl.ds(p * _PIECE, _PIECE)
+                plgpu.copy_gmem_to_smem(g.at[row, rows, head, columns], gs.at[p], loaded)
+            load_keys()
+            plgpu.copy_gmem_to_smem(sums, sum_tiles[0][0], loaded)
 
-        if masks is not None:
-            reads_mask, writes_mask = (
-                mosaic.over_columns(
-                    plgpu.load(x.at[row, rows], layout=ROWS, optimized=False), shape
+            # Meanwhile, channel by channel: decays of the whole chunk and of the halves of blocks.
+            total, clamped, halves = 0.0, 0.0, []
+            for r in range(CHUNK):
+                at = g.at[row, chunk * CHUNK + r, head]
+                value = plgpu.load(at, layout=row_layout, optimized=False)
+                total += at_least(UNDERFLOW, value)
+                clamped += at_least(CLAMP / LOG2_E, value)
+                if (r + 1) % HALF == 0:
+                    halves.append(clamped)
+                    clamped = 0.0
+            decay.at[index, chunk][...] = jnp.exp2(total * LOG2_E)
+            for i, value in enumerate(halves[:_STEPS]):
+                step = jnp.exp2(value * LOG2_E)
+                steps_tile[i] = step
+                if save:
+                    steps.at[index, chunk, i][...] = step
+
+            def store_parts(p, value):
+                for i, part in enumerate(split(value)):
+                    parts.at[p, i][...] = part
+                plgpu.commit_smem()
+
+            def sum_g(p, matrix):
+                return matmul(shape, *((matrix, parts.at[p, i]) for i in range(2)))
+
+            reads_mask, writes_mask = row_masks()
+            if scalar_b:
+                scalar_erase = mosaic.load_scalars(b.at[row, head, rows], shape)
+            plgpu.barrier_wait(loaded)
+            keys, all_flaws = [], jnp.float32(0)
+            for p in pieces:
+                columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
+                log_decay = plgpu.load(gs.at[p], layout=WGMMA)
+                if masks is not None:
+                    known = log_decay < jnp.inf
+                log_decay = at_least(UNDERFLOW, log_decay) * LOG2_E
+                plgpu.commit_smem()  # the parts take the place of g
+                store_parts(p, log_decay)
+                gamma = jnp.exp2(sum_g(p, sum_tiles[0][0].at[0]))
+                tail = jnp.exp2(sum_g(p, sum_tiles[0][0].at[2]))
+                if masks is not None:
+                    gamma, tail = gamma * reads_mask, tail * writes_mask
+                plgpu.commit_smem()
+                store_parts(p, jnp.maximum(log_decay, CLAMP))
+                to_row = sum_g(p, sum_tiles[0][0].at[1]) + _CENTRE
+                plgpu.commit_smem()  # every warp is done with the parts of g
+                up, down = jnp.exp2(to_row), jnp.exp2(-to_row)
+                key, *erase, query = (
+                    plgpu.load(x.at[columns], layout=WGMMA).astype(f32)
+                    for x in ((ks, qs) if scalar_b else (ks, bs, qs))
                 )
-                for x in (reads, writes)
+                erase, query = (scalar_erase if scalar_b else erase[0]) * key, query * scale
+                if masks is not None:
+                    key = jnp.where(known, key, jnp.float32(jnp.nan))
+                    key, erase, query, flawed = without_flaws(key, erase, query)
+                    all_flaws = all_flaws + flawed
+                keys.append(key * down)
+                for target, value in (
+                    (parts.at[p, 0], erase * up),
+                    (parts.at[p, 1], query * up),
+                    (bs.at[columns], erase * gamma),
+                    (qs.at[columns], query * gamma),
+                    (ks.at[columns], key * tail),
+                ):
+                    target[...] = value.astype(bf16)
+            store_keys()
+
+            strip_row = mosaic.indices(shape, 0)
+            blocks = []
+            for i in range(CHUNK // BLOCK):
+                at = pl.ds(BLOCK * i, BLOCK)
+                if i:
+                    for p in pieces:
+                        moved = keys[p]
+                        for half in (2 * i - 2, 2 * i - 1):
+                            step = plgpu.load(
+                                steps_tile.at[half, pl.ds(p * _PIECE, _PIECE)],
+                                layout=COLUMNS,
+                                optimized=False,
+                            )
+                            moved *= mosaic.over_rows(step, shape)
+                        keys[p] = jnp.where(strip_row < BLOCK * i, moved, keys[p])
+
+                def products(for_erase, for_read, at=at):
+                    for p in pieces:
+                        key = keys[p].astype(bf16)
+                        for_erase.add(key, parts.at[p, 0, at].transpose((1, 0)))
+                        for_read.add(key, parts.at[p, 1, at].transpose((1, 0)))
+                    return for_erase.get(), for_read.get()
+
+                blocks.append(mosaic.with_accumulators(products, *((CHUNK, BLOCK),) * 2))
+            return blocks, all_flaws
+
+        def pairs_by_head():
+            """Sums over pairs and what is not finite, where all channels of a head decay alike."""
+            load_keys()
+            to_row, from_row = (
+                mosaic.load_scalars(g.at[row, head, chunk, i], shape) for i in range(2)
             )
-        if scalar_b:
+            to_column = plgpu.load(g.at[row, head, chunk, 0], layout=COLUMNS, optimized=False)
+            erase_column = plgpu.load(b.at[row, head, rows], layout=COLUMNS, optimized=False)
             scalar_erase = mosaic.load_scalars(b.at[row, head, rows], shape)
-        plgpu.barrier_wait(loaded)
-        keys, all_flaws = [], jnp.float32(0)
-        for p in pieces:
-            columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
-            log_decay = plgpu.load(gs.at[p], layout=WGMMA)
+            reads_mask, writes_mask = row_masks()
+            gamma, tail = jnp.exp2(to_row), jnp.exp2(from_row)
             if masks is not None:
-                known = log_decay < jnp.inf
-            log_decay = at_least(UNDERFLOW, log_decay) * LOG2_E
-            plgpu.commit_smem()  # the parts take the place of g
-            store_parts(p, log_decay)
-            gamma = jnp.exp2(sum_g(p, sum_tiles.at[0]))
-            tail = jnp.exp2(sum_g(p, sum_tiles.at[2]))
-            if masks is not None:
+                erase_column, scalar_erase = map(mosaic.finite, (erase_column, scalar_erase))
                 gamma, tail = gamma * reads_mask, tail * writes_mask
-            plgpu.commit_smem()
-            store_parts(p, jnp.maximum(log_decay, CLAMP))
-            to_row = sum_g(p, sum_tiles.at[1]) + _CENTRE
-            plgpu.commit_smem()  # every warp is done with the parts of g
-            up, down = jnp.exp2(to_row), jnp.exp2(-to_row)
-            key, *erase, query = (
-                plgpu.load(x.at[columns], layout=WGMMA).astype(f32)
-                for x in ((ks, qs) if scalar_b else (ks, bs, qs))
-            )
-            erase, query = (scalar_erase if scalar_b else erase[0]) * key, query * scale
-            if masks is not None:
-                key = jnp.where(known, key, jnp.float32(jnp.nan))
-                key, erase, query, flawed = without_flaws(key, erase, query)
+            plgpu.barrier_wait(loaded)
+            all_flaws = jnp.float32(0)
+            for p in pieces if masks is not None else ():
+                columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
+                key, query = (plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, qs))
+                key, query, flawed = without_flaws(key, query)
                 all_flaws = all_flaws + flawed
-            keys.append(key * down)
-            for target, value in (
-                (parts.at[p, 0], erase * up),
-                (parts.at[p, 1], query * up),
-                (bs.at[columns], erase * gamma),
-                (qs.at[columns], query * gamma),
-                (ks.at[columns], key * tail),
-            ):
-                target[...] = value.astype(bf16)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(qs, q_gamma.at[index, rows])
-        plgpu.copy_smem_to_gmem(ks, k_tail.at[index, rows])
+                for target, value in ((ks, key), (qs, query)):
+                    target.at[columns][...] = value.astype(bf16)
+            plgpu.commit_smem()
 
-        strip_row = mosaic.indices(shape, 0)
-        blocks = []
-        for i in range(CHUNK // BLOCK):
-            at = pl.ds(BLOCK * i, BLOCK)
-            if i:
-                for p in pieces:
-                    moved = keys[p]
-                    for half in (2 * i - 2, 2 * i - 1):
-                        step = plgpu.load(
-                            steps_tile.at[half, pl.ds(p * _PIECE, _PIECE)],
-                            layout=COLUMNS,
-                            optimized=False,
-                        )
-                        moved *= mosaic.over_rows(step, shape)
-                    keys[p] = jnp.where(strip_row < BLOCK * i, moved, keys[p])
-
-            def products(for_erase, for_read, at=at):
-                for p in pieces:
-                    key = keys[p].astype(bf16)
-                    for_erase.add(key, parts.at[p, 0, at].transpose((1, 0)))
-                    for_read.add(key, parts.at[p, 1, at].transpose((1, 0)))
+            def products(for_erase, for_read):
+                for_erase.add(ks, ks.transpose((1, 0)))
+                for_read.add(ks, qs.transpose((1, 0)))
                 return for_erase.get(), for_read.get()
 
-            blocks.append(mosaic.with_accumulators(products, *((CHUNK, BLOCK),) * 2))
+            erase, read = mosaic.with_accumulators(products, square, square)
+            plgpu.commit_smem()  # every warp is done with the keys and queries
+            to_row = mosaic.load_scalars(g.at[row, head, chunk, 0], square)
+            weight = jnp.exp2(jnp.minimum(mosaic.over_rows(to_column, square) - to_row, 0.0))
+            erase, read = erase * weight * mosaic.over_rows(erase_column, square), read * weight
+            for p in pieces:
+                columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
+                key, query = (plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, qs))
+                for target, value in (
+                    (bs, scalar_erase * key * gamma),
+                    (qs, query * scale * gamma),
+                    (ks, key * tail),
+                ):
+                    target.at[columns][...] = value.astype(bf16)
+            store_keys()
+            return (erase, read * scale), all_flaws
+
+        pairs, all_flaws = (pairs_by_head if scalar_g else pairs_by_channel)()
         ri, ci = mosaic.indices(square, 0), mosaic.indices(square, 1)
-        erase, read = (jnp.concatenate(x, axis=1) for x in zip(*blocks))
+        erase, read = pairs if scalar_g else (jnp.concatenate(x, axis=1) for x in zip(*pairs))
         # Rows of later blocks can overflow: they are selected away, not multiplied by zero.
         erase = jnp.where(ri < ci, erase, 0.0)
         read = jnp.where(ri <= ci, read, 0.0)
@@ -343,6 +421,11 @@ def intra_chunk_forward(
     key_tile, value_tile = (
         tile((CHUNK, columns), bf16, _SWIZZLE) for columns in (key_dim, value_block)
     )
+    g_tiles = (
+        (tile((len(pieces), *shape), f32),),
+        (tile((len(pieces), 2, *shape), bf16, _SWIZZLE),),
+    )
+    copies = (2 if scalar_b else 3) + (0 if scalar_g else len(pieces) + 1)
     results: Any = mosaic.kernel(
         intra_chunk_forward_kernel,
         out_type=(
@@ -351,16 +434,16 @@ def intra_chunk_forward(
             out(bf16, length, key_dim),
             out(bf16, length, key_dim),
             out(bf16, chunks, *square),
-            out(f32, chunks, key_dim),
-            *([out(bf16, chunks, 2, *square), out(f32, chunks, _STEPS, key_dim)] if save else []),
+            *([] if scalar_g else [out(f32, chunks, key_dim)]),
+            *([out(bf16, chunks, 2, *square)] if save else []),
+            *([out(f32, chunks, _STEPS, key_dim)] if save and not scalar_g else []),
             *([] if masks is None else [out(f32, length)]),
         ),
         grid=(chunks, batch, heads),
         grid_names=("c", "b", "h"),
         scratch_types={
             "g_union": mosaic.overlaid(
-                (tile((len(pieces), *shape), f32),),
-                (tile((len(pieces), 2, *shape), bf16, _SWIZZLE),),
+                *(() if scalar_g else g_tiles),
                 (value_tile,) if scalar_w else (value_tile, value_tile),
                 (value_tile, tile(square, bf16)),
             ),
@@ -370,12 +453,12 @@ def intra_chunk_forward(
             "ks": key_tile,
             "bs": key_tile,
             "x_union": mosaic.overlaid(
-                (tile((3, *square), bf16, _SWIZZLE),),
+                *(() if scalar_g else ((tile((3, *square), bf16, _SWIZZLE),),)),
                 (tile(square, f16),) * 2,
                 (tile(square, bf16, _SWIZZLE),) * 2,
             ),
-            "steps_tile": plgpu.SMEM((_STEPS, key_dim), f32),
-            "loaded": plgpu.Barrier(num_arrivals=len(pieces) + (3 if scalar_b else 4)),
+            **({} if scalar_g else {"steps_tile": plgpu.SMEM((_STEPS, key_dim), f32)}),
+            "loaded": plgpu.Barrier(num_arrivals=copies),
             "loaded_values": plgpu.Barrier(num_arrivals=1 if scalar_w else 2),
             **({} if masks is None else {"flaws_tile": plgpu.SMEM((CHUNK,), f32)}),
         },
@@ -387,9 +470,11 @@ def intra_chunk_forward(
         g,
         b,
         w,
-        sum_matrices(),
+        *(() if scalar_g else (sum_matrices(),)),
         *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )
-    y_t, u_t, k_tail, q_gamma, a_qk_t, decay, *rest = results
-    x, steps, *rest = rest if save else (None, None, *rest)
+    y_t, u_t, k_tail, q_gamma, a_qk_t, *rest = results
+    decay, *rest = (None, *rest) if scalar_g else rest
+    x, *rest = rest if save else (None, *rest)
+    steps, *rest = rest if save and not scalar_g else (None, *rest)
     return y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps, rest[0] if rest else None

@@ -67,6 +67,8 @@ SHAPES = (
     Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="bw"),
     Shape(67, 128, 64, segments=3, dtype="float16", one_channel="b"),
     Shape(130, 128, 256, one_channel="gw"),
+    Shape(193, 128, 128, heads=2, value_heads=2, one_channel="gbw"),
+    Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="gbw"),
 )
 TRITON_SHAPES = [
     x._replace(implementation="triton")
@@ -307,7 +309,7 @@ def test_no_bit_of_the_past_depends_on_the_future(shape):
         ("v", np.inf),
     ],
 )
-@pytest.mark.parametrize("shape", [*both_implementations(1), SHAPES[8]], ids=str)
+@pytest.mark.parametrize("shape", [*both_implementations(1), SHAPES[8], SHAPES[12]], ids=str)
 def test_a_nan_stays_in_its_document(shape, where, value):
     kernels, _ = programs(shape)
     arrays, _, (d_outputs, d_state), _ = stacked(shape, 0)

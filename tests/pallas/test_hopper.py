@@ -47,8 +47,8 @@ def draw(length=100, key_dim=128, one_channel="", **options):
         ),
         pytest.param(
             {"regime": "resets", "length": 67, "key_dim": 64, "value_dim": 128, "segments": 3}
-            | {"one_channel": "b", "dtype": "float16"},
-            id="one number a head to erase, segments",
+            | {"one_channel": "gbw"},
+            id="all gates one number a head, segments",
         ),
     ],
 )

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gdn2_jax.ops.arguments import match_varying_axes
-from gdn2_jax.pallas.chunk_backward import chunk_backward
-from gdn2_jax.pallas.intra_chunk_forward import intra_chunk_forward
+from gdn2_jax.pallas.chunk_backward import chunk_backward, from_sums_in_chunks
+from gdn2_jax.pallas.intra_chunk_forward import intra_chunk_forward, sums_in_chunks
 from gdn2_jax.pallas.mosaic import CHUNK
 from gdn2_jax.pallas.segments import first_flaws, segment_masks
 from gdn2_jax.pallas.state_pass import state_pass_backward, state_pass_forward
@@ -73,11 +73,12 @@ def hopper(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Outputs (in v's dtype) and final state (fp32); arguments as in `chunkwise`, dtypes as above.
 
-    K is 64 or 128 and V a multiple of 64; fp16 inputs are rounded to bf16. The kernels read a gate b
-    or w with one channel as one number a head, and leave its gradient so; g is broadcast.
+    K is 64 or 128 and V a multiple of 64; fp16 inputs are rounded to bf16. The kernels read gates with
+    one channel as one number a head, and leave their gradients so; but g is broadcast where b is not one.
     """
     length, key_dim, value_dim, dtype = q.shape[1], q.shape[-1], v.shape[-1], v.dtype
-    g = jnp.broadcast_to(g, q.shape)
+    if b.shape[-1] > 1:
+        g = jnp.broadcast_to(g, q.shape)
     padding = -length % CHUNK
     # A block of value channels is as wide as the key's two halves.
     value_padding = -value_dim % key_dim
@@ -92,7 +93,8 @@ def hopper(
     if starts is not None:
         masks = segment_masks(jnp.pad(starts, ((0, 0), (0, padding))))
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-    b, w = map(_for_kernels, (b, w))
+    b, w = (_by_head(x) if x.shape[-1] == 1 else x.astype(jnp.bfloat16) for x in (b, w))
+    g = _by_head(g) if g.shape[-1] == 1 else g
     results: Any = _hopper(scale, q, k, v, g, b, w, _transpose(initial_state), masks)
     outputs, final_state = results
     outputs = outputs[:, :length, :, :value_dim].astype(dtype)
@@ -109,14 +111,24 @@ def _forward(scale, *arguments):
 
 
 def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
+    unknown = None
+    if g.ndim == 3:
+        if masks is not None:
+            unknown = ~((g < jnp.inf) & jnp.isfinite(b))
+            g = jnp.where(jnp.isnan(g), 0, g)
+        g = sums_in_chunks(g)
     results: Any = intra_chunk_forward(q, k, v, g, b, w, masks, scale=scale, save=save)
     y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps, flaws = results
+    if decay is None:
+        decay = jnp.exp2(g[..., 0, -1]).reshape(y_t.shape[:2])
+        decay = jnp.broadcast_to(decay[..., None], y_t.shape[:3])
     if masks is not None:
         decay = _carried(decay, masks)
         # NaN would reach every segment of a row through products with zero: the kernels leave it out,
         # and what follows it in its segment becomes NaN here.
         state, flawed = _without_flaws(state)
         flaws = flaws.reshape(*state.shape[:2], -1)
+        flaws = flaws if unknown is None else flaws + unknown
         flaws = flaws.at[..., 0].add(flawed)
     outputs, final_state, states, r_t = state_pass_forward(
         y_t, u_t, k_tail, q_gamma, a_qk_t, decay, state, save=save
@@ -150,7 +162,15 @@ def _backward(scale, residuals, cotangents):
         *(masks, _rows(poison)),
         scale=scale,
     )
-    db, dw = (_gradient(x, like, poison) for x, like in ((db, b), (dw, w)))
+    # The kernels leave summands of what has one number a head.
+    if g.ndim == 5:
+        dg = from_sums_in_chunks(dg)
+    if b.ndim == 3:
+        db = jnp.sum(db, axis=2)
+    if w.ndim == 3:
+        dw = jnp.sum(dw, axis=2)
+    if poison is not None:
+        dg, db, dw = (x + poison if x.ndim == 3 else x for x in (dg, db, dw))
     if poison is not None:
         d_initial_state += poison[..., 0, None, None]
     *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, q))
@@ -166,19 +186,9 @@ def _without_flaws(x: Array, axes=(-2, -1)) -> tuple[Array, Array]:
     return jnp.where(finite, x, 0), jnp.sum(~finite, axis=axes, dtype=jnp.float32)
 
 
-def _for_kernels(gate: Float[Array, "B T H #C"]) -> Float[Array, "..."]:
-    """The gate in bf16; fp32 [B, H, T] where it has one number for all channels of a head."""
-    if gate.shape[-1] > 1:
-        return gate.astype(jnp.bfloat16)
+def _by_head(gate: Float[Array, "B T H 1"]) -> Float[Array, "B H T"]:
+    """One number a head and token, as the kernels read it."""
     return jnp.swapaxes(gate[..., 0], 1, 2).astype(jnp.float32)
-
-
-def _gradient(gradient: Array, gate: Array, poison: Float[Array, "B H T"] | None) -> Array:
-    """The gradient of a gate as `_for_kernels` gives it; the kernels leave one a head in summands."""
-    if gate.ndim == 4:
-        return gradient
-    gradient = jnp.sum(gradient, axis=2)
-    return gradient if poison is None else gradient + poison
 
 
 def _rows(x: Float[Array, "B H T"] | None) -> Float[Array, "BH T"] | None:
