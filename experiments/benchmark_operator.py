@@ -96,7 +96,8 @@ def main(options: Options) -> None:
     if options.shapes:
         shapes = [parse_shape(shape) for shape in options.shapes]
         cases = [(s, dtype, options.implementations) for s in shapes for dtype in options.dtypes]
-    for (shape, dtype, implementations), gates in itertools.product(cases, options.gates):
+    for case, gates in itertools.product(cases, options.gates):
+        shape, dtype, implementations = case
         arguments, cotangents = inputs(shape, dtype, gates)
         for implementation in implementations:
             for name, function, operands in (

@@ -111,7 +111,7 @@ def chunk_backward(
         states=(states, state_side),
         d_states=(d_states, state_side),
         decay=(decay, (*state_side[:2], key_dim)),
-        **({} if scalar_g else {"steps": (steps, (*state_side[:2], _STEPS, key_dim))}),
+        **({} if steps is None else {"steps": (steps, (*state_side[:2], _STEPS, key_dim))}),
     )
     wg_channels = key_dim // _WARPGROUPS
     swizzle = 2 * wg_channels
@@ -461,6 +461,14 @@ def chunk_backward(
             dk_pairs, de_pairs, dq_pairs, in_block = pairs_by_channel()
         plgpu.commit_smem()  # every warp is done with the parts of k
         db, d_sums = jnp.float32(0), [jnp.float32(0)] * 2
+
+        def keep_share(i, share, piece):
+            """Rows' shares in the gradients of their sums of g, up to the row and beyond it."""
+            if scalar_g:
+                d_sums[i] += jnp.sum(share, axis=1)
+            else:
+                store_parts((q_parts, k_parts)[i], share, piece)
+
         on_diagonal = mosaic.over_columns(plgpu.load(diagonal, layout=ROWS), piece_shape)
         for piece in pieces:
             keys, gates, queries = load_inputs(piece)
@@ -473,13 +481,8 @@ def chunk_backward(
             dq = up * part_of(dq_pairs, piece) + load_piece(dq_states, piece)
             dk = down * part_of(dk_pairs, piece)
             d_tail, d_decay = load_piece(d_tails, piece), load_piece(d_decays, piece)
-            d_to_row = queries * dq + keys * gates * de - keys * dk + d_decay
-            d_from_row = keys * d_tail + d_decay
-            if scalar_g:
-                d_sums = [x + jnp.sum(y, axis=1) for x, y in zip(d_sums, (d_to_row, d_from_row))]
-            else:
-                store_parts(q_parts, d_to_row, piece)
-                store_parts(k_parts, d_from_row, piece)
+            keep_share(0, queries * dq + keys * gates * de - keys * dk + d_decay, piece)
+            keep_share(1, keys * d_tail + d_decay, piece)
             dk += d_tail + gates * de + on_diagonal * queries
             for target, value in (
                 (qs, (dq + on_diagonal * keys) * scale),

@@ -137,18 +137,15 @@ def intra_chunk_forward(
         flaws_tile: Any = None,
     ):
         q, k, v, g, b, w, *refs = refs
-        sums, decay, steps = None, None, None
-        if not scalar_g:
-            sums, *refs = refs
+        nothing: Any = None
+        sums, *refs = (nothing, *refs) if scalar_g else refs
         if masks is not None:
             row_segment, column_segment, reads, writes, *refs = refs
         y_t, u_t, k_tail, q_gamma, a_qk_t, *refs = refs
-        if not scalar_g:
-            decay, *refs = refs
+        decay, *refs = (nothing, *refs) if scalar_g else refs
         if save:
             x_out, *refs = refs
-        if save and not scalar_g:
-            steps, *refs = refs
+            steps, *refs = (nothing, *refs) if scalar_g else refs
         if masks is not None:
             (flaws,) = refs
         *g_areas, (vs, *ws), (_, a_qk_tile) = g_union
@@ -168,7 +165,7 @@ def intra_chunk_forward(
             for source, target in ((k, ks), *(() if scalar_b else ((b, bs),)), (q, qs)):
                 plgpu.copy_gmem_to_smem(source.at[row, rows, head], target, loaded)
 
-        def row_masks():
+        def row_masks() -> Any:
             """Of what reads the incoming state, and of what writes to the outgoing one."""
             if masks is None:
                 return None, None
