@@ -152,7 +152,9 @@ def chunk_backward(
         dw_tile: Any = None,
     ):
         q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay, *refs = refs
-        if not scalar_g:
+        if scalar_g:
+            column_g, *refs = refs
+        else:
             steps, sums, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, poison, *refs = refs
@@ -333,8 +335,8 @@ def chunk_backward(
             pair = jnp.where(same, pair, 0.0)
         if scalar_g:
             to_row = mosaic.load_scalars(g.at[row, head, chunk, 0], square)
-            to_column = plgpu.load(g.at[row, head, chunk, 0], layout=COLUMNS, optimized=False)
-            pair *= jnp.exp2(jnp.minimum(to_row - mosaic.over_rows(to_column, square), 0.0))
+            to_column = mosaic.load_for_columns(column_g.at[row, head, chunk, 0], square)
+            pair *= jnp.exp2(jnp.minimum(to_row - to_column, 0.0))
         plgpu.barrier_wait(free)  # everybody has read dO and dZ
         pair_high, pair_low = split(pair)
         pairs.at[wg][...] = pair_high
@@ -588,6 +590,6 @@ def chunk_backward(
         compiler_params=mosaic.COMPILER_PARAMS,
     )(
         *(q, k, v, g, b, w, d_o, r_t, d_z, states, d_states, decay),
-        *(() if scalar_g else (steps, sum_matrices()[:2])),
+        *((g,) if scalar_g else (steps, sum_matrices()[:2])),
         *(() if masks is None else (masks.segment, *masks[:3], poison)),
     )

@@ -138,7 +138,10 @@ def intra_chunk_forward(
     ):
         q, k, v, g, b, w, *refs = refs
         nothing: Any = None
-        sums, *refs = (nothing, *refs) if scalar_g else refs
+        if scalar_g:
+            sums, (column_g, column_b, *refs) = nothing, refs
+        else:
+            sums, *refs = refs
         if masks is not None:
             row_segment, column_segment, reads, writes, *refs = refs
         y_t, u_t, k_tail, q_gamma, a_qk_t, *refs = refs
@@ -284,8 +287,8 @@ def intra_chunk_forward(
             to_row, from_row = (
                 mosaic.load_scalars(g.at[row, head, chunk, i], shape) for i in range(2)
             )
-            to_column = plgpu.load(g.at[row, head, chunk, 0], layout=COLUMNS, optimized=False)
-            erase_column = plgpu.load(b.at[row, head, rows], layout=COLUMNS, optimized=False)
+            to_column = mosaic.load_for_columns(column_g.at[row, head, chunk, 0], square)
+            erase_column = mosaic.load_for_columns(column_b.at[row, head, rows], square)
             scalar_erase = mosaic.load_scalars(b.at[row, head, rows], shape)
             reads_mask, writes_mask = row_masks()
             gamma, tail = jnp.exp2(to_row), jnp.exp2(from_row)
@@ -311,8 +314,8 @@ def intra_chunk_forward(
             erase, read = mosaic.with_accumulators(products, square, square)
             plgpu.commit_smem()  # every warp is done with the keys and queries
             to_row = mosaic.load_scalars(g.at[row, head, chunk, 0], square)
-            weight = jnp.exp2(jnp.minimum(mosaic.over_rows(to_column, square) - to_row, 0.0))
-            erase, read = erase * weight * mosaic.over_rows(erase_column, square), read * weight
+            weight = jnp.exp2(jnp.minimum(to_column - to_row, 0.0))
+            erase, read = erase * weight * erase_column, read * weight
             for p in pieces:
                 columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
                 key, query = (plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, qs))
@@ -467,7 +470,7 @@ def intra_chunk_forward(
         g,
         b,
         w,
-        *(() if scalar_g else (sum_matrices(),)),
+        *((g, b) if scalar_g else (sum_matrices(),)),
         *(() if masks is None else (masks.segment, masks.segment, masks.reads, masks.writes)),
     )
     y_t, u_t, k_tail, q_gamma, a_qk_t, *rest = results

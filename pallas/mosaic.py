@@ -202,6 +202,15 @@ def load_scalars(ref, shape: tuple[int, int]) -> jax.Array:
     return over_columns(plgpu.load(ref, layout=ROWS, optimized=False), shape)
 
 
+def load_for_columns(ref, shape: tuple[int, int]) -> jax.Array:
+    """A number for each column from global memory, repeated along the rows.
+
+    The kernel must have another operand of it for `load_scalars`: Mosaic takes two loads of the same
+    numbers for one, and finds no layout for that.
+    """
+    return over_rows(plgpu.load(ref, layout=COLUMNS, optimized=False), shape)
+
+
 def over_rows(per_column: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Repeats one value a column along the rows."""
     return lax.broadcast_in_dim(per_column, shape, [1])
