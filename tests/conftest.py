@@ -1,9 +1,10 @@
 """Flags for every test; JAX reads them when its first backend starts.
 
 Eight simulated CPU devices, and what makes compilation, of which the suite mostly consists, several
-times faster: no optimisation by LLVM, and XLA's older emitter of fused loops, which does not set up
-MLIR for each loop. An XLA_FLAGS that sets the number of devices replaces all of them: at night the
-suite runs with XLA's own flags.
+times faster: no optimisation by LLVM, one module for LLVM instead of up to 32 that it compiles in
+parallel, and XLA's older emitter of fused loops, which does not set up MLIR for each loop. An
+XLA_FLAGS that sets the number of devices replaces all of them: at night the suite runs with XLA's
+own flags.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import pytest
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
 given = os.environ.get("XLA_FLAGS", "")
