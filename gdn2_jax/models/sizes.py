@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,18 @@ class Sizes(NamedTuple):
 
 
 @functools.cache
+def abstract_variables(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
+    """Shapes of the parameters and the cache of a model that decodes `sequence_length` tokens."""
+    # Neither depends on the implementation; of all the recurrence is traced the fastest.
+    changes = {"context_length": sequence_length, "implementation": "recurrent"}
+    model = LanguageModel(dataclasses.replace(config, **changes), decode=True)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)
+
+
 def model_sizes(config: ModelConfig, sequence_length: int) -> Sizes:
     """Returns the sizes of a model that decodes `sequence_length` tokens."""
-    config = dataclasses.replace(config, context_length=sequence_length)
-    model = LanguageModel(config, decode=True)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    variables = abstract_variables(config, sequence_length)
     cache = variables["cache"]["layers"]["block"]["mixer"]
     layers = config.num_layers // len(config.mixers)
     return Sizes(

@@ -1,13 +1,11 @@
 """Model FLOPs of a token, and what devices can do: together the model-FLOP utilisation."""
 
-import dataclasses
-import functools
 import math
 
 import jax
-import jax.numpy as jnp
 
-from gdn2_jax.models import LanguageModel, ModelConfig
+from gdn2_jax.models import ModelConfig
+from gdn2_jax.models.sizes import abstract_variables
 
 # Dense bf16 FLOP/s of one device, from the vendors' data sheets; keys begin JAX's device_kind.
 _PEAK_FLOPS = {
@@ -23,8 +21,6 @@ _PEAK_FLOPS = {
 }
 
 
-# Cached: every logged step asks, and counting traces the model.
-@functools.cache
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """FLOPs of forward and backward for one token; a multiply-add counts two.
 
@@ -32,10 +28,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     (`flops` in models/mixers.py). Decays do not count, nor what an implementation spends beyond this,
     on chunks or on recomputation.
     """
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    # Of all implementations the recurrence is traced the fastest.
-    model = LanguageModel(dataclasses.replace(config, implementation="recurrent"))
-    variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    variables = abstract_variables(config, sequence_length)
     weights = sum(
         math.prod(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
