@@ -1,12 +1,10 @@
 """Studies end to end on tiny shapes; GDN-2 must learn the easy setting of study 1."""
 
 import dataclasses
+import functools
 import importlib
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +13,6 @@ import pytest
 
 from gdn2_jax.data.recall import Mqar, draw, draw_rows
 from gdn2_jax.workers import Worker
-
-SCRIPT = Path(__file__).parents[2] / "experiments" / "recall.py"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +49,12 @@ def run(script, compiled, directory, stopped=lambda: False):
     return script.run_cell(*compiled, worker, script.Job(directory, "commit"))
 
 
+def drawn(script, task, shortest, batch, count, seeds, start):
+    """Training batches, drawn by one program."""
+    draw = functools.partial(script.draw_batches, task, shortest, batch, count, 0)
+    return jax.jit(draw)(seeds, jnp.int32(start))
+
+
 class OptimisingPool(ThreadPoolExecutor):
     """Compiles with optimisation, which a thousand steps repay (see tests/conftest.py)."""
 
@@ -65,7 +67,7 @@ TIMES = ("seconds", "tokens_per_second")
 
 
 def test_gdn2_learns_the_easy_setting(script, tmp_path):
-    (cell,) = script.cells("easy", script.read_study("easy", tokens=1024), set())
+    (cell,) = script.cells("easy", script.read_study("easy", tokens=512), set())
     with OptimisingPool(2) as pool:
         (row,) = run(script, (cell, script.compile_cell(cell, pool)), tmp_path)
     assert row["accuracy"] > 0.95, row["curve"]
@@ -109,8 +111,7 @@ def test_one_program_of_many_runs_trains_each_as_if_alone(script, tiny, compiled
 def test_no_batch_is_drawn_twice_and_batches_do_not_depend_on_the_window(script, tiny):
     task = script.cells("reassigned", tiny, set())[0].task()
     seeds = jnp.array([0, 1], jnp.uint32)
-    first = script.draw_batches(task, None, 2, 2, 0, seeds, jnp.int32(0))
-    later = script.draw_batches(task, None, 2, 2, 0, seeds, jnp.int32(1))
+    first, later = (drawn(script, task, None, 2, 2, seeds, start) for start in (0, 1))
     np.testing.assert_array_equal(first.tokens[1], later.tokens[0])
     assert len(np.unique(np.asarray(first.tokens).reshape(8, -1), axis=0)) == 8
     assert first.segment_ids is None
@@ -119,7 +120,7 @@ def test_no_batch_is_drawn_twice_and_batches_do_not_depend_on_the_window(script,
 def test_half_of_the_rows_hold_shorter_sequences_in_turn(script):
     task = Mqar(24, pairs=6, vocab_size=24)
     seeds = jnp.array([7], jnp.uint32)
-    batches = script.draw_batches(task, 6, 3, 2, 0, seeds, jnp.int32(4))
+    batches = drawn(script, task, 6, 3, 2, seeds, 4)
     tokens, segment_ids = batches.tokens[:, 0], batches.segment_ids[:, 0]
     whole = draw(task, 7, 0, jnp.array([12, 13, 15, 16]))
     np.testing.assert_array_equal(tokens[:, :2].reshape(4, 24), whole.tokens)
@@ -136,10 +137,12 @@ def test_short_sequences_are_learnt_from_and_not_counted(script, tiny):
     (cell,) = script.cells("reassigned", tiny, set())
     config, task = script.model_config(cell), cell.task()
     seeds = jnp.array([0], jnp.uint32)
-    params = jax.tree.map(lambda x: x[0], script.initial_state(cell, config, seeds).params)
-    batch = script.draw_batches(task, 8, 64, 1, 0, seeds, jnp.int32(0))
+    state = jax.jit(lambda seeds: script.initial_state(cell, config, seeds))(seeds)
+    params = jax.tree.map(lambda x: x[0], state.params)
+    batch = drawn(script, task, 8, 64, 1, seeds, 0)
+    answer = jax.jit(script.answer, static_argnums=(0, 1))
     mixed, whole = (
-        script.answer(config, 2, params, part)
+        answer(config, 2, params, part)
         for part in (
             jax.tree.map(lambda x: x[0, 0], batch),
             jax.tree.map(lambda x: x[0, 0, :32], batch),
@@ -232,20 +235,25 @@ def test_what_is_not_finished_in_time_is_said(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_cells(script, tmp_path):
-    output = {"capture_output": True, "text": True}
-    command = [sys.executable, str(SCRIPT), "easy", "--seeds", "0", "1", "--lengths", "16", "32"]
-    command += ["--mixers", "attention", "--steps", "50", "--devices", "2"]
-    command += ["--directory", str(tmp_path)]
-    done = subprocess.run(command, check=False, **output)
-    assert done.returncode == 0, done.stderr
-    assert "4 runs in 2 cells on 2 devices" in done.stdout and "[4/4 runs]" in done.stdout
+def test_two_processes_share_the_cells(script, tmp_path, monkeypatch, capsys):
+    study = (script.STUDIES / "easy.toml").read_text()
+    study = study.replace("tokens = 2048", "tokens = 64").replace("window = 50", "window = 2")
+    (tmp_path / "easy.toml").write_text(study)
+    monkeypatch.setattr(script, "STUDIES", tmp_path)
+    # `share` sets them for its processes.
+    for name in ("CUDA_VISIBLE_DEVICES", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    command = ["easy", "--seeds", "0", "1", "--lengths", "16", "32", "--mixers", "attention"]
+    command += ["--steps", "4", "--devices", "2", "--directory", str(tmp_path)]
+    assert script.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "4 runs in 2 cells on 2 devices" in printed and "[4/4 runs]" in printed
     rows = script.merged_rows(tmp_path / "easy.jsonl")
     assert sorted((row["length"], row["seed"]) for row in rows) == [
         *((16, 0), (16, 1), (32, 0), (32, 1))
     ]
     assert all(row["finished"] for row in rows)
-    same = {"seeds": (0, 1), "lengths": (16, 32), "mixers": ("attention",), "steps": 50}
+    same = {"seeds": (0, 1), "lengths": (16, 32), "mixers": ("attention",), "steps": 4}
     assert not script.cells_of(script.Options(studies=("easy",), directory=tmp_path, **same))
 
 
