@@ -18,7 +18,10 @@ def arguments(script, output, **changes):
 
 
 @pytest.mark.slow
-def test_a_step_is_timed_once_and_its_parts_are_found(script, tmp_path, capsys):
+def test_a_step_is_timed_once_and_its_parts_are_found(
+    script, tmp_path, capsys, monkeypatch, hybrid_config
+):
+    monkeypatch.setitem(script.PRESETS, "tiny", hybrid_config)
     output = tmp_path / "folder" / "rows.jsonl"
     script.main(arguments(script, output))
     (row,) = (json.loads(line) for line in output.read_text().splitlines())

@@ -41,7 +41,7 @@ def guide(tmp_path_factory):
 
 def test_the_blocks_run_as_written(guide):
     assert guide[0] == [
-        "(2, 8, 32) ['LayerNorm_0', 'GatedDeltaNet2_0', 'LayerNorm_1', 'Dense_0', 'Dense_1']",
+        "(2, 8, 32) ['Dense_0', 'Dense_1', 'GatedDeltaNet2_0', 'LayerNorm_0', 'LayerNorm_1']",
         "('fsdp', 'tensor')",
         "True (32, 32)",
         "(2, 32) (2, 4, 8, 8)",
