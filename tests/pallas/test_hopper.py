@@ -145,7 +145,7 @@ def test_kernels_lower_for_cuda_on_a_host_without_one():
 
 
 def test_kernels_run_on_each_shard_under_shard_map(monkeypatch):
-    """As traced. ops/gated_delta_rule_2/test_sharded.py lowers them so."""
+    """As traced; below they are lowered so."""
     monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spec = P("data", None, "tensor")
@@ -181,10 +181,13 @@ def test_a_kernel_refuses_an_operand_of_another_shape():
         jax.eval_shape(run, x, x, x, short, x, x)
 
 
-def test_the_default_is_the_kernels_where_a_hopper_gpu_is_attached(monkeypatch):
+def test_the_default_is_the_kernels_on_each_shard_where_a_hopper_gpu_is_attached(monkeypatch):
     monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
-    *arrays, _, _ = draw(key_dim=64, initial_state=False)
-    traced = jax.jit(gated_delta_rule_2).trace(*arrays)
+    *arrays, _, _ = operator_inputs(2, 100, 1, 64, dtype="bfloat16", initial_state=False)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    spec = P("data")
+    run = jax.shard_map(gated_delta_rule_2, mesh=mesh, in_specs=spec, out_specs=spec)
+    traced = jax.jit(run).trace(*arrays)
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
