@@ -57,8 +57,8 @@ setup(
         "eval": ["lm-eval>=0.4.13", "wonderwords"],
         "docs": ["mkdocs-material", "mkdocstrings[python]", "ruff"],
         "cuda": ["jax[cuda13]>=0.11,<0.13"],
-        # implementation="triton": jax-triton 0.3 goes with triton 3.6, on which the kernels were measured; jax-triton
-        # 0.4 goes with 3.7 and later. 3.9 compiles the kernels of d = 128 in bf16; none of these has run on a GPU.
+        # implementation="triton": jax-triton 0.3.1 goes with triton 3.6, by which the kernels are tested and measured on
+        # GPUs; 0.4.1, the newest, with 3.7 to 3.9: all programs are lowered by 0.4.1 and 3.9, no GPU has run them.
         "triton": ["jax-triton>=0.3.1", "triton>=3.6"],
         "peers": [
             "torch",
