@@ -90,11 +90,10 @@ class DeltaRuleLayer(nn.Module):
         """The operator with one gate `beta` [B, T, Hv, 1] a value head, for erasing and writing.
 
         `g` [B, T, Hv, K or 1] is the log-decay of each value head, so q and k are repeated to the
-        value heads. The gradient of a gate is the sum over the channels that it is broadcast to.
+        value heads.
         """
         q, k = (_repeat_heads(u, self._value_heads // self.num_heads) for u in (q, k))
-        g, b = jnp.broadcast_to(g, k.shape), jnp.broadcast_to(beta, k.shape)
-        return self._mix(q, k, v, g, b, jnp.broadcast_to(beta, v.shape), segment_ids)
+        return self._mix(q, k, v, g, beta, beta, segment_ids)
 
     def _mix(self, q, k, v, g, b, w, segment_ids) -> Float[Array, "B T Hv V"]:
         """Runs the operator, from and to the cached state when decoding."""

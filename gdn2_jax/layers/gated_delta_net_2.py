@@ -127,8 +127,6 @@ class GatedDeltaNet2(DeltaRuleLayer):
         check_choices(self, ("silu", "sigmoid"), "output_gate")
 
 
-def _gate(logits: Float[Array, "B T H C"], structure: GateStructure) -> Float[Array, "B T H C"]:
+def _gate(logits: Float[Array, "B T H C"], structure: GateStructure) -> Float[Array, "B T H #C"]:
     gate = jax.nn.sigmoid(logits)
-    if structure == "scalar":
-        gate = jnp.broadcast_to(jnp.mean(gate, axis=-1, keepdims=True), gate.shape)
-    return gate
+    return jnp.mean(gate, axis=-1, keepdims=True) if structure == "scalar" else gate
