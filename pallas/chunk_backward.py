@@ -16,6 +16,9 @@ The sums so far move from one block's beginning to the next: they are multiplied
 each of the block's halves. Between underflow and overflow there is room for every g and for
 gradients dT and dAqk of pairs from 1e-11 to 1e5 or so; where no gate is strong, far beyond 1e5.
 
+Where all channels of a head decay alike, dT and dAqk are multiplied by the weights of their pairs
+first; all sums are then products with q and k as they come.
+
 The gradient of g sums what depends on each G over the rows below. That sum leaves out dAqk's
 diagonal: those pairs do not decay, and their share of dg is zero only until it is rounded.
 """

@@ -13,6 +13,9 @@ Keys of earlier blocks move on by a block's decay, in two factors of 8 rows each
 underflow where the pair it belongs to does not. The state's path (Qg, Kt, Y's decay, gamma_C) uses
 the true log-decays.
 
+Where all channels of a head decay alike, the weight of a pair is one number: T and Aqk are k k^T and
+q k^T times a matrix of weights, with no block, no clamp and no move.
+
 A product with a masked zero keeps NaN and infinity. With segments, the kernel therefore replaces
 such values by zero and counts them in each row.
 """
