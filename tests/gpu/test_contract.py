@@ -15,7 +15,13 @@ import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper_attached
-from gdn2_jax.testing import OperatorInputs, Regime, error_bound, operator_inputs
+from gdn2_jax.testing import (
+    HALF_PRECISION_BOUND_ON_HARD_INPUTS,
+    OperatorInputs,
+    Regime,
+    error_bound,
+    operator_inputs,
+)
 
 pytestmark = pytest.mark.skipif(not hopper_attached(), reason="needs a Hopper GPU")
 
@@ -169,6 +175,10 @@ def norm(x):
     return np.sqrt(np.bincount(_REGIME_OF_DRAW, np.sum(x**2, axis=tuple(range(1, x.ndim)))))
 
 
+# With repeated keys the sum that ends in db telescopes, and rounding errors lie along the one key, where summing over
+# channels adds them up. Gates broadcast to all channels have the same error (see pallas/NOTES.md).
+SUM_OF_DB_BOUND_ON_HARD_INPUTS = 1e-1
+
 UNDERFLOW = 1e-30  # Norms below are of numbers that float32 does not hold: compared absolutely.
 
 
@@ -231,10 +241,14 @@ def test_every_gate_and_key_meets_the_contract_twice_bit_by_bit(shape, first_see
     results = wide(runs[0])
     errors = relative_errors(results, reference)
     errors["row of o"] = errors_by_row(results["o"], reference["o"])
+    bounds_of = dict.fromkeys(errors, bounds)
+    if "b" in shape.one_channel:
+        hard = bounds == HALF_PRECISION_BOUND_ON_HARD_INPUTS
+        bounds_of["db"] = np.where(hard, SUM_OF_DB_BOUND_ON_HARD_INPUTS, bounds)
     failed = [
-        f"{REGIMES[i]}: {name} {error[i]:.1e} > {bounds[i]:.0e}"
+        f"{REGIMES[i]}: {name} {error[i]:.1e} > {bounds_of[name][i]:.0e}"
         for name, error in errors.items()
-        for i in np.flatnonzero(error > bounds)
+        for i in np.flatnonzero(error > bounds_of[name])
     ]
     checks = sum(map(len, errors.values()))
     print(f"\n{shape}: {checks} checks, worst", {n: f"{x.max():.1e}" for n, x in errors.items()})
