@@ -6,8 +6,9 @@
 
 A study is a file experiments/recall/STUDY.toml: a task, mixers, lengths, learning rates, seeds. A cell is
 one mixer at one length; its runs, all seeds and learning rates, are one compiled program. Cells go to
-as many processes as there are GPUs, small ones first, the first study's first. A batch is never seen
-twice, so accuracies are those of the training batches, each before its own update.
+the GPUs, small ones first, the first study's first; three processes of a GPU take turns, as small cells
+compile for longer than they run. A batch is never seen twice, so accuracies are those of the training
+batches, each before its own update.
 
 --directory gets STUDY.jsonl, to which each run's row is appended, and the checkpoints of unfinished
 cells. Runs whose finished row lies there or in experiments/results/recall are skipped. After --minutes,
@@ -707,7 +708,8 @@ class Options:
       seeds: instead of the studies'.
       steps: instead of the studies'.
       directory: of rows and checkpoints.
-      devices: number of processes, one a GPU; all GPUs if None.
+      devices: number of GPUs; all if None.
+      processes: of each GPU. One trains, meanwhile the others compile.
       minutes: after which to stop.
       profile: measure which share of the time the GPU and the operator's kernels take.
     """
@@ -720,6 +722,7 @@ class Options:
     steps: int | None = None
     directory: Path = RESULTS
     devices: int | None = None
+    processes: int = 3
     minutes: float = float("inf")
     profile: bool = False
 
@@ -728,10 +731,11 @@ def main(arguments: list[str]) -> int | str:
     """Returns the exit status, or a message for it to be 1."""
     began = time.time()
     options = tyro.cli(Options, args=arguments, prog="recall.py", description=__doc__)
-    waiting, devices = cells_of(options), worker_devices(options.devices)
+    waiting = cells_of(options)
+    devices = worker_devices(options.devices, options.processes)
     job = Job(options.directory, source_commit(), options.profile)
     total = sum(len(cell.runs) for cell in waiting)
-    print(f"{total} runs in {len(waiting)} cells on {len(devices)} devices", flush=True)
+    print(f"{total} runs in {len(waiting)} cells in {len(devices)} processes", flush=True)
     progress, following = Progress(waiting), iter(waiting)
     for message in share(
         lambda: next(following, None),
@@ -739,7 +743,7 @@ def main(arguments: list[str]) -> int | str:
         functools.partial(run_cell, job=job),
         devices=devices,
         deadline=began + 60 * options.minutes,
-        in_hand=4,  # small cells run for a shorter time than they compile
+        in_hand=2,
         programs=Path(tempfile.gettempdir()) / "gdn2_jax_recall",
     ):
         for row in message.value if message.kind == "done" else ():

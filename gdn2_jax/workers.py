@@ -1,12 +1,14 @@
-"""Processes that share the jobs of an experiment, one process a GPU.
+"""Processes that share the jobs of an experiment, one or several a GPU.
 
-A process runs its jobs one after another. Meanwhile it prepares, that is compiles, the next ones. The
-parent hands out the jobs and collects results. It starts no JAX backend, which would take the GPUs.
+A process runs its jobs one after another. Meanwhile it prepares, that is compiles, the next ones. Processes
+of one GPU take turns: while one runs a job, the others prepare theirs. The parent hands out the jobs and
+collects results. It starts no JAX backend, which would take the GPUs.
 """
 
 import collections
 import concurrent.futures
 import contextlib
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,7 +36,7 @@ class Worker(NamedTuple):
     Attributes:
       report: sends the parent a message of the kind "progress".
       stopped: whether the job must end now.
-      waited: seconds for which the process did nothing but wait until the job was prepared.
+      waited: seconds for which the GPU ran no job before this one, or, without GPUs, the process.
     """
 
     report: Callable[[Any], None]
@@ -78,10 +80,12 @@ def share(
       run: job, prepared, worker -> result. None says that SIGTERM has stopped it, and ends the
         process. A ValueError, OSError, NotImplementedError or JaxRuntimeError of `run` or
         `prepare` means that this job has failed.
-      devices: from `worker_devices`: a process each, started when there is a job for it.
+      devices: from `worker_devices`: a process each, started when there is a job for it. Processes
+        of the same GPU take turns.
       deadline: in seconds since the epoch.
       in_hand: jobs of a process: one runs, the others are prepared. At least 2.
-      programs: directory of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another.
+      programs: directory of compiled programs, unless JAX_COMPILATION_CACHE_DIR names another, and
+        of the files that say whose turn it is.
       logs: directory that gets the output of each process, worker-0.log and so on; None: they share
         that of the parent.
     """
@@ -92,6 +96,11 @@ def share(
         # The clock is short: cuBLAS' own choice instead of trying every kernel for every product.
         flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
         environment["XLA_FLAGS"] = flags
+        if len(set(devices)) < len(devices):
+            environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        programs.mkdir(parents=True, exist_ok=True)
+        for device in set(devices):
+            _turns(programs, device).touch()
     for name, value in environment.items():
         os.environ.setdefault(name, value)
 
@@ -100,8 +109,9 @@ def share(
         if devices[number]:
             os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]
         log = logs and logs / f"worker-{number}.log"
+        turns = _turns(programs, devices[number]) if devices[number] else None
         ours, theirs = context.Pipe()
-        arguments = (theirs, prepare, run, in_hand, log)
+        arguments = (theirs, prepare, run, in_hand, turns, log)
         processes[ours] = context.Process(target=_work, args=arguments, daemon=True)
         processes[ours].start()
         theirs.close()
@@ -163,7 +173,35 @@ def share(
             signal.signal(number, handler)
 
 
-def _work(connection, prepare: Callable, run: Callable, in_hand: int, log: Path | None) -> None:
+def _turns(programs: Path, device: str) -> Path:
+    """The file that the process locks whose turn it is, changed when the last turn ended."""
+    return programs / f"turns-{device.replace('/', '-')}"
+
+
+@contextlib.contextmanager
+def _turn(turns: Path, stopped: Callable[[], bool]) -> Iterator[float]:
+    """Waits for a GPU. Gives the seconds for which nobody has used it; ends early if stopped."""
+    with turns.open("a") as file:
+        while not stopped():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that dies lets go
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+        try:
+            yield time.time() - turns.stat().st_mtime
+        finally:
+            os.utime(turns)
+
+
+def _work(
+    connection,
+    prepare: Callable,
+    run: Callable,
+    in_hand: int,
+    turns: Path | None,
+    log: Path | None,
+) -> None:
     """A process: runs the jobs that come until the connection is closed or SIGTERM comes."""
     stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its processes in order
@@ -189,12 +227,13 @@ def _work(connection, prepare: Callable, run: Callable, in_hand: int, log: Path 
             (job, prepared), began = following.popleft(), time.perf_counter()
             while not (prepared.done() or stop.is_set()):
                 concurrent.futures.wait([prepared], timeout=1.0)
-            if stop.is_set():
-                break
             waited = time.perf_counter() - began
             look(wait=False)
             try:
-                result = run(job, prepared.result(), Worker(report, stop.is_set, waited))
+                with _turn(turns, stop.is_set) if turns else contextlib.nullcontext(waited) as idle:
+                    if stop.is_set():
+                        break
+                    result = run(job, prepared.result(), Worker(report, stop.is_set, idle))
                 connection.send(("done", result))
                 if result is None:
                     break
@@ -208,14 +247,16 @@ def _work(connection, prepare: Callable, run: Callable, in_hand: int, log: Path 
     os._exit(0)  # does not wait for a compilation that nobody needs any more
 
 
-def worker_devices(count: int | None) -> list[str]:
+def worker_devices(count: int | None, processes: int = 1) -> list[str]:
     """Returns the CUDA_VISIBLE_DEVICES of each process, "" without GPUs.
 
     GPUs are found without JAX, which would take them. If CUDA_VISIBLE_DEVICES is set, only the
     GPUs that it names are used.
 
     Args:
-      count: number of processes; None: one a GPU, or one without GPUs.
+      count: number of GPUs, or of processes without GPUs; None: all GPUs, or one process. A GPU is
+        named again where there are fewer.
+      processes: of each GPU.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -226,5 +267,6 @@ def worker_devices(count: int | None) -> list[str]:
         gpus = [str(i) for i in range(found)]
     else:
         gpus = []
+    each = processes if gpus else 1
     gpus = gpus or [""]
-    return [gpus[i % len(gpus)] for i in range(count or len(gpus))]
+    return each * [gpus[i % len(gpus)] for i in range(count or len(gpus))]

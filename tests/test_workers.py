@@ -25,6 +25,10 @@ def run(job, prepared, worker):
         while not worker.stopped():
             time.sleep(0.02)
         return "stopped"
+    if job.startswith("turn"):
+        began = time.time()
+        time.sleep(0.3)
+        return os.getpid(), began, time.time(), worker.waited
     return prepared, os.environ["CUDA_VISIBLE_DEVICES"]
 """
 
@@ -35,7 +39,8 @@ def messages(tmp_path, monkeypatch):
     (tmp_path / "jobs_of_test_workers.py").write_text(JOBS)
     monkeypatch.syspath_prepend(tmp_path)
     # `share` sets them for its processes.
-    for name in ("CUDA_VISIBLE_DEVICES", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS"):
+    names = ("CUDA_VISIBLE_DEVICES", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
+    for name in (*names, "XLA_PYTHON_CLIENT_PREALLOCATE"):
         monkeypatch.setenv(name, "")
     import jobs_of_test_workers as jobs
 
@@ -81,8 +86,9 @@ def test_jobs_may_follow_from_results_and_stop_at_a_signal_and_the_deadline(mess
 def test_processes_share_the_gpus_that_the_parent_may_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert worker_devices(None) == ["2", "5"] and worker_devices(3) == ["2", "5", "2"]
+    assert worker_devices(None, processes=2) == ["2", "5", "2", "5"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert worker_devices(None) == [""] and worker_devices(2) == ["", ""]
+    assert worker_devices(None) == [""] and worker_devices(2, processes=3) == ["", ""]
 
 
 def test_the_named_commit_wins_over_the_copys(monkeypatch):
@@ -90,3 +96,17 @@ def test_the_named_commit_wins_over_the_copys(monkeypatch):
     assert source_commit() == "abc"
     monkeypatch.delenv("GDN2_JAX_COMMIT")
     assert source_commit() not in ("abc", "")
+
+
+def test_processes_of_one_gpu_take_turns_and_say_for_how_long_it_was_idle(messages):
+    turns = [turn for _, _, turn in messages(of(*("turn",) * 4), devices=("7", "7"))]
+    assert len({process for process, *_ in turns}) == 2
+    turns.sort(key=lambda turn: turn[1])
+    for (_, _, end, _), (_, began, _, idle) in zip(turns, turns[1:]):
+        assert began >= end
+        assert abs(idle - (began - end)) < 0.1
+
+
+def test_a_process_that_dies_in_its_turn_lets_the_next_one_run(messages):
+    found = {job: kind for kind, job, _ in messages(of("deadly", "turn"), devices=("7", "7"))}
+    assert found == {"deadly": "failed", "turn": "done"}
