@@ -1,5 +1,6 @@
 """Processes that share jobs: what is run where, and what becomes of a job that fails or is stopped."""
 
+import itertools
 import os
 import signal
 import time
@@ -102,7 +103,7 @@ def test_processes_of_one_gpu_take_turns_and_say_for_how_long_it_was_idle(messag
     turns = [turn for _, _, turn in messages(of(*("turn",) * 4), devices=("7", "7"))]
     assert len({process for process, *_ in turns}) == 2
     turns.sort(key=lambda turn: turn[1])
-    for (_, _, end, _), (_, began, _, idle) in zip(turns, turns[1:]):
+    for (_, _, end, _), (_, began, _, idle) in itertools.pairwise(turns):
         assert began >= end
         assert abs(idle - (began - end)) < 0.1
 

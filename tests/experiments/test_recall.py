@@ -247,7 +247,7 @@ def test_two_processes_share_the_cells(script, tmp_path, monkeypatch, capsys):
     command += ["--steps", "4", "--devices", "2", "--directory", str(tmp_path)]
     assert script.main(command) == 0
     printed = capsys.readouterr().out
-    assert "4 runs in 2 cells on 2 devices" in printed and "[4/4 runs]" in printed
+    assert "4 runs in 2 cells in 2 processes" in printed and "[4/4 runs]" in printed
     rows = script.merged_rows(tmp_path / "easy.jsonl")
     assert sorted((row["length"], row["seed"]) for row in rows) == [
         *((16, 0), (16, 1), (32, 0), (32, 1))
