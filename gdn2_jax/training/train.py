@@ -98,7 +98,9 @@ def train(run: Run, programs: Programs | None = None) -> TrainState:
                 if state is None and config.init_from:
                     params = place_weights(config, run.mesh)
                 programs = programs or _compile(run)
-                state = state or programs.initial_state()
+                if state is None:
+                    assert programs.initial_state is not None  # compiled, as the run begins
+                    state = programs.initial_state()
                 if params is not None:
                     state = state._replace(params=params)
                 state = with_borders(config, run.mesh, state)
@@ -126,7 +128,7 @@ def _say_change_of_rate(old: TrainingConfig, new: TrainingConfig, step: int) -> 
 
 def _compile(run: Run) -> Programs:
     began = time.perf_counter()
-    programs = compile_programs(run.config, run.mesh)
+    programs = compile_programs(run.config, run.mesh, begins=run.state is None)
     _say(f"compiled in {time.perf_counter() - began:.0f} s")
     return programs
 

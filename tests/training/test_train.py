@@ -64,13 +64,15 @@ def test_a_run_that_lost_lines_of_its_metrics_is_finished_all_the_same(config, c
 
 
 @pytest.mark.slow
-def test_finished_run_says_so_and_more_steps_continue_it(config, copy, capsys):
+def test_finished_run_says_so_and_more_steps_continue_it(config, copy, capsys, monkeypatch):
     files = run_files(copy)
     before = files.metrics.read_text()
     assert train(open_run(config, copy))
     assert "is finished at step 8" in capsys.readouterr().out
     assert files.metrics.read_text() == before
 
+    # What goes on is not made anew, nor is the program for it compiled.
+    monkeypatch.delattr("gdn2_jax.training.programs.jit_initial_state")
     assert train(open_run(dataclasses.replace(config, steps=10), copy))
     assert "continuing from the checkpoint of step 8" in capsys.readouterr().out
     assert files.metrics.read_text().startswith(before)
