@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import random
 import resource
 import signal
 from pathlib import Path
@@ -63,6 +64,16 @@ def hybrid_config():
         dtype="float32",
         implementation="recurrent",
     )
+
+
+@pytest.fixture(scope="session")
+def word_texts(tmp_path_factory):
+    """A directory with twenty texts of words in random order."""
+    directory = tmp_path_factory.mktemp("text")
+    draw, words = random.Random(0), ["the", "red", "cat", "sits", "under", "a", "green", "tree"]
+    for i in range(20):
+        (directory / f"{i}.txt").write_text(" ".join(draw.choices(words, k=1000)))
+    return directory
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,6 @@
 import dataclasses
 import importlib
 import json
-import random
 from pathlib import Path
 
 import jax
@@ -20,12 +19,7 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    text = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    for i in range(20):
-        words = draw.choices(["the", "red", "cat", "sits", "under", "a", "green", "tree"], k=500)
-        (text / f"{i}.txt").write_text(" ".join(words))
+def options(tmp_path_factory, word_texts):
     options = {
         "steps": 4,
         "global-batch-size": 8,
@@ -41,7 +35,7 @@ def options(tmp_path_factory):
         "model.mixer.head-dim": 8,
         "model.implementation": "recurrent",
     }
-    return [*(f"--{name}={value}" for name, value in options.items()), "--data", str(text)]
+    return [*(f"--{name}={value}" for name, value in options.items()), "--data", str(word_texts)]
 
 
 def lines(path):

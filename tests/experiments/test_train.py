@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -121,15 +120,10 @@ class Interrupted(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    for i in range(20):
-        words = draw.choices(["the", "red", "cat", "sits", "under", "a", "green", "tree"], k=1000)
-        (directory / f"{i}.txt").write_text(" ".join(words))
+def options(tmp_path_factory, word_texts):
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
     cache = tmp_path_factory.mktemp("cache")
-    return [*options, f"--data.cache-directory={cache}", "--data", directory]
+    return [*options, f"--data.cache-directory={cache}", "--data", word_texts]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -93,19 +92,10 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    for i in range(20):
-        words = draw.choices(["the", "red", "cat", "sits", "under", "a", "green", "tree"], k=400)
-        (directory / f"{i}.txt").write_text(" ".join(words))
+def arguments(tmp_path_factory, word_texts):
     options = [f"--{name}={value}" for name, value in OPTIONS.items()]
-    return [
-        *options,
-        f"--data.cache-directory={tmp_path_factory.mktemp('cache')}",
-        "--data",
-        directory,
-    ]
+    cache = tmp_path_factory.mktemp("cache")
+    return [*options, f"--data.cache-directory={cache}", "--data", word_texts]
 
 
 def losses(files):
