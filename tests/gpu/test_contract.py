@@ -39,7 +39,8 @@ REGIMES = [Regime(decay, **keys) for keys in KEYS for decay in DECAYS]
 # Where decays are uniform to -50, one or two elements make up dg: those of the last token, sums over V of R times the
 # final state's cotangent. Rounding these two operands to bf16 and nothing else, in float64, already gives errors of
 # dg up to 1.3e-2 in single sequences (see pallas/NOTES.md). The bound is for many elements: eight sequences count as one.
-DRAWS = REGIMES + [Regime("uniform")] * 7
+# Where gates reset the state, so do a few elements make up db of a gate with one number a head.
+DRAWS = REGIMES + [Regime("uniform")] * 7 + [Regime("resets")] * 7
 _REGIME_OF_DRAW = np.array([REGIMES.index(regime) for regime in DRAWS])
 TENSORS = ("o", "final_state", *(f"d{name}" for name in OperatorInputs._fields[:-1]))
 
@@ -72,7 +73,7 @@ SHAPES = (
     Shape(193, 128, 128, heads=2, value_heads=2, one_channel="bw"),
     Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="bw"),
     Shape(67, 128, 64, heads=2, value_heads=6, segments=9, dtype="float16", one_channel="b"),
-    Shape(130, 128, 256, heads=2, value_heads=2, one_channel="gw"),
+    Shape(130, 128, 256, heads=2, value_heads=2, one_channel="w"),
     Shape(193, 128, 128, heads=2, value_heads=2, one_channel="gbw"),
     Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="gbw"),
 )
