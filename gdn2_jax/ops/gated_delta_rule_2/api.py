@@ -33,6 +33,7 @@ from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper, why_not_hopper
 from gdn2_jax.ops.gated_delta_rule_2.recurrent import recurrent, recurrent_by_document
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.form import (
     decode_triton,
+    slower_than_xla,
     triton,
     why_not_triton,
 )
@@ -90,8 +91,8 @@ def gated_delta_rule_2(
         key head, bf16 or fp16 beside a fp32 g), "triton" (kernels for NVIDIA GPUs of compute
         capability 8.0 or more, if jax-triton is installed; K up to 256, any dtypes but fp64; no
         `jax.export`), "xla" (chunkwise, any backend), "recurrent" (the definition, token by token),
-        or None for "pallas" on a Hopper GPU where it serves, else "triton" where that serves and the
-        program is not exported, else "xla".
+        or None for "pallas" on a Hopper GPU where it serves, else "triton" where that serves and is
+        faster than "xla" (not in fp32 with K > 128), and the program is not exported, else "xla".
 
     Returns:
       Outputs of `v`'s shape and dtype, and the state after the last token (of each document, with
@@ -153,6 +154,8 @@ def gated_delta_rule_2(
     else:
         by_triton = functools.partial(_of_channels(triton), portable=True)
         choice = {"pallas": hopper, "triton": by_triton, "xla": matrix_form}
+        if slower_than_xla(q, k, v, g, b, w):
+            del choice["triton"]
         outputs, final_state = fastest(_serving(choice, obstacles, scale), *arrays, starts)
     outputs, final_state = opaque((outputs, final_state))
     final_state = final_state.reshape(-1, *final_state.shape[-3:])

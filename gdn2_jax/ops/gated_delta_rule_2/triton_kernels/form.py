@@ -32,7 +32,8 @@ from gdn2_jax.ops.portable import unless_portable
 from gdn2_jax.ops.precision import HIGHEST, arithmetic_for, finite_log_decay
 
 _MAX_CHANNELS = 256
-_CHUNK = 64
+_CHUNK = {True: 64, False: 32}
+"""Rows of a chunk, by whether operands are bf16: registers hold fewer in fp32."""
 _LOW_LEVELS = 4
 _DECODE_VALUES = 32
 
@@ -54,6 +55,12 @@ def why_not_triton(q, k, v, g, b, w) -> str | None:
             "the kernels need an NVIDIA GPU of compute capability 8.0 or more, and none is attached"
         )
     return import_error()
+
+
+def slower_than_xla(q, k, v, g, b, w) -> bool:
+    """Whether "xla" is faster: in fp32 with more than 128 key channels, where passes over states spill."""
+    del g
+    return not _is_half(q, k, v, b, w) and q.shape[-1] > 128
 
 
 @functools.cache
@@ -165,14 +172,15 @@ def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
     from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import forward
 
     (batch, length, heads, key_dim), value_dim = q.shape, v.shape[-1]
-    chunks = -(-length // _CHUNK)
     operand, constants = _arithmetic(q, k, v, b, w)
+    chunk = constants["C"]
+    chunks = -(-length // chunk)
     cut = functools.partial(_cut, q, v, operand)
     like = functools.partial(jax.ShapeDtypeStruct, dtype=operand)
-    square = (batch, heads, chunks, _CHUNK, _CHUNK)
+    square = (batch, heads, chunks, chunk, chunk)
     y, u, k_tail, q_gamma, read, inverse, decay = _launch(
         forward.intra_chunk_forward,
-        (q, k, v, g, b, w, segment, _sums(), length, heads),
+        (q, k, v, g, b, w, segment, _sums(chunk), length, heads),
         (
             *(like(q.shape), like(v.shape), like(q.shape), like(q.shape), like(square)),
             _fp32(square),
@@ -207,8 +215,9 @@ def _run_backward(scale, d_o, d_final_state, *arrays):
     q, k, v, g, b, w, _, segment, *saved = arrays
     y, k_tail, q_gamma, read, inverse, decay, residual, states = saved
     (batch, length, heads, key_dim), value_dim = q.shape, v.shape[-1]
-    chunks = -(-length // _CHUNK)
     operand, constants = _arithmetic(q, k, v, b, w)
+    chunk = constants["C"]
+    chunks = -(-length // chunk)
     cut = functools.partial(_cut, q, v, operand)
     # In two parts, if they are of bf16.
     pairs = (*read.shape[:3], 2 if constants["LOW"] else 1, *read.shape[3:])
@@ -236,8 +245,8 @@ def _run_backward(scale, d_o, d_final_state, *arrays):
     dq, dk, dg, db = _launch(
         backward.key_backward,
         (
-            *(q, k, g, b, segment, _sums(), d_o, residual, dz, states, d_states, d_erase, d_read),
-            *(diagonal, length, heads),
+            *(q, k, g, b, segment, _sums(chunk), d_o, residual, dz, states, d_states),
+            *(d_erase, d_read, diagonal, length, heads),
         ),
         tuple(map(_like, (q, k, g, b))),
         (batch * heads * chunks * -(-key_dim // cut("key_backward").block_k),),
@@ -268,17 +277,17 @@ def _run_decode(scale, state, *arrays):
     return tuple(results)
 
 
-def _sums() -> Array:
+def _sums(chunk: int) -> Array:
     """[3 + levels, C, C] bf16, 1 where a row of a chunk sums over another one.
 
     0: over the rows up to it. 1: over those after it. 2: over those of its block up to it. 3 + l:
     from the middle of its part of level l up to it, if it lies in the second half; after it up to
     the middle, if in the first.
     """
-    row, other = np.arange(_CHUNK)[:, None], np.arange(_CHUNK)[None, :]
+    row, other = np.arange(chunk)[:, None], np.arange(chunk)[None, :]
     sums = [other <= row, other > row]
     sums.append((other <= row) & (row >> _LOW_LEVELS == other >> _LOW_LEVELS))
-    for level in range(_CHUNK.bit_length() - 1):
+    for level in range(chunk.bit_length() - 1):
         towards = np.where(row >> level & 1 == 1, other <= row, other > row)
         sums.append((row >> level == other >> level) & towards)
     return jnp.asarray(np.stack(sums), jnp.bfloat16)
@@ -291,14 +300,18 @@ def _cut(q, v, operand, kernel: str) -> Plan:
     return plan(case(kernel, key_dim, v.shape[-1], half, batch * heads))
 
 
+def _is_half(*inputs) -> bool:
+    return arithmetic_for(inputs, jnp.dtype(jnp.float32)).precision != HIGHEST
+
+
 def _arithmetic(q, k, v, b, w) -> tuple[jnp.dtype, dict[str, Any]]:
     """The operands' dtype, and the constants that follow from it and from the sizes."""
-    half = arithmetic_for((q, k, v, b, w), jnp.dtype(jnp.float32)).precision != HIGHEST
+    half = _is_half(q, k, v, b, w)
     constants = {
         "K": q.shape[-1],
         "V": v.shape[-1],
-        "C": _CHUNK,
-        "LEVELS": _CHUNK.bit_length() - 1,
+        "C": _CHUNK[half],
+        "LEVELS": _CHUNK[half].bit_length() - 1,
         "LOW": _LOW_LEVELS if half else 0,
         "ALL_K": tile(q.shape[-1]),
         "PRECISION": "tf32" if half else "tf32x3",

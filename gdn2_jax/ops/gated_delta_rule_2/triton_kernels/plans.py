@@ -90,7 +90,18 @@ SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 """KiB of shared memory that a program may take, by compute capability; 99 where it has another one."""
 
 STORED: dict[int, dict[str, Plan]] = {
-    90: {"state_pass_forward 128 128 bfloat16": Plan(128, 128, 8, 2)},
+    90: {
+        "state_pass_forward 128 128 bfloat16": Plan(128, 128, 8, 2),
+        "state_pass_forward 256 256 bfloat16": Plan(256, 64, 8, 1),
+        "state_pass_backward 256 256 bfloat16": Plan(256, 32, 4, 1),
+        "value_backward 256 256 bfloat16": Plan(32, 64, 4, 1),
+        "state_pass_forward 64 64 float32": Plan(64, 64, 4, 2),
+        "state_pass_backward 64 64 float32": Plan(64, 64, 4, 2),
+        "key_backward 64 64 float32": Plan(32, 64, 4, 1),
+        "state_pass_forward 128 128 float32": Plan(128, 64, 8, 1),
+        "state_pass_backward 128 128 float32": Plan(128, 64, 8, 1),
+        "key_backward 128 128 float32": Plan(32, 32, 4, 1),
+    },
 }
 """Plans that were measured to be better than the rule's, by compute capability and case."""
 
@@ -112,14 +123,15 @@ def rule(case: Case, capability: int) -> Plan:
     if not case.kernel.startswith("state_pass"):
         # Tensor cores of other GPUs than Hopper take operands from registers, where less fits.
         block_k, block_v = (32, 128) if capability == 90 else (16, 64)
-        block_v = block_v if case.half else 32
+        if not case.half:
+            block_k, block_v = 16, 64 if capability == 90 else 32
         return Plan(min(block_k, case.key_tile), min(block_v, case.value_tile), 4, 1)
     block_v = 64 if small and not case.few else 16
     stages = 1
     if small and case.few:
         shared = SHARED.get(capability, 99)
         stages = 3 if shared > 200 else 2 if shared > 120 else 1
-    return Plan(case.key_tile, min(block_v, case.value_tile), 4, stages)
+    return Plan(case.key_tile, min(block_v, case.value_tile), 4 if case.half else 8, stages)
 
 
 def capability() -> int | None:
