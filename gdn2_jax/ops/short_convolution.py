@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops.batching import joining_the_batch
-from gdn2_jax.ops.gated_delta_rule_2.choice import fastest
+from gdn2_jax.ops.choice import fastest
 from gdn2_jax.pallas.short_convolution import TAPS, TOKENS, WIDTH, convolve, convolve_backward
 from gdn2_jax.parallel.logical import ambient_mesh
 

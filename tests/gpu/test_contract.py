@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
-from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper_attached
+from gdn2_jax.ops.choice import hopper_attached
 from gdn2_jax.testing import (
     HALF_PRECISION_BOUND_ON_HARD_INPUTS,
     OperatorInputs,

@@ -10,7 +10,7 @@ import pytest
 
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.ops import rounding_seeds
-from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper_attached
+from gdn2_jax.ops.choice import hopper_attached
 from gdn2_jax.pallas.decode_step import Tuning, decode_step
 from gdn2_jax.testing import REGIMES, assert_matches_recurrence, operator_inputs
 

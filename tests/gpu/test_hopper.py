@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax import gated_delta_rule_2
-from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper_attached
+from gdn2_jax.ops.choice import hopper_attached
 from gdn2_jax.testing import REGIMES, assert_matches_recurrence, operator_inputs
 
 pytestmark = pytest.mark.skipif(not hopper_attached(), reason="needs a Hopper GPU")

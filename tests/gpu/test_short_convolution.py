@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.layers import ShortConvolution
-from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper_attached
+from gdn2_jax.ops.choice import hopper_attached
 
 pytestmark = pytest.mark.skipif(not hopper_attached(), reason="needs a Hopper GPU")
 

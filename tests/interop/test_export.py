@@ -12,7 +12,7 @@ import pytest
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.interop.export import export_decode, export_forward, export_prefill
 from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention, generate
-from gdn2_jax.ops.gated_delta_rule_2 import hopper
+from gdn2_jax.ops import choice
 
 SERVER = """
 import sys
@@ -98,7 +98,7 @@ def kernel_sized(config, **options):
 def test_programs_are_the_same_on_a_machine_with_a_hopper_gpu(model, monkeypatch):
     programs = []
     for attached in (False, True):
-        monkeypatch.setattr(hopper, "hopper_attached", lambda a=attached: a)
+        monkeypatch.setattr(choice, "hopper_attached", lambda a=attached: a)
         programs.append(export_decode(*kernel_sized(model[0])).mlir_module())
     assert programs[0] == programs[1]
 
@@ -111,7 +111,7 @@ def test_a_kernel_is_exported_for_its_platform_alone(model):
 
 @pytest.mark.parametrize("attached", [False, True], ids=["anywhere", "beside-a-hopper-gpu"])
 def test_an_operator_of_any_batch_size_is_exported_at_the_kernels_sizes(monkeypatch, attached):
-    monkeypatch.setattr(hopper, "hopper_attached", lambda: attached)
+    monkeypatch.setattr(choice, "hopper_attached", lambda: attached)
 
     def arrays(*leading):
         shapes = [jax.ShapeDtypeStruct((*leading, 1, 128), jnp.bfloat16)] * 6

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gdn2_jax import gated_delta_rule_2
-from gdn2_jax.ops.gated_delta_rule_2 import hopper
+from gdn2_jax.ops import choice
 from gdn2_jax.pallas.intra_chunk_forward import intra_chunk_forward
 from gdn2_jax.pallas.mosaic import interpret_mode
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
@@ -146,7 +146,7 @@ def test_kernels_lower_for_cuda_on_a_host_without_one():
 
 def test_kernels_run_on_each_shard_under_shard_map(monkeypatch):
     """As traced; below they are lowered so."""
-    monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
+    monkeypatch.setattr(choice, "hopper_attached", lambda: True)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spec = P("data", None, "tensor")
     inputs = operator_inputs(2, 100, 2, 64, dtype="bfloat16", initial_state=False)
@@ -182,7 +182,7 @@ def test_a_kernel_refuses_an_operand_of_another_shape():
 
 
 def test_the_default_is_the_kernels_on_each_shard_where_a_hopper_gpu_is_attached(monkeypatch):
-    monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
+    monkeypatch.setattr(choice, "hopper_attached", lambda: True)
     *arrays, _, _ = operator_inputs(2, 100, 1, 64, dtype="bfloat16", initial_state=False)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
     spec = P("data")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.layers import Attention, GatedDeltaNet2, ShortConvolution
-from gdn2_jax.ops.gated_delta_rule_2 import hopper
+from gdn2_jax.ops import choice
 from gdn2_jax.ops.short_convolution import short_convolution_by_kernels
 from gdn2_jax.pallas.mosaic import interpret_mode
 from gdn2_jax.pallas.short_convolution import TOKENS, convolve, convolve_backward
@@ -86,7 +86,7 @@ def test_kernels_lower_for_cuda(unit):
 def test_a_layer_beside_a_hopper_gpu_holds_no_kernel_where_it_names_another_form(
     layer, kernels, monkeypatch
 ):
-    monkeypatch.setattr(hopper, "hopper_attached", lambda: True)
+    monkeypatch.setattr(choice, "hopper_attached", lambda: True)
     x = jnp.ones((1, TOKENS, 128), jnp.bfloat16)
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
     lowered = jax.jit(layer.apply).trace(params, x).lower(lowering_platforms=("cuda",))

@@ -22,7 +22,7 @@ from gdn2_jax.ops.arguments import (
     opaque,
     segment_starts,
 )
-from gdn2_jax.ops.gated_delta_rule_2.choice import fastest
+from gdn2_jax.ops.choice import fastest
 from gdn2_jax.ops.gated_delta_rule_2.chunkwise import chunkwise, chunkwise_by_document
 from gdn2_jax.ops.gated_delta_rule_2.decode_step import (
     decode_kernel,

@@ -26,17 +26,6 @@ _VALUE_CHANNELS = 64
 _GRID = 65535  # blocks along the shorter axes of a CUDA grid
 
 
-def compute_capabilities() -> list[float]:
-    """The compute capabilities of the local NVIDIA GPUs."""
-    found = (getattr(device, "compute_capability", None) for device in jax.local_devices())
-    return [float(x) for x in found if isinstance(x, str) and x[:1].isdigit()]
-
-
-def hopper_attached() -> bool:
-    """Whether a local GPU is a Hopper GPU."""
-    return 9.0 in compute_capabilities()
-
-
 def why_not_hopper(q, k, v, g, b, w) -> str | None:
     """What keeps the kernels from serving these inputs ([B, T, heads, channels]), or None."""
     for name, array in {"q": q, "k": k, "v": v, "b": b, "w": w}.items():

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 
-from gdn2_jax.ops.gated_delta_rule_2.hopper import compute_capabilities
+from gdn2_jax.ops.choice import compute_capabilities
 from gdn2_jax.rows import read_rows
 
 _LOG = logging.getLogger(__name__)
