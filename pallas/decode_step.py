@@ -118,22 +118,13 @@ def decode_step(
         residual = write - jnp.sum(s * mosaic.over_columns(erase, shape), axis=0)
         s = s + mosaic.over_columns(key, shape) * mosaic.over_rows(residual, shape)
         # Every thread overwrites what it read itself.
-        slab[...] = rounded(s, cut, *seed)
+        slab[...] = rounded_columns(s, layout, state.dtype, cut * columns, value_dim, *seed)
         plgpu.commit_smem()
         target = new_state[0] if new_state else state
         plgpu.copy_smem_to_gmem(slab, target.at[row, head, :, values])
         output = jnp.sum(s * mosaic.over_columns(query, shape), axis=0)
         mosaic.store_global(o.at[row, head, values], output.astype(o.dtype))
         plgpu.wait_smem_to_gmem(0)
-
-    def rounded(s, cut, seed=None):
-        if seed is None:
-            return s.astype(state.dtype)
-        key_channel, column = (
-            plgpu.broadcasted_iota(jnp.uint32, shape, axis, layout=layout) for axis in (0, 1)
-        )
-        column += (cut * columns).astype(jnp.uint32)
-        return round_stochastically(s, seed, key_channel * np.uint32(value_dim) + column)
 
     inputs = (q, k, v, g, b, w) if is_nearest else (q, k, v, g, b, w, seeds)
     # Kernels take no refs to arrays that vary over a mesh: inside shard_map the new state is a new
@@ -153,6 +144,17 @@ def decode_step(
     state_ref = jax.new_ref(state)
     o = run(*inputs, state_ref)
     return jax.freeze(state_ref), o
+
+
+def rounded_columns(s, layout, dtype, first, value_dim: int, seed=None) -> jax.Array:
+    """Columns of a state, from column `first` of `value_dim`, in the dtype in which it is kept."""
+    if seed is None:
+        return s.astype(dtype)
+    key_channel, column = (
+        plgpu.broadcasted_iota(jnp.uint32, s.shape, axis, layout=layout) for axis in (0, 1)
+    )
+    column += first.astype(jnp.uint32)
+    return round_stochastically(s, seed, key_channel * np.uint32(value_dim) + column)
 
 
 def _layout(columns: int):

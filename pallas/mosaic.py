@@ -23,6 +23,11 @@ CHUNK = 64
 WGMMA = plgpu.Layout.WGMMA
 ROWS = WGMMA.reduce(1)
 COLUMNS = WGMMA.reduce(0)
+WARP_COLUMNS = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 32), (16, 8), (4,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
+)
+"""Registers of a [K, 32] slab: a warp has all rows of 8 columns, so sums over rows stay within it. The
+memory for sums over several warps is one for all warpgroups of a block: two that sum at a time race."""
 
 # Barriers between writes of shared memory and their readers are placed by hand with commit_smem.
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)

@@ -6,7 +6,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict, Unpack
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from gdn2_jax.layers.parts import merge_projections
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.session import Session, checked_rows, in_pieces, read, start_session
+from gdn2_jax.models.token_step import kernels_serve, prepared, settled, token_step
 
 # Steps between two looks of the host.
 _MOST_STEPS = 256
@@ -113,9 +114,7 @@ def continue_session(
     filler = 0 if eos is None else eos
     end = np.int32(-1 if eos is None else eos)  # No token is -1.
 
-    # Columns that are split over devices would move between them.
-    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
-    merges = all(x is None or x.is_fully_replicated for x in shardings)
+    form = _form(config, params, session)
     batch = session.logits.shape[0]
     new = np.full((batch, max_new_tokens), filler, np.int32)
     lengths = np.full(batch, max_new_tokens)
@@ -125,7 +124,7 @@ def continue_session(
         before = time.monotonic()
         steps = min(steps, max_new_tokens - known)
         session, columns, count, broken = _decode(
-            config, merges, params, session, jnp.array(ended), sampling, key, end, known, steps
+            config, form, params, session, jnp.array(ended), sampling, key, end, known, steps
         )
         for column in np.asarray(columns)[: int(count)]:
             column = np.where(ended, filler, column)
@@ -147,6 +146,24 @@ def continue_session(
         if on_token is not None and time.monotonic() - before < _SECONDS_BETWEEN_LOOKS / 2:
             steps = min(2 * steps, _MOST_STEPS)
     return [row[:length] for row, length in zip(new, lengths, strict=True)], session
+
+
+def _form(
+    config: ModelConfig, params: dict, session: Session
+) -> Literal["kernels", "merged", "apart"]:
+    """How a token is computed: by few kernels, else by modules, projections of an input merged."""
+    weights, kept = (
+        [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)] for tree in (params, session)
+    )
+    # Columns that are split over devices would move between them.
+    if not all(x.is_fully_replicated for x in weights):
+        return "apart"
+    devices = set().union(*(x.devices() for x in weights + kept))
+    if len(devices) == 1 and kernels_serve(config, len(session.logits)):
+        capability = getattr(devices.pop(), "compute_capability", None)
+        if capability == "9.0" or config.implementation == "pallas":
+            return "kernels"
+    return "merged"
 
 
 class Sampling(NamedTuple):
@@ -173,8 +190,8 @@ class Sampling(NamedTuple):
         return cls._make((np.float32(temperature), np.int32(top_k), np.float32(top_p)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "merges"), donate_argnames=("session",))
-def _decode(config, merges, params, session, ended, sampling, key, eos, known, steps):
+@functools.partial(jax.jit, static_argnames=("config", "form"), donate_argnames=("session",))
+def _decode(config, form, params, session, ended, sampling, key, eos, known, steps):
     """Up to `steps` tokens more than the `known` ones.
 
     Stops early when all rows have ended, and before a token whose logits are not finite.
@@ -185,12 +202,16 @@ def _decode(config, merges, params, session, ended, sampling, key, eos, known, s
     """
     rows = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(ended.size))
     params = nn.unbox(params)
-    if merges:
+    by_kernels = form == "kernels"
+    if form != "apart":
         params = merge_projections(params, config.dtype)
     if config.unroll:
         # A slice of stacked weights would be copied at every step.
         params = {**params, "layers": _unstacked(params["layers"])}
-        session = session._replace(cache={"layers": _unstacked(session.cache["layers"])})
+        cache = settled(session.cache) if by_kernels else session.cache
+        session = session._replace(cache={"layers": _unstacked(cache["layers"])})
+    if by_kernels:
+        params = prepared(config, params)
 
     def broken(session):
         return ~jnp.isfinite(jnp.max(session.logits, axis=-1))
@@ -204,8 +225,11 @@ def _decode(config, merges, params, session, ended, sampling, key, eos, known, s
         keys = jax.vmap(jax.random.fold_in, (0, None))(rows, known + step)
         token = _draw(session.logits, sampling, keys)
         token = jnp.where(ended, jnp.maximum(eos, 0), token)
-        session = read(config, _stacked(params), _stacked(session.cache), token[:, None])
-        if config.unroll:
+        if by_kernels:
+            session = token_step(config, params, session.cache, token[:, None])
+        else:
+            session = read(config, _stacked(params), _stacked(session.cache), token[:, None])
+        if config.unroll and not by_kernels:
             session = session._replace(cache={"layers": _unstacked(session.cache["layers"])})
         return step + 1, session, ended | (token == eos), columns.at[step].set(token)
 
