@@ -14,7 +14,7 @@ from gdn2_jax.models import (
     continue_session,
     start_session,
 )
-from gdn2_jax.ops.gated_delta_rule_2.hopper import hopper_attached
+from gdn2_jax.ops.choice import hopper_attached
 
 pytestmark = pytest.mark.skipif(not hopper_attached(), reason="needs a Hopper GPU")
 
