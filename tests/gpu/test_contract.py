@@ -74,7 +74,9 @@ SHAPES = (
     Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="bw"),
     Shape(67, 128, 64, heads=2, value_heads=6, segments=9, dtype="float16", one_channel="b"),
     Shape(130, 128, 256, heads=2, value_heads=2, one_channel="w"),
-    Shape(130, 128, 256, one_channel="gw"),  # seed 1000 fails on an H200: see pallas/NOTES.md
+    Shape(
+        130, 128, 256, heads=2, value_heads=2, one_channel="gw"
+    ),  # seed 1000 fails on an H200: see pallas/NOTES.md
     Shape(193, 128, 128, heads=2, value_heads=2, one_channel="gbw"),
     Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="gbw"),
 )
@@ -338,7 +340,7 @@ def test_no_bit_of_the_past_depends_on_the_future(shape):
         ("v", np.inf),
     ],
 )
-@pytest.mark.parametrize("shape", [*both_implementations(1), SHAPES[8], SHAPES[-2]], ids=str)
+@pytest.mark.parametrize("shape", [*both_implementations(1), SHAPES[8], SHAPES[-1]], ids=str)
 def test_a_nan_stays_in_its_document(shape, where, value):
     kernels, _ = programs(shape)
     arrays, _, (d_outputs, d_state), _ = stacked(shape, 0)
