@@ -103,12 +103,15 @@ class ShortConvolution(nn.Module):
             return _convolve(*arrays, padding, self.unit_dim)
 
         kernels_or = functools.partial(short_convolution_kernels_or, default, self.unit_dim)
-        convolve = as_typed(
-            kernels_or if padding and self.implementation in (None, "pallas") else default,
-            ((*rows, "heads"), (None, "heads"), ("heads",), rows),
-            (*rows, "heads"),
-            heads=channels // (self.unit_dim or 1),
-        )
+        run = kernels_or if padding and self.implementation in (None, "pallas") else default
+        names = ((*rows, "heads"), (None, "heads"), ("heads",), rows), (*rows, "heads")
+        heads = channels // (self.unit_dim or 1)
+        row_shards, head_shards = axis_size("data") * axis_size("fsdp"), axis_size("tensor")
+        if run is kernels_or and not (batch % row_shards or heads % head_shards):
+            # The kernels' loops do not know what varies over the mesh.
+            convolve = per_device(run, *names, heads=heads, check_vma=False)
+        else:
+            convolve = as_typed(run, *names, heads=heads)
         return convolve(inputs, kernel, bias, segment_ids)
 
 

@@ -59,8 +59,8 @@ def _serve(unit_dim, x, kernel, bias, segment_ids) -> bool:
         and channels % WIDTH == 0
         and length % TOKENS == 0
         and max(batch, length // TOKENS) <= _GRID
-        # On several devices the compiler would give each the whole arrays; inside shard_map the kernels'
-        # loops would have to vary over the mesh.
+        # On several devices the compiler would give each the whole arrays; inside shard_map the types of
+        # the kernels' loops would have to vary over the mesh.
         and ambient_mesh() is None
         and not jax.typeof(x).manual_axis_type.varying
     )

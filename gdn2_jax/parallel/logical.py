@@ -144,7 +144,14 @@ def param_shardings(init: Callable[[], Any], mesh: Mesh) -> Any:
     return jax.tree.map(sharding, nn.unbox(boxed), specs)
 
 
-def per_device(function: Callable, inputs: tuple[Any, ...], outputs: Any) -> Callable:
+def per_device(
+    function: Callable,
+    inputs: tuple[Any, ...],
+    outputs: Any,
+    *,
+    heads: int | None = None,
+    check_vma: bool = True,
+) -> Callable:
     """Runs `function` on every device's parts of its arguments; plainly without a mesh.
 
     On the ambient mesh the names tell the parts, on a mesh of Explicit axes the types do: see
@@ -154,11 +161,13 @@ def per_device(function: Callable, inputs: tuple[Any, ...], outputs: Any) -> Cal
       function: of positional arrays or None; communicates only along axes it names itself.
       inputs: for each argument, the names of its axes. One tuple may serve all its leaves.
       outputs: such names for each result.
+      heads: as in `as_typed`.
+      check_vma: as in jax.shard_map, on the ambient mesh.
     """
     if ambient_mesh() is None:
-        return as_typed(function, inputs, outputs)
+        return as_typed(function, inputs, outputs, heads)
     in_specs, out_specs = (_map_names(partition_spec, names) for names in (inputs, outputs))
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
 
 
 def as_typed(

@@ -2,16 +2,19 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gdn2_jax.layers import Attention, GatedDeltaNet2, ShortConvolution
 from gdn2_jax.ops import choice
 from gdn2_jax.ops.short_convolution import short_convolution_by_kernels
 from gdn2_jax.pallas.mosaic import interpret_mode
 from gdn2_jax.pallas.short_convolution import TOKENS, convolve, convolve_backward
+from gdn2_jax.parallel import MeshConfig, make_mesh, on_mesh
 
 
 def inputs(rows=1, length=2 * TOKENS, channels=128):
@@ -91,3 +94,39 @@ def test_a_layer_beside_a_hopper_gpu_holds_no_kernel_where_it_names_another_form
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
     lowered = jax.jit(layer.apply).trace(params, x).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("@mosaic_gpu") == kernels
+
+
+def test_on_a_mesh_each_device_runs_the_kernels_on_its_rows_and_heads(monkeypatch):
+    monkeypatch.setattr(choice, "hopper_attached", lambda: True)
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    x = jax.ShapeDtypeStruct(
+        (2, TOKENS, 256),
+        jnp.bfloat16,
+        sharding=NamedSharding(mesh, PartitionSpec("data", None, "tensor")),
+    )
+    layer = ShortConvolution(unit_dim=128)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    def gradients(params, x):
+        with on_mesh(mesh):
+            return jax.value_and_grad(lambda *a: jnp.sum(layer.apply(*a)))(params, x)
+
+    lowered = jax.jit(gradients).trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("@mosaic_gpu") == 2
+    assert "tensor<1x32x128xbf16>" in lowered
+
+
+def test_gradients_on_a_mesh_are_those_of_one_device():
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    layer = ShortConvolution(unit_dim=4)
+    x, d = (jax.random.normal(jax.random.key(i), (2, 6, 8)) for i in range(2))
+    params = layer.init(jax.random.key(2), x)
+
+    def gradients(params, x):
+        return jax.grad(lambda *a: jnp.sum(d * layer.apply(*a)), argnums=(0, 1))(params, x)
+
+    expected = jax.jit(gradients)(params, x)
+    on_devices = jax.device_put((params, x), NamedSharding(mesh, PartitionSpec()))
+    with on_mesh(mesh):
+        actual = jax.jit(gradients)(*on_devices)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-6)
