@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import sys
 import tempfile
 import threading
@@ -744,7 +745,7 @@ def main(arguments: list[str]) -> int | str:
         devices=devices,
         deadline=began + 60 * options.minutes,
         in_hand=2,
-        programs=Path(tempfile.gettempdir()) / "gdn2_jax_recall",
+        programs=Path(tempfile.gettempdir()) / f"gdn2_jax_recall_{os.getuid()}",
     ):
         for row in message.value if message.kind == "done" else ():
             append_row(options.directory / f"{row['study']}.jsonl", row)

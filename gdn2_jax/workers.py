@@ -181,6 +181,7 @@ def _turns(programs: Path, device: str) -> Path:
 @contextlib.contextmanager
 def _turn(turns: Path, stopped: Callable[[], bool]) -> Iterator[float]:
     """Waits for a GPU. Gives the seconds for which nobody has used it; ends early if stopped."""
+    turns.parent.mkdir(parents=True, exist_ok=True)
     with turns.open("a") as file:
         while not stopped():
             try:
@@ -188,10 +189,13 @@ def _turn(turns: Path, stopped: Callable[[], bool]) -> Iterator[float]:
                 break
             except BlockingIOError:
                 time.sleep(0.05)
+        else:
+            yield 0.0
+            return
         try:
-            yield time.time() - turns.stat().st_mtime
+            yield time.time() - os.fstat(file.fileno()).st_mtime
         finally:
-            os.utime(turns)
+            os.utime(file.fileno())
 
 
 def _work(
@@ -257,6 +261,9 @@ def worker_devices(count: int | None, processes: int = 1) -> list[str]:
       count: number of GPUs, or of processes without GPUs; None: all GPUs, or one process. A GPU is
         named again where there are fewer.
       processes: of each GPU.
+
+    Raises:
+      ValueError: `processes` is not positive.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -267,6 +274,8 @@ def worker_devices(count: int | None, processes: int = 1) -> list[str]:
         gpus = [str(i) for i in range(found)]
     else:
         gpus = []
+    if processes < 1:
+        raise ValueError(f"processes: expected at least 1, got {processes}")
     each = processes if gpus else 1
     gpus = gpus or [""]
     return each * [gpus[i % len(gpus)] for i in range(count or len(gpus))]

@@ -12,6 +12,7 @@ from gdn2_jax.workers import share, worker_devices
 
 JOBS = """
 import os, time
+from pathlib import Path
 
 def prepare(job):
     if job == "unfit":
@@ -26,6 +27,8 @@ def run(job, prepared, worker):
         while not worker.stopped():
             time.sleep(0.02)
         return "stopped"
+    if job == "cleared":
+        [turns.unlink() for turns in Path(__file__).parent.glob("turns-*")]
     if job.startswith("turn"):
         began = time.time()
         time.sleep(0.3)
@@ -88,6 +91,8 @@ def test_processes_share_the_gpus_that_the_parent_may_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert worker_devices(None) == ["2", "5"] and worker_devices(3) == ["2", "5", "2"]
     assert worker_devices(None, processes=2) == ["2", "5", "2", "5"]
+    with pytest.raises(ValueError, match="processes: expected at least 1, got 0"):
+        worker_devices(None, processes=0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert worker_devices(None) == [""] and worker_devices(2, processes=3) == ["", ""]
 
@@ -106,6 +111,11 @@ def test_processes_of_one_gpu_take_turns_and_say_for_how_long_it_was_idle(messag
     for (_, _, end, _), (_, began, _, idle) in itertools.pairwise(turns):
         assert began >= end
         assert abs(idle - (began - end)) < 0.1
+
+
+def test_results_are_kept_and_jobs_go_on_where_the_files_of_turns_are_deleted(messages):
+    found = {job: kind for kind, job, _ in messages(of("cleared", "a"), devices=("7", "7"))}
+    assert found == {"cleared": "done", "a": "done"}
 
 
 def test_a_process_that_dies_in_its_turn_lets_the_next_one_run(messages):

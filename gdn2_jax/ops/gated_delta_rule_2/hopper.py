@@ -104,7 +104,7 @@ def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
     if g.ndim == 3:
         if masks is not None:
             unknown = ~((g < jnp.inf) & jnp.isfinite(b))
-            g = jnp.where(jnp.isnan(g), 0, g)
+            g = jnp.where(g < jnp.inf, g, 0)
         g = sums_in_chunks(g)
     results: Any = intra_chunk_forward(q, k, v, g, b, w, masks, scale=scale, save=save)
     y_t, u_t, k_tail, q_gamma, a_qk_t, decay, x, steps, flaws = results
