@@ -709,7 +709,7 @@ class Options:
       seeds: instead of the studies'.
       steps: instead of the studies'.
       directory: of rows and checkpoints.
-      devices: number of GPUs; all if None.
+      devices: number of GPUs, all if None; without GPUs, of processes.
       processes: of each GPU. One trains, meanwhile the others compile.
       minutes: after which to stop.
       profile: measure which share of the time the GPU and the operator's kernels take.

@@ -229,8 +229,8 @@ def _decode(config, form, params, session, ended, sampling, key, eos, known, ste
             session = token_step(config, params, session.cache, token[:, None])
         else:
             session = read(config, _stacked(params), _stacked(session.cache), token[:, None])
-        if config.unroll and not by_kernels:
-            session = session._replace(cache={"layers": _unstacked(session.cache["layers"])})
+            if config.unroll:
+                session = session._replace(cache={"layers": _unstacked(session.cache["layers"])})
         return step + 1, session, ended | (token == eos), columns.at[step].set(token)
 
     columns = jnp.zeros((_MOST_STEPS, ended.size), jnp.int32)

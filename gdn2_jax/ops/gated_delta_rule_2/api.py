@@ -223,7 +223,7 @@ def gated_delta_rule_2_step(
         obstacles["triton"] = "the Triton kernel keeps the state in float32, got bfloat16"
     _check_kernels(implementation, obstacles)
 
-    g, b, w = (jnp.broadcast_to(x, like.shape) for x, like in ((g, q), (b, q), (w, v)))
+    g, b, w = _gates_of_channels(q, v, g, b, w)
     arrays = match_varying_axes(opaque((state, q, k, v, g, b, w, seeds)))
     if implementation == "pallas":
         results: Any = decode_kernel(*arrays, scale)
@@ -280,10 +280,14 @@ def _of_channels(form: Callable) -> Callable:
     """The form of the operator, called with a number of each gate for each channel."""
 
     def run(q, k, v, g, b, w, *rest, **options):
-        g, b, w = (jnp.broadcast_to(x, like.shape) for x, like in ((g, q), (b, q), (w, v)))
-        return form(q, k, v, g, b, w, *rest, **options)
+        return form(q, k, v, *_gates_of_channels(q, v, g, b, w), *rest, **options)
 
     return run
+
+
+def _gates_of_channels(q, v, g, b, w) -> tuple[Array, ...]:
+    """The gates with a number for each channel."""
+    return tuple(jnp.broadcast_to(x, like.shape) for x, like in ((g, q), (b, q), (w, v)))
 
 
 def _obstacles(why_not_pallas: Callable, inputs: tuple) -> dict[str, str | None]:

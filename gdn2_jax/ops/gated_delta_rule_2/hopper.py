@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from gdn2_jax.ops.arguments import match_varying_axes
 from gdn2_jax.pallas.chunk_backward import chunk_backward, from_sums_in_chunks
 from gdn2_jax.pallas.intra_chunk_forward import intra_chunk_forward, sums_in_chunks
-from gdn2_jax.pallas.mosaic import CHUNK
+from gdn2_jax.pallas.mosaic import CHUNK, is_scalar
 from gdn2_jax.pallas.segments import first_flaws, segment_masks
 from gdn2_jax.pallas.state_pass import state_pass_backward, state_pass_forward
 
@@ -101,7 +101,7 @@ def _forward(scale, *arguments):
 
 def _run_forward(scale, q, k, v, g, b, w, state, masks, *, save):
     unknown = None
-    if g.ndim == 3:
+    if is_scalar(g):
         if masks is not None:
             unknown = ~((g < jnp.inf) & jnp.isfinite(b))
             g = jnp.where(g < jnp.inf, g, 0)
@@ -154,13 +154,12 @@ def _backward(scale, residuals, cotangents):
     # The kernels leave summands of what has one number a head.
     if g.ndim == 5:
         dg = from_sums_in_chunks(dg)
-    if b.ndim == 3:
+    if is_scalar(b):
         db = jnp.sum(db, axis=2)
-    if w.ndim == 3:
+    if is_scalar(w):
         dw = jnp.sum(dw, axis=2)
     if poison is not None:
-        dg, db, dw = (x + poison if x.ndim == 3 else x for x in (dg, db, dw))
-    if poison is not None:
+        dg, db, dw = (x + poison if is_scalar(x) else x for x in (dg, db, dw))
         d_initial_state += poison[..., 0, None, None]
     *gradients, _ = match_varying_axes((dq, dk, dv, dg, db, dw, d_initial_state, q))
     return *gradients, None
