@@ -178,8 +178,8 @@ def at_least(limit: float, x: jax.Array) -> jax.Array:
 
 
 def known_at_least(limit: float, x: jax.Array) -> jax.Array:
-    """The larger of both; the limit in place of NaN."""
-    return jnp.where(x > limit, x, jnp.float32(limit))
+    """The larger of both; the limit in place of NaN and infinity."""
+    return jnp.where((x > limit) & (x < jnp.inf), x, jnp.float32(limit))
 
 
 def finite(x: jax.Array) -> jax.Array:

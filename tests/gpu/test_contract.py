@@ -337,7 +337,7 @@ def test_no_bit_of_the_past_depends_on_the_future(shape):
     "where, value",
     [
         *((x, np.nan) for x in ("q", "k", "v", "g", "b", "w", "initial_state", "d_outputs")),
-        ("v", np.inf),
+        *((x, np.inf) for x in ("v", "g")),
     ],
 )
 @pytest.mark.parametrize("shape", [*both_implementations(1), SHAPES[8], SHAPES[-1]], ids=str)

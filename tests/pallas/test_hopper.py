@@ -120,9 +120,10 @@ def test_a_nan_stays_in_its_document():
         return by_token(results), np.stack([final_state, d_state])
 
     clean, clean_states = run(arrays, arrays[2])
-    for n in (1, 2, 3, 6):  # k, v, g and the cotangent
-        dirty = [x if i != n else x.at[0, 25, 0, 3].set(jnp.nan) for i, x in enumerate(arrays)]
-        d_outputs = arrays[2] if n < 6 else arrays[2].at[0, 25, 0, 3].set(jnp.nan)
+    # k, v, g and the cotangent
+    for n, value in ((1, np.nan), (2, np.nan), (3, np.nan), (3, np.inf), (6, np.nan)):
+        dirty = [x if i != n else x.at[0, 25, 0, 3].set(value) for i, x in enumerate(arrays)]
+        d_outputs = arrays[2] if n < 6 else arrays[2].at[0, 25, 0, 3].set(value)
         tokens, states = run(dirty, d_outputs)
         # dg is a sum over a chunk's rows, and an unknown gate moves the rounding of sums in its block
         # of 16; nothing else moves a bit.
