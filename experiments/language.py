@@ -6,8 +6,9 @@
 
 A study is a file in experiments/language. Each of its models is trained at each learning rate on a
 quarter of the tokens; then, at the rate of the lowest validation loss, with each seed on all of them.
-One process works on each GPU. What is stopped, also by --minutes, goes on when started again; finished
-runs are not repeated. --tokens makes all runs shorter or longer, under results of their own.
+Two processes of a GPU take turns: one trains, the other compiles. What is stopped, also by --minutes,
+goes on when started again; finished runs are not repeated. --tokens makes all runs shorter or longer,
+under results of their own.
 
 A finished run is a line of STUDY.jsonl in --results: validation bits per byte, loss by position up to
 eight times the training length, recall of rare pairs of tokens, tokens/s, and a GDN-2's gates. --table
@@ -166,20 +167,15 @@ def spec(study: Study, data: DataConfig, model: str, phase: str, rate: float, se
 
 
 def specs(study: Study, data: DataConfig, rows: list[dict]) -> Iterator[Spec]:
-    """Yields the runs that can be started now, the finished ones too: first the sweep, then seeds."""
+    """Yields the runs that can be started now, the finished ones too: model by model, sweep, then seeds."""
     for model in study.models:
         for rate in study.learning_rates:
             for seed in study.sweep_seeds:
                 yield spec(study, data, model, "sweep", rate, seed)
-    finals = [
-        (seed, model)
-        for model in study.models
-        for seed in [*study.seeds, *study.more_seeds.get(model, [])]
-    ]
-    for seed, model in sorted(finals, key=lambda pair: pair[0]):
         rate = best_rate(study, data, model, rows)
         if rate is not None:
-            yield spec(study, data, model, "final", rate, seed)
+            for seed in [*study.seeds, *study.more_seeds.get(model, [])]:
+                yield spec(study, data, model, "final", rate, seed)
 
 
 def best_rate(study: Study, data: DataConfig, model: str, rows: list[dict]) -> float | None:
@@ -193,6 +189,20 @@ def best_rate(study: Study, data: DataConfig, model: str, rows: list[dict]) -> f
         losses[rate] = statistics.mean(_loss(finished[key]) for key in keys)
     rate = min(losses, key=losses.get)
     return rate if math.isfinite(losses[rate]) else None
+
+
+def expected_seconds(run: Spec, rows: list[dict]) -> float:
+    """How long a run should take, by the finished ones of its model, or else of all; 0 without any."""
+    speeds = [
+        (row["model"], row["tokens_per_second"]) for row in rows if "tokens_per_second" in row
+    ]
+    own = [speed for model, speed in speeds if model == run.model]
+    if not speeds:
+        return 0.0
+    speed = statistics.median(own or [speed for _, speed in speeds])
+    return (
+        1.1 * run.config.steps * run.config.tokens_per_step / speed
+    )  # validation and read-outs too
 
 
 def _loss(row: dict) -> float:
@@ -301,8 +311,10 @@ class Options:
       corpus: directory that build_corpus.py filled.
       models: instead of the study's.
       tokens: of a run with all tokens; None: as the study says.
-      devices: number of processes, one a GPU; all GPUs if None.
+      devices: number of GPUs, all if None; without GPUs, of processes.
       minutes: after which to stop.
+      whole_runs: begin no run that would not end before, but a shorter one; for a machine whose disk
+        is lost.
       directory: of unfinished runs; runs/language/STUDY unless given.
       results: of the rows, the table and the figures.
       table: print the table and draw, and do no more.
@@ -314,6 +326,7 @@ class Options:
     tokens: int | None = None
     devices: int | None = None
     minutes: float = float("inf")
+    whole_runs: bool = False
     directory: Path | None = None
     results: Path = RESULTS
     table: bool = False
@@ -353,7 +366,8 @@ def main(arguments: list[str]) -> int | str:
         pairs, counts = count_in_training(*stores, prepared.tokenizer.vocab_size)
         np.savez(directory / "pairs.npz", pairs=pairs, counts=counts)
     job = Job(directory, study, source_commit())
-    failed = work(job, data, rows_file, worker_devices(options.devices), deadline)
+    devices = worker_devices(options.devices, processes=2)
+    failed = work(job, data, rows_file, devices, deadline, options.whole_runs)
     rows = finished_runs(rows_file)
     left = [run.key for run in specs(study, data, rows) if run.key not in {r["run"] for r in rows}]
     if rows:
@@ -366,15 +380,27 @@ def main(arguments: list[str]) -> int | str:
 
 
 def work(
-    job: Job, data: DataConfig, rows_file: Path, devices: list[str], deadline: float
+    job: Job,
+    data: DataConfig,
+    rows_file: Path,
+    devices: list[str],
+    deadline: float,
+    whole_runs: bool,
 ) -> list[str]:
     """Runs the study on all devices until it ends or time does; returns what failed."""
     rows, failed, began = finished_runs(rows_file), [], time.time()
-    given = {row["run"] for row in rows}
+    given, seconds = {row["run"] for row in rows}, {}  # seconds: of the runs that are under way
+
+    def ends_in_time(run: Spec) -> bool:
+        before = sum(seconds.values()) / len(set(devices))
+        return time.time() + before + expected_seconds(run, rows) < deadline
 
     def next_run() -> Spec | None:
-        run = next((run for run in specs(job.study, data, rows) if run.key not in given), None)
-        given.update([run.key] if run else [])
+        left = (run for run in specs(job.study, data, rows) if run.key not in given)
+        run = next((run for run in left if not whole_runs or ends_in_time(run)), None)
+        if run:
+            given.add(run.key)
+            seconds[run.key] = expected_seconds(run, rows)
         return run
 
     for kind, run, value in share(
@@ -387,6 +413,8 @@ def work(
         programs=job.directory / "programs",
         logs=job.directory,
     ):
+        if kind != "progress":
+            del seconds[run.key]
         at = f"[{time.time() - began:.0f} s]"
         if kind == "progress":
             print(f"{at} {value} {run.key}", flush=True)

@@ -3,12 +3,14 @@
 import dataclasses
 import importlib
 import json
+import time
 import types
 
 import numpy as np
 import pytest
 
 from gdn2_jax.data import DataConfig
+from gdn2_jax.rows import append_row
 from gdn2_jax.workers import Message, Worker
 
 
@@ -49,12 +51,12 @@ def rows_of(script, runs):
             "learning_rate": rate,
             "seed": seed,
             "bits_per_byte": None if diverged else loss,
+            "tokens_per_second": 100,
             "parameters": 10,
             "state": 0,
         }
         if run.phase == "final":
             losses = [3.0] * 4 + [2.5] * 28
-            row["tokens_per_second"] = 100
             row["recall"] = {"second": 0.5, "first": 0.1}
             row["position"] = {"ends": list(range(1, 33)), "losses": losses}
         if run.phase == "final" and run.model == "gdn2":
@@ -91,10 +93,10 @@ def test_seeds_start_when_a_models_sweep_is_finished_at_its_best_rate(script, st
     rows = rows_of(script, sweep)
     finals = [run for run in script.specs(study, DATA, rows) if run.phase == "final"]
     assert [(run.model, run.config.seed) for run in finals] == [
-        *(("gdn2", 0), ("kda", 0), ("gdn2", 1), ("kda", 1))
+        *(("gdn2", 0), ("gdn2", 1), ("kda", 0), ("kda", 1))
     ]
     # One that diverged is not the best.
-    assert finals[1].config.optimizer.learning_rate == 1e-3
+    assert finals[2].config.optimizer.learning_rate == 1e-3
     assert len({run.key for run in [*sweep, *finals]}) == 8
 
 
@@ -112,7 +114,7 @@ def test_a_variant_changes_its_gates_only(script):
     assert script.model_config("gdn2_negative", "tiny", 300).mixer.allow_negative_eigenvalues
 
 
-def work(script, study, tmp_path, monkeypatch, run_one):
+def work(script, study, tmp_path, monkeypatch, run_one, seconds=float("inf")):
     """The study without processes; returns what failed and the rows."""
 
     def share(next_job, prepare, run, *, in_hand, **_):
@@ -127,7 +129,8 @@ def work(script, study, tmp_path, monkeypatch, run_one):
 
     monkeypatch.setattr(script, "share", share)
     job = script.Job(tmp_path, study, "commit")
-    failed = script.work(job, DATA, tmp_path / "rows.jsonl", ["", ""], float("inf"))
+    deadline, whole_runs = time.time() + seconds, seconds < float("inf")
+    failed = script.work(job, DATA, tmp_path / "rows.jsonl", ["", ""], deadline, whole_runs)
     return failed, script.finished_runs(tmp_path / "rows.jsonl")
 
 
@@ -152,10 +155,28 @@ def test_all_runs_are_done_once_and_those_that_failed_again(script, study, tmp_p
     assert not failed and len(done) == 10 and len(rows) == 8
 
 
+def test_whole_runs_are_those_that_end_in_time(script, study, tmp_path, monkeypatch):
+    sweep = list(script.specs(study, DATA, []))
+    rows = rows_of(script, sweep[:3])
+    whole = script.expected_seconds(list(script.specs(study, DATA, rows))[2], rows)
+    part = script.expected_seconds(sweep[3], rows)
+    assert whole == pytest.approx(4 * part) and script.expected_seconds(sweep[3], []) == 0
+    for row in rows:
+        append_row(tmp_path / "rows.jsonl", row)
+
+    def run_one(run):
+        return Message("done", run, rows_of(script, [run])[0])
+
+    _, rows = work(script, study, tmp_path, monkeypatch, run_one, seconds=(whole + part) / 2)
+    assert [row["run"] for row in rows[3:]] == [sweep[3].key]
+    _, rows = work(script, study, tmp_path, monkeypatch, run_one, seconds=1000 * whole)
+    assert len(rows) == 8
+
+
 def test_the_table_gives_means_and_spreads_in_order(script, study, tmp_path, capsys):
     sweep = list(script.specs(study, DATA, []))
     rows = rows_of(script, sweep)
-    rows += rows_of(script, list(script.specs(study, DATA, rows))[len(sweep) :])
+    rows += rows_of(script, [r for r in script.specs(study, DATA, rows) if r.phase == "final"])
     path = tmp_path / "study.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert script.show(path) == 0
