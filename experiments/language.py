@@ -446,7 +446,7 @@ def show(rows_file: Path) -> int | str:
     rows = finished_runs(rows_file)
     if not rows:
         return f"language.py: {rows_file}: expected rows, found none"
-    text = table_of(rows)
+    text = f"{table_of(rows)}\n\n{facts_of(rows, rows_file)}"
     print(text)
     rows_file.with_suffix(".md").write_text(text + "\n")
     draw(rows, rows_file.with_suffix(".png"))
@@ -479,6 +479,18 @@ def table_of(rows: list[dict]) -> str:
             ]
         )
     return markdown_table(COLUMNS, lines)
+
+
+def facts_of(rows: list[dict], rows_file: Path) -> str:
+    """What the runs took, and where they ran."""
+    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows if row["bits_per_byte"])
+    devices, commits = (
+        ", ".join(sorted({row[key] for row in rows})) for key in ("device", "commit")
+    )
+    return (
+        f"{len(rows)} runs, {seconds / 60:.0f} minutes of training on {devices}; commits {commits}; "
+        f"rows in `{rows_file.name}`."
+    )
 
 
 def _mean(values: list[float | None], digits: int = 3) -> str:

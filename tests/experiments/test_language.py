@@ -51,7 +51,10 @@ def rows_of(script, runs):
             "learning_rate": rate,
             "seed": seed,
             "bits_per_byte": None if diverged else loss,
+            "tokens": 12_000,
             "tokens_per_second": 100,
+            "device": "NVIDIA H200",
+            "commit": "ef93f31",
             "parameters": 10,
             "state": 0,
         }
@@ -185,6 +188,7 @@ def test_the_table_gives_means_and_spreads_in_order(script, study, tmp_path, cap
         "| gdn2 | 0.002 (edge) | 2 | 1.4000 ± 0.0000 | -0.500 ± 0.000 | 0.500 ± 0.000 | 0.100"
     )
     assert lines[2].startswith(expected)
+    assert "minutes of training on NVIDIA H200; commits ef93f31; rows in `study.jsonl`." in lines[-1]
     assert lines[3].startswith("| kda | 0.001 (edge) | 2 | 1.5060 ± 0.0071 |")
     assert {file.name for file in tmp_path.iterdir()} == {
         *("study.jsonl", "study.md", "study.png", "study_gates.png")
