@@ -188,7 +188,9 @@ def test_the_table_gives_means_and_spreads_in_order(script, study, tmp_path, cap
         "| gdn2 | 0.002 (edge) | 2 | 1.4000 ± 0.0000 | -0.500 ± 0.000 | 0.500 ± 0.000 | 0.100"
     )
     assert lines[2].startswith(expected)
-    assert "minutes of training on NVIDIA H200; commits ef93f31; rows in `study.jsonl`." in lines[-1]
+    assert (
+        "minutes of training on NVIDIA H200; commits ef93f31; rows in `study.jsonl`." in lines[-1]
+    )
     assert lines[3].startswith("| kda | 0.001 (edge) | 2 | 1.5060 ± 0.0071 |")
     assert {file.name for file in tmp_path.iterdir()} == {
         *("study.jsonl", "study.md", "study.png", "study_gates.png")
