@@ -9,6 +9,7 @@ own flags.
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import random
@@ -17,6 +18,7 @@ import signal
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 FLAGS = (
@@ -74,6 +76,32 @@ def word_texts(tmp_path_factory):
     for i in range(20):
         (directory / f"{i}.txt").write_text(" ".join(draw.choices(words, k=1000)))
     return directory
+
+
+@functools.cache
+def param_shapes(module, x64, *inputs):
+    """Traced once for all tests that use the same module."""
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+@pytest.fixture
+def random_params():
+    """A function of a module and its input: parameters of unit gain, made without compiling."""
+
+    def make(module, *inputs):
+        rng = np.random.default_rng(0)
+
+        def draw(path, leaf):
+            name = path[-1].key
+            if name == "kernel":
+                return rng.normal(size=leaf.shape, scale=leaf.shape[-2] ** -0.5).astype(leaf.dtype)
+            offset = {"scale": 1, "A_log": 1}.get(name, 0)
+            return (offset + 0.5 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+        shapes = param_shapes(module, jax.config.jax_enable_x64, *map(jax.typeof, inputs))
+        return jax.tree.map_with_path(draw, shapes)
+
+    return make
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -36,7 +37,7 @@ def abstract_variables(config: ModelConfig, sequence_length: int) -> dict[str, A
     changes = {"context_length": sequence_length, "implementation": "recurrent"}
     model = LanguageModel(dataclasses.replace(config, **changes), decode=True)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
 
 
 def model_sizes(config: ModelConfig, sequence_length: int) -> Sizes:

@@ -12,6 +12,7 @@ import pytest
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.interop.export import export_decode, export_forward, export_prefill
 from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention, generate
+from gdn2_jax.models.sizes import abstract_variables
 from gdn2_jax.ops import choice
 
 SERVER = """
@@ -91,8 +92,7 @@ def kernel_sized(config, **options):
     """A configuration that the Hopper kernels serve, and its abstract parameters."""
     mixer = DeltaRule(num_heads=1, head_dim=128)
     config = dataclasses.replace(config, dtype="bfloat16", mixer=mixer, **options)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    return config, jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"]
+    return config, abstract_variables(config, 1)["params"]
 
 
 def test_programs_are_the_same_on_a_machine_with_a_hopper_gpu(model, monkeypatch):

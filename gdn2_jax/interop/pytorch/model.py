@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from gdn2_jax.files import write_text
@@ -40,7 +37,8 @@ from gdn2_jax.interop.pytorch.files import (
 )
 from gdn2_jax.interop.pytorch.layouts import Style, embedding_name, model_entries, style_of
 from gdn2_jax.interop.pytorch.mamba2_config import is_tied
-from gdn2_jax.models import LanguageModel, ModelConfig
+from gdn2_jax.models import ModelConfig
+from gdn2_jax.models.sizes import abstract_variables
 
 _EMBEDDING, _HEAD = "model.embeddings.weight", "lm_head.weight"
 
@@ -116,7 +114,7 @@ def save_pretrained(
         lists every missing, unexpected and misshapen one.
     """
     entries = model_entries(config, style)
-    check_params(params, _abstract_params(config))
+    check_params(params, abstract_variables(config, 1)["params"])
     leaves = leaves_of_params(params, entries)
     return _save(Path(path), config, leaves, style, **options)
 
@@ -166,13 +164,8 @@ def _open(path: Path, config: ModelConfig | None) -> tuple[ModelConfig, dict[Lea
     elif config is None:
         config = config_from_shapes(tensors)
     entries = model_entries(config, style)
-    shapes = leaf_shapes(_abstract_params(config), entries)
+    shapes = leaf_shapes(abstract_variables(config, 1)["params"], entries)
     return config, leaves_of_tensors(tensors, entries, shapes)
-
-
-def _abstract_params(config: ModelConfig) -> Any:
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return nn.unbox(jax.eval_shape(LanguageModel(config).init, jax.random.key(0), tokens)["params"])
 
 
 def _save(

@@ -25,6 +25,7 @@ from gdn2_jax.interop.pytorch import (
 from gdn2_jax.interop.pytorch.convert import leaves_of_params, tensors_of_leaves
 from gdn2_jax.interop.pytorch.layouts import model_entries
 from gdn2_jax.models import PRESETS, DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention
+from gdn2_jax.models.sizes import abstract_variables
 
 TOKENS = jnp.zeros((1, 1), jnp.int32)
 
@@ -80,7 +81,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("preset", ["gdn2_1.3B", "swa_gdn2_1.3B"])
 def test_the_papers_models_have_the_tensors_of_its_repository(preset):
     config = PRESETS[preset]
-    params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), TOKENS)["params"]
+    params = abstract_variables(config, 1)["params"]
     shapes = {name: t.shape for name, t in tensors_of(config, params, "paper").items()}
     assert len(shapes) == {"gdn2_1.3B": 399, "swa_gdn2_1.3B": 264}[preset]
     total = sum(np.prod(shape) for shape in shapes.values())
@@ -479,15 +480,14 @@ from gdn2_jax.interop.pytorch import StoredTensor, convert_pretrained, write_ten
 from gdn2_jax.interop.pytorch.config import describe
 from gdn2_jax.interop.pytorch.convert import leaves_of_tensors
 from gdn2_jax.interop.pytorch import model
-from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig, SoftmaxAttention
-import jax, jax.numpy as jnp, json, pathlib
+from gdn2_jax.models import DeltaRule, ModelConfig, SoftmaxAttention
+import json, pathlib
 
 config = ModelConfig(vocab_size=64, d_model=512, num_layers=32,
     mixer=DeltaRule(num_heads=4, head_dim=64, output_gate="sigmoid"),
     attention=SoftmaxAttention(num_heads=4), mlp_dim=512, hybrid=True, dtype="float32")
 entries = model.model_entries(config, "fla")
-params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 1), int))
-shapes = model.leaf_shapes(params["params"], entries)
+shapes = model.leaf_shapes(model.abstract_variables(config, 1)["params"], entries)
 zeros = {{leaf: StoredTensor(s, np.dtype(np.float32), lambda s=s: np.ones(s, np.float32))
     for leaf, s in shapes.items()}}
 tensors = model.tensors_of_leaves(zeros, entries)
