@@ -32,7 +32,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 # Steps of some 10 ms, and a checkpoint after every 40.
 OPTIONS = {
-    "steps": 200,
+    "steps": 120,
     "checkpoint-every": 40,
     "validate-every": 60,
     "validation-batches": 2,
@@ -51,14 +51,15 @@ OPTIONS = {
 }
 
 
-def command(script, *arguments, before=(), **environment):
+def start(*arguments, before=(), **environment):
+    """Starts train.py."""
     # Those that make compilation fast, on one device.
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
     variables = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **environment}
     if "JAX_COMPILATION_CACHE_DIR" not in environment:
         variables["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     return subprocess.Popen(
-        [*before, sys.executable, EXPERIMENTS / script, *map(str, arguments)],
+        [*before, sys.executable, EXPERIMENTS / "train.py", *map(str, arguments)],
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -129,7 +130,7 @@ def options(tmp_path_factory, word_texts):
 @pytest.fixture(scope="module")
 def uninterrupted(options, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    process = command("train.py", *options, "--run-dir", directory)
+    process = start(*options, "--sample-tokens=0", "--run-dir", directory)
     text = output(process)
     assert process.returncode == 0, text
     return run_files(directory)
@@ -151,8 +152,8 @@ def interrupted(options, cache, tmp_path_factory):
     files = run_files(directory)
     saved, logged = [], []
 
-    def start(*more, **environment):
-        return command("train.py", *options, *more, "--run-dir", directory, **environment, **cache)
+    def go_on(*more, **environment):
+        return start(*options, *more, "--run-dir", directory, **environment, **cache)
 
     def end(process, condition, number):
         wait_for(condition, process)
@@ -162,17 +163,17 @@ def interrupted(options, cache, tmp_path_factory):
         logged.append(logged_step(files))
         return text
 
-    process = start()
+    process = go_on()
     end(process, lambda: logged_step(files) >= 10, signal.SIGKILL)
-    process = start()
+    process = go_on()
     end(process, lambda: is_saving(files, process), signal.SIGKILL)
     # Its rows are dropped first: it had got 40 steps further than its last checkpoint.
     last = saved[-1][-1]
-    process = start()
+    process = go_on()
     stopped_output = end(process, lambda: last < logged_step(files) < last + 40, signal.SIGTERM)
     stopped_status = process.returncode
 
-    process = start("--sample-prompt", "\N{SNOWMAN}", PYTHONIOENCODING="ascii")
+    process = go_on("--sample-prompt", "\N{SNOWMAN}", PYTHONIOENCODING="ascii")
     last_output = output(process)
     assert process.returncode == 0, last_output
     return Interrupted(files, saved, logged, stopped_output, stopped_status, last_output)
@@ -183,7 +184,7 @@ def test_kills_came_when_they_were_meant_to(interrupted):
     before_first, during_save, stopped = interrupted.saved
     assert before_first == [] and interrupted.logged[0] >= 10
     assert during_save and interrupted.logged[1] >= during_save[-1] + 40
-    assert during_save[-1] < stopped[-1] < 200
+    assert during_save[-1] < stopped[-1] < 120
 
 
 @pytest.mark.slow
@@ -203,10 +204,10 @@ def test_killed_run_ends_with_the_bits_of_the_uninterrupted_one(interrupted, uni
     results = []
     for files in (interrupted.files, uninterrupted):
         manager = read_checkpoints(files.checkpoints)
-        state, progress = restore_checkpoint(manager, 200, abstract)
+        state, progress = restore_checkpoint(manager, 120, abstract)
         manager.close()
         results.append((state, progress["position"]))
-    assert results[0][1] == 200 * 4
+    assert results[0][1] == 120 * 4
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
@@ -222,7 +223,7 @@ def test_killed_run_leaves_the_metrics_of_the_uninterrupted_one(interrupted, uni
             for row in read_metrics(files.metrics)
         ]
 
-    assert len(rows(uninterrupted)) == 200 + 4
+    assert len(rows(uninterrupted)) == 120 + 2
     assert rows(interrupted.files) == rows(uninterrupted)
 
 
@@ -235,18 +236,9 @@ def copy(uninterrupted, tmp_path):
 def test_full_disk_ends_the_run_in_one_line_within_steps(options, cache, copy):
     """Files of more than 20 kB cannot be written: arrays, but not the metrics."""
     copy.metrics.unlink()
-    few = (
-        "--steps",
-        10_000,
-        "--log-every",
-        50,
-        "--validate-every",
-        10_000,
-        "--checkpoint-every",
-        210,
-    )
-    process = command(
-        *("train.py", *options, *few, "--run-dir", copy.config.parent),
+    few = ("--steps=10000", "--log-every=50", "--validate-every=10000", "--checkpoint-every=130")
+    process = start(
+        *(*options, *few, "--run-dir", copy.config.parent),
         before=("bash", "-c", 'ulimit -f 20; exec "$@"', "bash"),
         **cache,
     )
@@ -254,9 +246,9 @@ def test_full_disk_ends_the_run_in_one_line_within_steps(options, cache, copy):
     assert process.returncode == 1, text
     assert "Traceback" not in text
     last = text.splitlines()[-1]
-    start = f"train.py: the checkpoint of step 210 cannot be saved in {copy.checkpoints}, the last "
-    assert last.startswith(start + "good one is that of step 200: ") and "File too large" in last
-    assert logged_step(copy) < 420  # The next save would have been there.
+    line = f"train.py: the checkpoint of step 130 cannot be saved in {copy.checkpoints}, the last "
+    assert last.startswith(line + "good one is that of step 120: ") and "File too large" in last
+    assert logged_step(copy) < 260  # The next save would have been there.
     assert copy.plot.stat().st_size
 
 
@@ -269,7 +261,7 @@ def test_terminal_that_knows_only_ascii_gets_the_rest_escaped(interrupted):
 
 @pytest.mark.slow
 def test_ctrl_c_before_the_first_step_is_one_line_and_status_130(options, tmp_path):
-    process = command("train.py", *options, "--run-dir", tmp_path)
+    process = start(*options, "--run-dir", tmp_path)
     while "parameters" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -279,11 +271,10 @@ def test_ctrl_c_before_the_first_step_is_one_line_and_status_130(options, tmp_pa
 
 
 @pytest.mark.slow
-def test_trained_model_is_sampled_from(uninterrupted):
+def test_trained_model_is_sampled_from(uninterrupted, command):
     options = ("--prompt", "the red ", "--tokens", 12, "--batch", 2, "--top-k", 5, "--seed", 3)
-    process = command("generate.py", uninterrupted.config.parent, *options)
-    text = output(process)
-    assert process.returncode == 0, text
+    status, text, _ = command("generate.py", uninterrupted.config.parent, *options)
+    assert status == 0
     first, second = text.split("\n--- sample 2 ---\n")
     assert first.startswith("the red ") and second.startswith("the red ") and len(second) > 12
     assert first.strip() != second.strip()
@@ -367,7 +358,7 @@ def test_a_run_goes_on_by_its_directory_alone_and_starts_others(script, uninterr
     given = ["--init-from", str(source), "--data", "b.txt", "--optimizer.learning-rate", "1e-4"]
     config, directory, _ = script.parse(given)
     assert directory == Path("runs/tiny-from-uninterrupted")
-    assert config.model == old.model and config.steps == 200
+    assert config.model == old.model and config.steps == 120
     assert config.data.paths == ("b.txt",) and config.optimizer.learning_rate == 1e-4
     config, *_ = script.parse(["tiny", *given])
     assert config.model == old.model and config.steps == PRESETS["tiny"].steps
