@@ -137,31 +137,29 @@ def test_a_nan_stays_in_its_document():
         assert (outputs_lost[rows] == ((np.arange(20, 36) >= 25) & (n < 6))).all()
 
 
-def test_kernels_lower_for_cuda_on_a_host_without_one():
-    *arrays, state, segment_ids = draw(key_dim=64, segments=3, value_heads=2)
-    with jax.enable_x64(True):
-        traced = both.trace(arrays, state, (arrays[2], state), segment_ids)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu") == 4
-
-
-def test_kernels_run_on_each_shard_under_shard_map(monkeypatch):
-    """As traced; below they are lowered so."""
+def test_the_default_lowers_for_cuda_to_the_kernels_on_each_shard_beside_a_hopper_gpu(monkeypatch):
+    """On a host without one, in 64-bit mode too; for other platforms it lowers to none."""
     monkeypatch.setattr(choice, "hopper_attached", lambda: True)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spec = P("data", None, "tensor")
-    inputs = operator_inputs(2, 100, 2, 64, dtype="bfloat16", initial_state=False)
+    options = {"value_heads": 4, "segments": 3, "dtype": "bfloat16", "initial_state": False}
+    *arrays, _, ids = operator_inputs(2, 100, 2, 64, **options)
 
+    @jax.jit
     @jax.grad
     def gradient(arrays):
         sharded = jax.shard_map(
-            lambda *x: gated_delta_rule_2(*x)[0], mesh=mesh, in_specs=spec, out_specs=spec
+            lambda ids, *x: gated_delta_rule_2(*x, segment_ids=ids)[0],
+            mesh=mesh,
+            in_specs=(P("data"), *[spec] * 6),
+            out_specs=spec,
         )
-        return sharded(*arrays).astype(jnp.float32).sum()
+        return sharded(ids, *arrays).astype(jnp.float32).sum()
 
-    equations = jax.make_jaxpr(gradient)(inputs[:6]).eqns
-    shards = [str(x) for x in equations if x.primitive.name == "shard_map"]
-    assert sum(text.count("kernel_name") for text in shards) == 4
+    with jax.enable_x64(True):
+        traced = gradient.trace(arrays)
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 4
+        assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_kernels_refuse_more_sequences_than_a_grid_holds():
@@ -180,17 +178,6 @@ def test_a_kernel_refuses_an_operand_of_another_shape():
         ValueError, match=r"^g: expected shape \(1, 64, 2, 128\), got \(1, 64, 1, 128"
     ):
         jax.eval_shape(run, x, x, x, short, x, x)
-
-
-def test_the_default_is_the_kernels_on_each_shard_where_a_hopper_gpu_is_attached(monkeypatch):
-    monkeypatch.setattr(choice, "hopper_attached", lambda: True)
-    *arrays, _, _ = operator_inputs(2, 100, 1, 64, dtype="bfloat16", initial_state=False)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    spec = P("data")
-    run = jax.shard_map(gated_delta_rule_2, mesh=mesh, in_specs=spec, out_specs=spec)
-    traced = jax.jit(run).trace(*arrays)
-    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 @pytest.mark.parametrize(
