@@ -127,11 +127,18 @@ def tune(cases: list[Case], operands: tuple, repeats: int, path: Path) -> None:
 def try_plans(
     cuts: dict[Case, Plan], operands: tuple, repeats: int
 ) -> dict[Case, tuple[Plan, float, str | None]]:
-    """Plan, time and error of each kernel; a plan that fails takes infinitely long."""
+    """Plan, time and error of each kernel; a plan that fails takes infinitely long.
+
+    Raises SystemExit where no plan is at fault, so that nothing of it is stored.
+    """
     try:
         times = kernel_times({str(case): plan for case, plan in cuts.items()}, operands, repeats)
         return {case: (plan, times[case.kernel], None) for case, plan in cuts.items()}
     except (RuntimeError, ValueError) as error:
+        if str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise SystemExit(
+                f"tune_triton.py: --shapes: expected what fits into the GPU's free memory, got {error}"
+            ) from None
         if len(cuts) == 1:
             ((case, plan),) = cuts.items()
             return {case: (plan, math.inf, str(error)[:200])}
@@ -149,6 +156,11 @@ def kernel_times(trial: dict[str, Plan], operands: tuple, repeats: int) -> dict[
     times = collections.defaultdict(float)
     for event in device_events(lambda: [compiled(*operands) for _ in range(repeats)]):
         times[event.name] += event.milliseconds / repeats
+    if not all(times[name] for name in KERNELS):
+        raise SystemExit(
+            "tune_triton.py: expected times of all kernels from the profiler, got some of "
+            f"{sorted(times)}; may this user read the GPU's counters?"
+        )
     return times
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 
+import jax
 import pytest
 
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form, plans
@@ -76,6 +77,7 @@ def test_a_file_that_is_damaged_is_reported_and_left_out(script, caplog):
         {"plan": [64, 64, 4]},
         {"plan": [64, 48, 4, 1]},
         {"plan": "fast"},
+        {"plan": [64, 64, 3, 1]},
         {"plan": [64, 64.0, 4, 1]},
         {"ms": float("nan")},
         {"case": None},
@@ -121,3 +123,21 @@ def test_without_what_the_kernels_need_nothing_counts_as_measured(script, monkey
     with pytest.raises(SystemExit, match=r"^tune_triton.py: jax_triton cannot be imported \(why\)"):
         script.main(script.Options())
     assert not plans.cache_path().exists()
+
+
+def test_no_plan_is_blamed_for_a_gpu_without_memory(script, monkeypatch):
+    def kernel_times(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(script, "kernel_times", kernel_times)
+    with pytest.raises(SystemExit, match="^tune_triton.py: --shapes: expected what fits into the"):
+        script.main(script.Options())
+    assert not plans.cache_path().exists()
+
+
+def test_a_profiler_that_shows_no_kernels_is_an_error(monkeypatch):
+    module = importlib.import_module("tune_triton")
+    monkeypatch.setattr(module, "both", lambda _: jax.jit(lambda: 0))
+    monkeypatch.setattr(module, "device_events", lambda run: [])
+    with pytest.raises(SystemExit, match="^tune_triton.py: expected times of all kernels from"):
+        module.kernel_times({}, (), 1)

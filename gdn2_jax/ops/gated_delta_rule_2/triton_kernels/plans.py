@@ -173,10 +173,10 @@ def measured(path: Path) -> dict[str, dict[Plan, float]]:
 
 
 def _is_plan(sizes: list) -> bool:
-    """Whether these are a plan's: two blocks, each a tile, and two numbers."""
+    """Whether these are a plan's: two blocks, each a tile, warps, a power of two, and stages."""
     if len(sizes) != len(Plan._fields) or any(type(x) is not int or x < 1 for x in sizes):
         return False
-    return all(tile(x) == x for x in sizes[:2])
+    return all(tile(x) == x for x in sizes[:2]) and sizes[2] in (1, 2, 4, 8, 16, 32)
 
 
 @functools.cache
