@@ -18,6 +18,7 @@ prints the table and draws STUDY.png and STUDY_gates.png beside it; so does the 
 
 import dataclasses
 import functools
+import heapq
 import math
 import shutil
 import statistics
@@ -269,7 +270,11 @@ def run_one(run: Spec, programs: Programs, worker: Worker, job: Job) -> dict | N
 
 def read_out(run: Spec, params, job: Job) -> dict:
     """Measures recall, use of long context, and gates."""
-    config, study = run.config, job.study
+    study = job.study
+    # The loop over layers compiles in a fraction of the time, and little runs.
+    config = dataclasses.replace(
+        run.config, model=dataclasses.replace(run.config.model, unroll=False)
+    )
     corpus = prepare(config.data)
     held_out = corpus.validation
     with np.load(job.directory / "pairs.npz") as file:
@@ -389,18 +394,24 @@ def work(
 ) -> list[str]:
     """Runs the study on all devices until it ends or time does; returns what failed."""
     rows, failed, began = finished_runs(rows_file), [], time.time()
-    given, seconds = {row["run"] for row in rows}, {}  # seconds: of the runs that are under way
+    given = {row["run"] for row in rows}
+    waiting: dict[str, float] = {}  # seconds that a run should take
+    running: dict[str, float] = {}  # when it should end
 
     def ends_in_time(run: Spec) -> bool:
-        before = sum(seconds.values()) / len(set(devices))
-        return time.time() + before + expected_seconds(run, rows) < deadline
+        idle = len(set(devices)) - len(running)
+        free = [*running.values(), *(idle * [time.time()])]
+        heapq.heapify(free)
+        for seconds in waiting.values():
+            heapq.heapreplace(free, free[0] + seconds)
+        return free[0] + expected_seconds(run, rows) < deadline
 
     def next_run() -> Spec | None:
         left = (run for run in specs(job.study, data, rows) if run.key not in given)
         run = next((run for run in left if not whole_runs or ends_in_time(run)), None)
         if run:
             given.add(run.key)
-            seconds[run.key] = expected_seconds(run, rows)
+            waiting[run.key] = expected_seconds(run, rows)
         return run
 
     for kind, run, value in share(
@@ -413,8 +424,11 @@ def work(
         programs=job.directory / "programs",
         logs=job.directory,
     ):
-        if kind != "progress":
-            del seconds[run.key]
+        seconds = waiting.pop(run.key, 0.0)
+        if kind == "progress":
+            running[run.key] = time.time() + seconds
+        else:
+            running.pop(run.key, None)
         at = f"[{time.time() - began:.0f} s]"
         if kind == "progress":
             print(f"{at} {value} {run.key}", flush=True)
