@@ -195,16 +195,17 @@ class GateStatistics(NamedTuple):
       write: a histogram of w over [0, 1].
       keep: a histogram of exp(g) over [0, 1].
       saturated: shares of b, w and exp(g) within a twentieth of either end of their range.
-      correlation: of b and w, channel by channel; None where they have different channels.
-      difference: mean of |b - w|.
+      correlation: over the tokens, of b's mean and w's mean in a head, for b's channels are those of
+        keys and w's those of values; the mean over the heads. NaN where a gate does not move.
+      difference: mean distance of these two means.
     """
 
     erase: list[list[float]]
     write: list[list[float]]
     keep: list[list[float]]
     saturated: dict[str, list[float]]
-    correlation: list[float] | None
-    difference: list[float] | None
+    correlation: list[float]
+    difference: list[float]
 
 
 def gate_statistics(
@@ -231,11 +232,14 @@ def gate_statistics(
         saturated[name] = [
             float(np.mean((layer < 0.05 * top) | (layer > 0.95 * top))) for layer in layers
         ]
-    correlation = difference = None
-    if gates["erase"].shape == gates["write"].shape:
-        both = list(zip(gates["erase"], gates["write"], strict=True))
-        correlation = [float(np.corrcoef(b.ravel(), w.ravel())[0, 1]) for b, w in both]
-        difference = [float(np.abs(b - w).mean()) for b, w in both]
+    means = (np.asarray(gates[name], np.float64).mean(-1) for name in ("erase", "write"))
+    correlation, difference = [], []
+    for b, w in zip(*means, strict=True):
+        difference.append(float(np.abs(b - w).mean()))
+        b, w = (x - x.mean((0, 1)) for x in (b, w))
+        with np.errstate(invalid="ignore"):
+            products = (b * w).mean((0, 1)) / (b.std((0, 1)) * w.std((0, 1)))
+        correlation.append(float(products.mean()))
     return GateStatistics(
         **histograms, saturated=saturated, correlation=correlation, difference=difference
     )

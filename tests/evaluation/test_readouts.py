@@ -128,8 +128,10 @@ def test_gates_are_those_that_the_operator_receives(params, changes, monkeypatch
         for name, gate, upper in names:
             expected = np.histogram(gate, 10, (0, upper))[0] / gate.size
             np.testing.assert_allclose(getattr(statistics, name)[layer], expected, atol=2e-3)
-        b, w = gates[:2]
+        b, w = (np.float64(x).mean(-1).reshape(48, -1) for x in gates[:2])  # tokens, heads
         np.testing.assert_allclose(statistics.difference[layer], np.abs(b - w).mean(), rtol=1e-3)
+        heads = [np.corrcoef(b[:, h], w[:, h])[0, 1] for h in range(b.shape[1])]
+        np.testing.assert_allclose(statistics.correlation[layer], np.mean(heads), atol=2e-3)
     assert len(statistics.keep) == 2
 
 
