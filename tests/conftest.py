@@ -84,7 +84,7 @@ def param_shapes(module, x64, *inputs):
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_params():
     """A function of a module and its input: parameters of unit gain, made without compiling."""
 

@@ -28,11 +28,8 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def params(config):
-    model = LanguageModel(config)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    # At first the mixer does almost nothing.
-    return jax.tree.map(lambda x: 4 * x, variables["params"])
+def params(config, random_params):
+    return random_params(LanguageModel(config), jnp.zeros((1, 1), jnp.int32))
 
 
 @pytest.fixture(scope="module")

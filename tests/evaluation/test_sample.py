@@ -1,6 +1,5 @@
 import io
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ BYTES = load_tokenizer("bytes")
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(random_params):
     config = ModelConfig(
         vocab_size=257,
         d_model=16,
@@ -23,8 +22,7 @@ def model():
         dtype="float32",
         implementation="recurrent",
     )
-    variables = jax.jit(LanguageModel(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return config, variables["params"]
+    return config, random_params(LanguageModel(config), jnp.zeros((1, 1), jnp.int32))
 
 
 def test_streamed_text_is_the_returned_one(model):

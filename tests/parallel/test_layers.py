@@ -49,7 +49,7 @@ def layer_of(mixer):
 
 # GDN without decay and Mamba-3 with one rank are cases of other mixers' layers.
 @pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in ("deltanet", "mamba3")])
-def test_outputs_and_gradients_on_a_mesh_are_those_of_one_device(mixer):
+def test_outputs_and_gradients_on_a_mesh_are_those_of_one_device(mixer, random_params):
     """Spans of 8 tokens: the window reaches over two spans before its own."""
     sizes = {"sequence": 4} if MIXERS[mixer].splits_sequences else {"fsdp": 4}
     mesh = make_mesh(MeshConfig(tensor=2, **sizes))
@@ -58,10 +58,7 @@ def test_outputs_and_gradients_on_a_mesh_are_those_of_one_device(mixer):
     x, cotangent = rng.normal(size=(2, 4, 32, 16)).astype(np.float32)
     segment_ids = np.cumsum(rng.random((4, 32)) < 0.1, axis=1).astype(np.int32)
 
-    def init():
-        return layer.init(jax.random.key(0), x[:1, :1])["params"]
-
-    params = jax.jit(init)()
+    params = random_params(layer, x[:1, :1])
 
     def outputs_and_gradients(params, x, segment_ids, cotangent):
         def outputs(params, x):
@@ -71,7 +68,10 @@ def test_outputs_and_gradients_on_a_mesh_are_those_of_one_device(mixer):
         return y, *transpose(cotangent)
 
     expected = jax.jit(outputs_and_gradients)(params, x, segment_ids, cotangent)
-    tokens, shardings = batch_sharding(mesh), param_shardings(init, mesh)
+    tokens, shardings = (
+        batch_sharding(mesh),
+        param_shardings(lambda: layer.init(jax.random.key(0), x[:1, :1])["params"], mesh),
+    )
     with jax.set_mesh(mesh):
         activations = NamedSharding(mesh, P(*tokens.spec, None))
         run = jax.jit(
@@ -100,14 +100,14 @@ def on_explicit_axes(path, leaf, mesh):
 
 
 @pytest.mark.parametrize("mixer", ["gdn2", "mamba2", "sliding_window_attention"])
-def test_layers_run_on_the_mesh_that_jax_makes_by_default(mixer):
+def test_layers_run_on_the_mesh_that_jax_makes_by_default(mixer, random_params):
     """Of Explicit axes with anyone's names: rows and heads stay split, nothing needs Auto."""
     layer = layer_of(mixer)
     mesh = jax.make_mesh((4, 2), ("rows", "columns"))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 6, 16)).astype(np.float32)
     segment_ids = np.cumsum(rng.random((4, 6)) < 0.2, axis=1).astype(np.int32)
-    params = jax.jit(layer.init)(jax.random.key(0), x)
+    params = {"params": random_params(layer, x)}
 
     def loss(params, x, segment_ids):
         y = layer.apply(params, x, segment_ids)

@@ -1,5 +1,7 @@
 """experiments/train.py as a job of several processes on one CPU: killed, continued, stopped."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -9,16 +11,15 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+import train
 
 from gdn2_jax.parallel import join_processes
 from gdn2_jax.training import run_files
 from gdn2_jax.training.metrics import read_metrics
 
-TRAIN = Path(__file__).parents[2] / "experiments" / "train.py"
 STEPS, KILLED_AFTER = 40, 13
 OPTIONS = {
     "steps": STEPS,
@@ -41,27 +42,33 @@ OPTIONS = {
 
 
 class Job:
-    """The processes of a job, each with its output in a file."""
+    """Two processes of two devices, each with its output in a file."""
 
-    def __init__(self, directory, processes, devices, *arguments):
+    def __init__(self, directory, compiled, *arguments):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         self.files = run_files(directory)
-        self._paths = [directory.with_suffix(f".{time.time()}-{i}") for i in range(processes)]
+        self._paths = [directory.with_suffix(f".{time.time()}-{i}") for i in range(2)]
         self.processes = []
         for i, path in enumerate(self._paths):
             environment = {
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": re.sub(
-                    r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]
-                ),
-                "JAX_NUM_PROCESSES": str(processes),
+                "XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=2", os.environ["XLA_FLAGS"]),
+                "JAX_COMPILATION_CACHE_DIR": str(compiled),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(i),
                 "JAX_COORDINATOR_ADDRESS": address,
             }
-            command = [sys.executable, TRAIN, *map(str, arguments), "--run-dir", str(directory)]
+            command = [
+                sys.executable,
+                train.__file__,
+                *map(str, arguments),
+                "--run-dir",
+                str(directory),
+            ]
             with path.open("w") as output:
                 streams = {"stdout": output, "stderr": subprocess.STDOUT}
                 self.processes.append(subprocess.Popen(command, env=environment, **streams))
@@ -105,8 +112,9 @@ def losses(files):
 
 @pytest.mark.slow
 def test_a_job_that_loses_a_process_fails_and_goes_on_exactly_also_with_others(arguments, tmp_path):
-    """2 processes of 2 devices; one killed. Continued so, and on another mesh, at last by 1 process."""
-    job = Job(tmp_path / "two", 2, 2, *arguments, "--mesh.fsdp", 4)
+    """One of two processes is killed. They go on; so do two on another mesh, then this one alone."""
+    compiled = tmp_path / "compiled"
+    job = Job(tmp_path / "two", compiled, *arguments, "--mesh.fsdp", 4)
     job.wait_for_step(KILLED_AFTER)
     job.processes[1].kill()
     assert job.wait() == [1, -signal.SIGKILL], job.outputs()
@@ -116,7 +124,7 @@ def test_a_job_that_loses_a_process_fails_and_goes_on_exactly_also_with_others(a
     before = losses(job.files)
     shutil.copytree(tmp_path / "two", tmp_path / "other")
 
-    job = Job(tmp_path / "two", 2, 2, *arguments, "--mesh.fsdp", 4)
+    job = Job(tmp_path / "two", compiled, *arguments, "--mesh.fsdp", 4)
     assert job.wait() == [0, 0], job.outputs()
     main, other = job.outputs()
     assert f"continuing from the checkpoint of step {saved[-1]}" in main
@@ -126,7 +134,7 @@ def test_a_job_that_loses_a_process_fails_and_goes_on_exactly_also_with_others(a
     assert after[-1][0] == STEPS and after[-1][4] > 0
 
     mesh = ("--mesh.sequence", 2, "--mesh.tensor", 2)
-    job = Job(tmp_path / "other", 2, 2, *arguments, *mesh)
+    job = Job(tmp_path / "other", compiled, *arguments, *mesh)
     job.wait_for_step(saved[-1] + 5)
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.wait() == [128 + signal.SIGTERM] * 2, job.outputs()
@@ -134,9 +142,11 @@ def test_a_job_that_loses_a_process_fails_and_goes_on_exactly_also_with_others(a
     assert f"stopped after step {step} with a checkpoint" in job.outputs()[0]
     assert (job.files.checkpoints / str(step)).is_dir()
 
-    job = Job(tmp_path / "other", 1, 4, *arguments, *mesh)
-    assert job.wait() == [0], job.outputs()
-    assert f"continuing from the checkpoint of step {step}" in job.outputs()[0]
+    # On eight devices, half of them for other rows.
+    more = ("--sample-tokens", 0, "--run-dir", tmp_path / "other")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert train.main(list(map(str, (*arguments, *mesh, *more)))) == 0
+    assert f"continuing from the checkpoint of step {step}" in printed.getvalue()
     np.testing.assert_allclose(losses(job.files), after, rtol=1e-4)
 
 
