@@ -6,7 +6,7 @@ import pytest
 
 from gdn2_jax.data import load_tokenizer
 from gdn2_jax.evaluation import continue_prompts, on_local_devices, readouts, score_tokens
-from gdn2_jax.models import LanguageModel, generate
+from gdn2_jax.models import LanguageModel
 
 BYTES = load_tokenizer("bytes")
 LENGTHS = (2, 70, 9, 65, 66)
@@ -23,13 +23,26 @@ def sequences():
     return [random.integers(0, 256, length).tolist() for length in LENGTHS]
 
 
-def test_scores_are_those_of_each_sequence_alone(hybrid, model, sequences):
+@pytest.fixture(scope="module")
+def logits_of(hybrid):
+    """A function of a sequence: the logits after each token."""
     config, params = hybrid
+    apply = jax.jit(LanguageModel(config).apply)
+
+    def run(sequence):
+        # One shape for all; no token sees the padding after it.
+        padded = np.pad(sequence, (0, 72 - len(sequence)))
+        logits = np.asarray(apply({"params": params}, padded[None]), np.float64)
+        return logits[0, : len(sequence)]
+
+    return run
+
+
+def test_scores_are_those_of_each_sequence_alone(logits_of, model, sequences):
     counts = [1, 69, 0, 64, 7]
     scores = score_tokens(model, sequences, counts, batch_size=2)
-    apply = jax.jit(LanguageModel(config).apply)
     for sequence, count, score in zip(sequences, counts, scores, strict=True):
-        logits = np.asarray(apply({"params": params}, np.array([sequence])), np.float64)[0, :-1]
+        logits = logits_of(sequence)[:-1]
         losses = np.log(np.exp(logits).sum(-1)) - logits[range(len(logits)), sequence[1:]]
         hits = logits.argmax(-1) == sequence[1:]
         first = len(logits) - count
@@ -54,11 +67,13 @@ def test_a_program_is_compiled_for_each_power_of_two(hybrid, sequences):
     assert readouts.token_results._cache_size() == 2
 
 
-def test_continuations_are_those_of_each_prompt_alone(hybrid, model):
+def test_continuations_are_those_of_each_prompt_alone(logits_of, model):
     prompts = [list(text.encode()) for text in ("a", "a longer one", "b", "x" * 15, "yz")]
     texts = continue_prompts(model, BYTES, prompts, max_new_tokens=6, batch_size=2)
     for prompt, text in zip(prompts, texts, strict=True):
-        (tokens,) = generate(*hybrid, [prompt], max_new_tokens=6, temperature=0, eos=256)
+        tokens = [*prompt]
+        while len(tokens) < len(prompt) + 6 and (token := logits_of(tokens)[-1].argmax()) != 256:
+            tokens.append(int(token))
         assert text == BYTES.decode(tokens[len(prompt) :])
 
 

@@ -65,11 +65,15 @@ def compiled_step(mesh):
     return compile_train_step(configuration(), mesh)
 
 
+@functools.cache
+def first_state():
+    return jax.device_get(jax.jit(initial_state, static_argnums=0)(configuration()))
+
+
 def steps_on(mesh):
     """Metrics of each step, the first gradients (in AdamW's first moments) and all parameters."""
     config = configuration()
-    shardings = state_shardings(config, mesh)
-    state = jax.jit(initial_state, static_argnums=0, out_shardings=shardings)(config)
+    state = jax.device_put(first_state(), state_shardings(config, mesh))
     metrics, gradients = [], None
     for batch in batches(config, STEPS):
         state, row = compiled_step(mesh)(state, put_batch(mesh, batch))

@@ -1,43 +1,16 @@
-import random
 import shutil
 
 import pytest
 
 from gdn2_jax.data import DataConfig
 from gdn2_jax.models import DeltaRule, ModelConfig
-from gdn2_jax.training import OptimizerConfig, TrainingConfig
+from gdn2_jax.parallel import make_mesh
+from gdn2_jax.training import OptimizerConfig, TrainingConfig, open_run, train
+from gdn2_jax.training.programs import compile_programs
 
 
 @pytest.fixture(scope="session")
-def corpus_directory(tmp_path_factory):
-    """Twenty documents of words in random order."""
-    directory = tmp_path_factory.mktemp("text")
-    words = [
-        "the",
-        "a",
-        "red",
-        "blue",
-        "green",
-        "cat",
-        "dog",
-        "bird",
-        "sits",
-        "runs",
-        "flies",
-        "on",
-        "under",
-        "over",
-        "mat",
-        "tree",
-    ]
-    draw = random.Random(0)
-    for i in range(20):
-        (directory / f"{i}.txt").write_text(" ".join(draw.choices(words, k=400)))
-    return directory
-
-
-@pytest.fixture(scope="session")
-def config(corpus_directory):
+def config(word_texts):
     """The smallest run that has every part; the recurrence compiles fastest."""
     return TrainingConfig(
         model=ModelConfig(
@@ -50,9 +23,9 @@ def config(corpus_directory):
             implementation="recurrent",
         ),
         data=DataConfig(
-            paths=(str(corpus_directory),),
+            paths=(str(word_texts),),
             sequence_length=32,
-            cache_directory=str(corpus_directory.with_name("cache")),
+            cache_directory=str(word_texts.with_name("cache")),
         ),
         optimizer=OptimizerConfig(learning_rate=1e-2),
         steps=8,
@@ -66,12 +39,16 @@ def config(corpus_directory):
 
 
 @pytest.fixture(scope="session")
-def finished(config, tmp_path_factory):
-    """The directory of a run of `config` that has reached its last step."""
-    from gdn2_jax.training import open_run, train
+def programs(config):
+    """Compiled for runs of `config`, of any number of steps."""
+    return compile_programs(config, make_mesh(config.mesh))
 
+
+@pytest.fixture(scope="session")
+def finished(config, programs, tmp_path_factory):
+    """The directory of a run of `config` that has reached its last step."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
-    assert train(open_run(config, directory))
+    assert train(open_run(config, directory), programs)
     return directory
 
 

@@ -90,13 +90,15 @@ def test_diverged_run_stops_and_keeps_the_last_good_checkpoint(config, tmp_path)
     assert load_trained(tmp_path).step == 1
 
 
-def test_run_in_a_thread_trains_and_a_signal_stops_the_one_in_the_main_thread(config, copy):
+def test_run_in_a_thread_trains_and_a_signal_stops_the_one_in_the_main_thread(
+    config, programs, copy
+):
     """With the checkpoint of its last step."""
     config = dataclasses.replace(config, steps=100_000, sample_tokens=0)
     states = []
 
     def train_briefly():
-        states.append(train(open_run(dataclasses.replace(config, steps=9), copy)))
+        states.append(train(open_run(dataclasses.replace(config, steps=9), copy), programs))
 
     thread = threading.Thread(target=train_briefly)
     thread.start()
@@ -111,7 +113,7 @@ def test_run_in_a_thread_trains_and_a_signal_stops_the_one_in_the_main_thread(co
     thread = threading.Thread(target=stop_soon)
     thread.start()
     with pytest.raises(StoppedError, match="stopped after step .* with a checkpoint") as stop:
-        train(open_run(config, copy))
+        train(open_run(config, copy), programs)
     thread.join()
     assert stop.value.signal == signal.SIGTERM
     assert load_trained(copy).step == read_metrics(run_files(copy).metrics)[-1]["step"]
