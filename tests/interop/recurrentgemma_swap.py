@@ -8,6 +8,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import sentencepiece
 from recurrentgemma import common
@@ -39,7 +40,7 @@ model = Griffin(config, gradient_checkpointing=False)
 ids = [vocab.bos_id()] + vocab.EncodeAsIds(". ".join(sentences))
 tokens = jnp.array(ids[:264]).reshape(8, 33)
 positions = jnp.tile(jnp.arange(32), (8, 1))
-params = jax.jit(model.init)(jax.random.key(0), tokens[:, :-1], positions)["params"]
+params = jax.jit(model.init)(jax.random.key(0), tokens[:1, :1], positions[:1, :1])["params"]
 optimizer = optax.adam(1e-2)
 
 
@@ -74,8 +75,8 @@ def logits_of(tokens):
 def continue_by_full_forwards(prompt):
     ids = [vocab.bos_id(), *vocab.EncodeAsIds(prompt)]
     for _ in range(6):
-        padded = jnp.array(ids + [0] * (32 - len(ids)))[None]
-        ids.append(int(logits_of(padded)[0, len(ids) - 1].argmax()))
+        padded = np.pad(ids, (0, 32 - len(ids)))[None]
+        ids.append(int(np.argmax(logits_of(padded)[0], axis=-1)[len(ids) - 1]))
     return ids
 
 
