@@ -35,7 +35,13 @@ def make(name="GatedDeltaNet2", **options):
 
 
 def inputs(*shape):
-    return jax.random.normal(jax.random.key(1), shape)
+    # NumPy's: jnp would compile each slice.
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+@nnx.jit
+def call(module, *args):
+    return module(*args)
 
 
 def test_every_mixer_is_here():
@@ -47,12 +53,13 @@ def test_every_mixer_is_here():
 @pytest.mark.parametrize("name", SMALL)
 def test_module_is_the_linen_layer_and_decodes_to_the_same(name):
     module, x = make(name), inputs(2, 7, WIDTH)
-    segment_ids = jnp.array([[0] * 7, [1] * 3 + [2] * 4])
+    segment_ids = np.array([[0] * 7, [1] * 3 + [2] * 4])
     params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
-    initial = module.linen.init(nnx.Rngs(0).params(), x)["params"]
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    initial = module.linen.lazy_init(nnx.Rngs(0).params(), shape)["params"]
     jax.tree.map(np.testing.assert_array_equal, params, initial)
 
-    full = nnx.jit(lambda module, x, ids: module(x, ids))(module, x, segment_ids)
+    full = call(module, x, segment_ids)
     expected = jax.jit(module.linen.apply)({"params": params}, x, segment_ids)
     np.testing.assert_array_equal(full, expected)
 
@@ -60,8 +67,8 @@ def test_module_is_the_linen_layer_and_decodes_to_the_same(name):
     advance = nnx.jit(lambda module, x, ids: module(x, ids, decode=True))
     spans = [(0, 4), (4, 5), (5, 6), (6, 7)]
     outputs = [advance(module, x[:, a:b], segment_ids[:, a:b]) for a, b in spans]
-    scale = jnp.abs(full).max()
-    np.testing.assert_allclose(jnp.concatenate(outputs, 1), full, atol=2e-5 * scale)
+    scale = np.abs(full).max()
+    np.testing.assert_allclose(np.concatenate(outputs, 1), full, atol=2e-5 * scale)
     module.init_cache(x.shape)
     np.testing.assert_array_equal(advance(module, x[:, :4], segment_ids[:, :4]), outputs[0])
 
@@ -79,17 +86,17 @@ def test_parameters_and_cache_are_attributes_and_variables():
 
     graph, params, cache = nnx.split(module, nnx.Param, nnx.Cache)
     merged, x = nnx.merge(graph, params, cache), inputs(3, 2, WIDTH)
-    np.testing.assert_array_equal(merged(x), module(x))
+    np.testing.assert_array_equal(call(merged, x), call(module, x))
     # Writing an attribute is all it takes to change a weight.
     module.o_proj.kernel[...] = jnp.zeros_like(module.o_proj.kernel[...])
-    assert not jnp.any(module(x))
+    assert not np.any(call(module, x))
 
 
 def test_parameters_are_arrays_under_axis_rules_too():
     with nn.logical_axis_rules((("embed", None), ("heads", None))):
         module = make()
         assert isinstance(module.q_proj.kernel[...], jax.Array)
-    assert module(inputs(1, 2, WIDTH)).shape == (1, 2, WIDTH)
+    assert nnx.eval_shape(module, inputs(1, 2, WIDTH)).shape == (1, 2, WIDTH)
 
 
 def test_gradients_are_those_of_linen():
@@ -113,21 +120,22 @@ def test_gradients_are_those_of_linen():
 def test_a_view_of_a_model_decodes():
     module, x = make(), inputs(2, 3, WIDTH)
     view = nnx.view(module, decode=True, batch_size=2)
-    np.testing.assert_allclose(view(x), module(x), atol=1e-6)
+    np.testing.assert_allclose(call(view, x), call(module, x), atol=1e-6)
     assert jnp.any(view.state[...] != 0) and not hasattr(module, "state")
 
 
-def test_a_linen_layer_goes_on_from_a_cache_that_its_caller_keeps():
+def test_a_linen_layer_goes_on_from_a_cache_that_its_caller_keeps(random_params):
     layer = layers.GatedDeltaNet2(**SMALL["GatedDeltaNet2"])
     x = inputs(2, 5, WIDTH)
-    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    params = random_params(layer, x)
     expected = jax.jit(layer.apply)({"params": params}, x)
     advance = jax.jit(functools.partial(functional.advance, layer))
     empty = cache = functional.empty_cache(layer, 2, WIDTH)
     first, cache = advance(params, cache, x[:, :4])
     last, _ = advance(params, cache, x[:, 4:])
-    np.testing.assert_allclose(jnp.concatenate([first, last], 1), expected, atol=1e-6)
-    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(empty))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.concatenate([first, last], 1), expected, atol=1e-6 * scale)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(empty))
 
 
 def test_malformed_uses_are_named():
