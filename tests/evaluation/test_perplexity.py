@@ -2,7 +2,6 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -10,26 +9,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gdn2_jax.data import DataConfig, prepare
 from gdn2_jax.evaluation import evaluate_perplexity, lower_evaluation
 from gdn2_jax.evaluation.perplexity import _summed_losses
-from gdn2_jax.models import Batch, DeltaRule, LanguageModel, ModelConfig
+from gdn2_jax.models import Batch, LanguageModel
 from gdn2_jax.parallel import batch_sharding, make_mesh, put_batch
 
 
 @pytest.fixture(scope="module")
-def config():
-    return ModelConfig(
-        vocab_size=300,
-        d_model=16,
-        num_layers=1,
-        mixer=DeltaRule(num_heads=1, head_dim=16),
-        mlp_dim=32,
-        dtype="float32",
-        implementation="recurrent",
-    )
+def config(hybrid):
+    return hybrid[0]
 
 
 @pytest.fixture(scope="module")
-def params(config, random_params):
-    return random_params(LanguageModel(config), jnp.zeros((1, 1), jnp.int32))
+def params(hybrid):
+    return hybrid[1]
 
 
 @pytest.fixture(scope="module")

@@ -1,37 +1,21 @@
 import io
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gdn2_jax.data import load_tokenizer
 from gdn2_jax.evaluation import sample, sample_text
-from gdn2_jax.models import DeltaRule, LanguageModel, ModelConfig
 
 BYTES = load_tokenizer("bytes")
 
 
-@pytest.fixture(scope="module")
-def model(random_params):
-    config = ModelConfig(
-        vocab_size=257,
-        d_model=16,
-        num_layers=1,
-        mixer=DeltaRule(num_heads=1, head_dim=16),
-        mlp_dim=32,
-        dtype="float32",
-        implementation="recurrent",
-    )
-    return config, random_params(LanguageModel(config), jnp.zeros((1, 1), jnp.int32))
-
-
-def test_streamed_text_is_the_returned_one(model):
+def test_streamed_text_is_the_returned_one(hybrid):
     stream = io.StringIO()
     options = {"max_new_tokens": 20, "batch_size": 2, "seed": 1}
-    streamed = sample_text(*model, BYTES, "über ", stream=stream, **options)
+    streamed = sample_text(*hybrid, BYTES, "über ", stream=stream, **options)
     assert stream.getvalue() == streamed[0]
     assert streamed[0].startswith("über ") and streamed[0] != streamed[1]
-    assert sample_text(*model, BYTES, "über ", **options) == streamed
+    assert sample_text(*hybrid, BYTES, "über ", **options) == streamed
 
 
 @pytest.fixture
@@ -130,11 +114,11 @@ def test_special_tokens_of_a_prompt_are_read_on_demand(says):
     assert calls[1]["prompt"] == [[256, *prompt.encode()]]
 
 
-def test_prompts_of_different_lengths_are_continued_together(model):
+def test_prompts_of_different_lengths_are_continued_together(hybrid):
     prompts = ["a", "über and on, far beyond"]
-    together = sample_text(*model, BYTES, prompts, max_new_tokens=6, temperature=0)
+    together = sample_text(*hybrid, BYTES, prompts, max_new_tokens=6, temperature=0)
     for prompt, text in zip(prompts, together, strict=True):
-        assert [text] == sample_text(*model, BYTES, prompt, max_new_tokens=6, temperature=0)
+        assert [text] == sample_text(*hybrid, BYTES, prompt, max_new_tokens=6, temperature=0)
 
 
 @pytest.mark.parametrize("stop", ["ab", [""]])
@@ -148,6 +132,6 @@ def test_a_prompt_that_is_not_utf_8_is_named():
         sampled(["a", "a\udcfc"], 1)
 
 
-def test_batch_of_nothing_is_refused(model):
+def test_batch_of_nothing_is_refused(hybrid):
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
-        sample_text(*model, BYTES, "", max_new_tokens=1, batch_size=0)
+        sample_text(*hybrid, BYTES, "", max_new_tokens=1, batch_size=0)
