@@ -57,6 +57,7 @@ def from_sums_in_chunks(d_sums: Float32[Array, "B H N W 2 64"]) -> Float32[Array
     return dg.reshape(*dg.shape[:2], -1)
 
 
+@mosaic.on_cuda
 def chunk_backward(
     q: BFloat16[Array, "B T H K"],
     k: BFloat16[Array, "B T H K"],

@@ -48,6 +48,7 @@ def default_tuning(states: int, value_dim: int) -> Tuning:
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "tuning"))
+@mosaic.on_cuda
 def decode_step(
     state: Float[Array, "B Hv K V"],
     q: Float[Array, "B Hk K"],

@@ -69,6 +69,7 @@ def sums_in_chunks(g: Float32[Array, "B H T"]) -> Float32[Array, "B H N 2 64"]:
     return jnp.einsum("bhns,irs->bhnir", chunks, jnp.stack([up_to, 1 - up_to]), precision="highest")
 
 
+@mosaic.on_cuda
 def intra_chunk_forward(
     q: BFloat16[Array, "B T H K"],
     k: BFloat16[Array, "B T H K"],

@@ -52,6 +52,7 @@ class MixerParams(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "epsilon"))
+@mosaic.on_cuda
 def mixer_step(
     state: Float[Array, "B H C C"],
     windows: tuple[BFloat16[Array, "B 3 D"], ...],

@@ -16,6 +16,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import batching, mlir
 
 CHUNK = 64
 """Tokens in a chunk: the rows of a wgmma."""
@@ -98,6 +100,55 @@ def kernel(body: Callable, *, scratch_types: dict[str, Any], **options) -> Calla
         return body(*refs[:first], **dict(zip(names, refs[first:], strict=True)))
 
     return plgpu.kernel(positional, scratch_types=tuple(scratch_types.values()), **options)
+
+
+def on_cuda(run: Callable) -> Callable:
+    """`run`, lowered for "cuda" alone where several platforms share the program.
+
+    Pallas refuses to lower for several platforms, even in a branch of `jax.lax.platform_dependent`.
+    """
+
+    @functools.wraps(run)
+    def call(*arguments, **options):
+        if interpreting():  # on one platform, with effects
+            return run(*arguments, **options)
+        leaves, tree = jax.tree.flatten((arguments, options))
+
+        def of_arrays(*arrays):
+            given = iter(arrays)
+            given = [next(given) if isinstance(x, jax.Array) else x for x in leaves]
+            arguments, options = jax.tree.unflatten(tree, given)
+            return run(*arguments, **options)
+
+        arrays = [x for x in leaves if isinstance(x, jax.Array)]
+        jaxpr, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+        results = _kernel.bind(*arrays, jaxpr=jaxpr)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return call
+
+
+_kernel = Primitive("hopper_kernel")
+_kernel.multiple_results = True
+_kernel.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+_kernel.def_impl(lambda *arrays, jaxpr: jaxpr_as_fun(jaxpr)(*arrays))
+
+
+def _lower_on_cuda(context, *operands, jaxpr):
+    if len(context.module_context.platforms) > 1:
+        context = context.replace(platforms=("cuda",))
+    return mlir.lower_fun(jaxpr_as_fun(jaxpr))(context, *operands)
+
+
+mlir.register_lowering(_kernel, _lower_on_cuda)
+
+
+def _map_on_cuda(arrays, axes, *, jaxpr):
+    results = on_cuda(jax.vmap(jaxpr_as_fun(jaxpr), axes))(*arrays)
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[_kernel] = _map_on_cuda
 
 
 class Accumulator:

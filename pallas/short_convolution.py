@@ -33,6 +33,7 @@ _LAYOUT = plgpu.Layout.TILED(
 
 
 @functools.partial(jax.jit, static_argnames=("unit",))
+@mosaic.on_cuda
 def convolve(
     x: BFloat16[Array, "B T D"], kernel: Float[Array, "B 4 D"], *, unit: bool
 ) -> BFloat16[Array, "B T D"]:
@@ -73,6 +74,7 @@ def convolve(
 
 
 @functools.partial(jax.jit, static_argnames=("unit",))
+@mosaic.on_cuda
 def convolve_backward(
     x: BFloat16[Array, "B T D"],
     kernel: Float[Array, "B 4 D"],

@@ -38,6 +38,7 @@ class _Place(NamedTuple):
     chunk: jax.Array
 
 
+@mosaic.on_cuda
 def state_pass_forward(
     y_t: BFloat16[Array, "BH N K 64"],
     u_t: BFloat16[Array, "BH N V 64"],
@@ -148,6 +149,7 @@ def state_pass_forward(
     return outputs, final_state, states, r_t
 
 
+@mosaic.on_cuda
 def state_pass_backward(
     y_t: BFloat16[Array, "BH N K 64"],
     d_o: BFloat16[Array, "B T H V"],

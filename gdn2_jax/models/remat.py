@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 # Results of these are always worth keeping: GPU kernels of the operators, and cuDNN's attention.
-_KERNELS = ("custom_vmap_call", "core_map", "pallas_call", "dot_product_attention_fwd_wrapper")
+_KERNELS = ("custom_vmap_call", "hopper_kernel", "dot_product_attention_fwd_wrapper")
 
 
 def policy(remat: str) -> Callable[..., bool]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive, jaxpr_as_fun
-from jax.interpreters import ad, mlir
+from jax.interpreters import ad, batching, mlir
 
 
 def unless_portable(
@@ -62,3 +62,26 @@ def _differentiate(*_, name, **__):
 
 
 ad.primitive_jvps[_kernels] = _differentiate
+
+
+def for_one_platform(x: jax.Array, name: str) -> jax.Array:
+    """`x`; lowering it for several platforms raises a NotImplementedError naming the implementation."""
+    return _one_platform.bind(x, name=name)
+
+
+_one_platform = Primitive("for_one_platform")
+_one_platform.def_abstract_eval(lambda x, **_: x)
+_one_platform.def_impl(lambda x, **_: x)
+
+
+def _lower_for_one_platform(context, x, *, name):
+    if len(context.module_context.platforms) > 1:
+        raise NotImplementedError(
+            f'implementation="{name}": the kernels are for one platform; use None or "xla"'
+        )
+    return [x]
+
+
+mlir.register_lowering(_one_platform, _lower_for_one_platform)
+ad.deflinear2(_one_platform, lambda ct, _, name: [ct])
+batching.defvectorized(_one_platform)

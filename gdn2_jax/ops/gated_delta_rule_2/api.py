@@ -37,6 +37,7 @@ from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.form import (
     triton,
     why_not_triton,
 )
+from gdn2_jax.ops.portable import for_one_platform
 
 
 def gated_delta_rule_2(
@@ -146,7 +147,8 @@ def gated_delta_rule_2(
         q, *rest = (x.astype(g.dtype) for x in arrays)
         outputs, final_state = definition(q * scale, *rest, starts)
     elif implementation == "pallas":
-        outputs, final_state = hopper(*arrays, starts, scale)
+        first: Any = for_one_platform(arrays[0], implementation)
+        outputs, final_state = hopper(first, *arrays[1:], starts, scale)
     elif implementation == "triton":
         outputs, final_state = _of_channels(triton)(*arrays, starts, scale)
     elif implementation == "xla":
@@ -226,7 +228,8 @@ def gated_delta_rule_2_step(
     g, b, w = _gates_of_channels(q, v, g, b, w)
     arrays = match_varying_axes(opaque((state, q, k, v, g, b, w, seeds)))
     if implementation == "pallas":
-        results: Any = decode_kernel(*arrays, scale)
+        state = for_one_platform(arrays[0], implementation)
+        results: Any = decode_kernel(state, *arrays[1:], scale)
     elif implementation == "triton":
         results = decode_triton(*arrays[:-1], scale)
     elif implementation is not None:
