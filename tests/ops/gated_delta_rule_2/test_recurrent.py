@@ -72,11 +72,14 @@ def test_forward_mode_and_forward_over_reverse_work_through_the_recurrence():
         return jnp.sum(jnp.sin(outputs)) + jnp.sum(jnp.cos(state))
 
     with jax.enable_x64(True):
-        _, slope = jax.jvp(loss, (inputs,), (tangents,))
-        gradient, curvature = jax.jvp(jax.grad(loss), (inputs,), (tangents,))
-        along = sum(jnp.vdot(x, y) for x, y in zip(gradient, tangents))
+        gradient_of = jax.jit(jax.grad(loss))
+        inputs, tangents = jax.device_get((inputs, tangents))
+        _, slope = jax.jit(functools.partial(jax.jvp, loss))((inputs,), (tangents,))
+        both = jax.jit(functools.partial(jax.jvp, jax.grad(loss)))
+        gradient, curvature = both((inputs,), (tangents,))
+        along = sum(np.vdot(x, y) for x, y in zip(gradient, tangents))
         ahead, behind = (
-            jax.grad(loss)(tuple(x + eps * y for x, y in zip(inputs, tangents)))
+            gradient_of(tuple(x + eps * y for x, y in zip(inputs, tangents)))
             for eps in (1e-5, -1e-5)
         )
     np.testing.assert_allclose(slope, along, rtol=1e-10)

@@ -1,5 +1,7 @@
 """States along a sequence: those after its prefixes."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,9 @@ from gdn2_jax.testing import operator_inputs
 
 # Documents that begin within a span of 4 tokens, and with it.
 SEGMENT_IDS = np.array([[0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2], [5] * 7 + [6] * 5])
+
+
+recurrent = jax.jit(functools.partial(gated_delta_rule_2, implementation="recurrent"))
 
 
 @pytest.fixture(autouse=True)
@@ -26,23 +31,22 @@ def inputs():
 @pytest.mark.parametrize("segment_ids", [None, SEGMENT_IDS], ids=["one document", "packed"])
 @pytest.mark.parametrize("implementation", ["recurrent", "xla"])
 def test_states_are_those_after_the_prefixes(inputs, implementation, segment_ids):
-    *six, state = inputs[:7]
-    outputs, states = gated_delta_rule_2_states(
-        *six,
+    *six, state = map(np.asarray, inputs[:7])
+    run = functools.partial(
+        gated_delta_rule_2_states,
         every=4,
-        initial_state=state,
         segment_ids=segment_ids,
         implementation=implementation,
     )
+    outputs, states = jax.jit(run)(*six, initial_state=state)
     assert states.shape == (2, 3, *state.shape[1:])
     for number, end in enumerate((4, 8, 12)):
-        expected, final = gated_delta_rule_2(
+        expected, final = recurrent(
             *(x[:, :end] for x in six),
             initial_state=state,
             segment_ids=None if segment_ids is None else segment_ids[:, :end],
-            implementation="recurrent",
         )
-        np.testing.assert_allclose(states[:, number], final, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(np.asarray(states)[:, number], final, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(outputs, expected, rtol=1e-10, atol=1e-12)
 
 

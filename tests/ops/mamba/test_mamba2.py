@@ -101,12 +101,12 @@ def test_without_decay_it_is_linear_attention(draw):
 
 
 def test_segments_are_sequences_of_their_own(draw):
-    q, k, v, g, dt, state = draw(30, dtype="float32")
-    ids = jnp.asarray([[5] * 11 + [6] * 19] * 2)
-    packed, last = jax.jit(run)(q, k, v, g, dt, state, segment_ids=ids)
-    first, _ = mamba2(*(x[:, :11] for x in (q, k, v, g, dt)), initial_state=state)
-    second, alone = mamba2(*(x[:, 11:] for x in (q, k, v, g, dt)))
-    np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), atol=1e-5)
+    *tokens, state = map(np.asarray, draw(30, dtype="float32"))
+    ids = np.asarray([[5] * 11 + [6] * 19] * 2)
+    packed, last = jax.jit(run)(*tokens, state, segment_ids=ids)
+    first, _ = jax.jit(run)(*(x[:, :11] for x in tokens), state)
+    second, alone = jax.jit(mamba2)(*(x[:, 11:] for x in tokens))
+    np.testing.assert_allclose(packed, np.concatenate([first, second], 1), atol=1e-5)
     np.testing.assert_allclose(last, alone, atol=1e-5)
 
 
