@@ -272,7 +272,7 @@ def test_ctrl_c_before_the_first_step_is_one_line_and_status_130(options, tmp_pa
 
 @pytest.mark.slow
 def test_trained_model_is_sampled_from(uninterrupted, command):
-    options = ("--prompt", "the red ", "--tokens", 12, "--batch", 2, "--top-k", 5, "--seed", 3)
+    options = ("--prompt=the red ", "--tokens=12", "--batch=2", "--top-k=5", "--temperature=2")
     status, text, _ = command("generate.py", uninterrupted.config.parent, *options)
     assert status == 0
     first, second = text.split("\n--- sample 2 ---\n")
