@@ -261,8 +261,7 @@ def test_damage_that_leaves_the_times_is_found_on_request(corpus, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"tokenizer": "train:300"}, {"validation_fraction": 0.3}, {"text_field": "other"}],
+    "changes", [{"tokenizer": "train:300"}, {"validation_fraction": 0.3}, {"text_field": "other"}]
 )
 def test_whatever_changes_the_tokens_changes_the_digest(corpus, tmp_path, changes):
     path = tmp_path / "both.jsonl"

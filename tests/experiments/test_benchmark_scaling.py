@@ -59,11 +59,7 @@ def test_meshes_are_timed_and_train_as_one_device_and_what_is_done_is_not_done_a
     script.main(options())
     table = capsys.readouterr().out
     rows = rows_in(output)
-    assert list(rows) == [
-        (1, 1, 1, 1, 2, 8),
-        (1, 1, 1, 1, 16, 8),
-        (1, 8, 1, 1, 16, 8),
-    ]
+    assert list(rows) == [(1, 1, 1, 1, 2, 8), (1, 1, 1, 1, 16, 8), (1, 8, 1, 1, 16, 8)]
     fsdp, one = rows[1, 8, 1, 1, 16, 8], rows[1, 1, 1, 1, 2, 8]
     assert fsdp["tokens_per_second"] == pytest.approx(128 / fsdp["ms"] * 1e3 / 8)
     assert 0 < fsdp["collectives"] < 1 and one["collectives"] == one["exposed"] == 0

@@ -27,10 +27,7 @@ LINEN, LOGICAL, NNX, OUTSIDE, RECURRENTGEMMA, PYTORCH, OPERATORS, EXPORT, SESSIO
 def guide(tmp_path_factory):
     """What the blocks print in turn, as one script, and the names that each leaves."""
     names, after, printed = {}, {}, io.StringIO()
-    with (
-        contextlib.chdir(tmp_path_factory.mktemp("guide")),
-        contextlib.redirect_stdout(printed),
-    ):
+    with contextlib.chdir(tmp_path_factory.mktemp("guide")), contextlib.redirect_stdout(printed):
         for block in BLOCKS:
             if block != RECURRENTGEMMA:
                 names = dict(names)

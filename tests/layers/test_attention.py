@@ -74,11 +74,7 @@ def expected_results(segment_ids, params, x):
 
 @pytest.mark.parametrize(
     ("documents", "conv_size", "dtype", "bound"),
-    [
-        (False, None, "float64", 1e-10),
-        (True, 3, "float64", 1e-10),
-        (True, 3, "float32", 2e-5),
-    ],
+    [(False, None, "float64", 1e-10), (True, 3, "float64", 1e-10), (True, 3, "float32", 2e-5)],
 )
 def test_outputs_and_gradients_are_those_of_the_equations(
     make, queries_at_once, documents, conv_size, dtype, bound

@@ -272,8 +272,7 @@ def test_two_tokens_by_hand(decay, beta, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "documents"),
-    [("kda", False), *((name, True) for name in (*LAYERS, "product"))],
+    ("name", "documents"), [("kda", False), *((name, True) for name in (*LAYERS, "product"))]
 )
 def test_prefill_steps_and_a_second_prefill_equal_the_full_forward(make, name, documents):
     x = inputs(2, 12, WIDTH)

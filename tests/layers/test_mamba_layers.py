@@ -12,11 +12,7 @@ from gdn2_jax.layers import Mamba2, Mamba3
 
 WIDTH = 12
 
-LAYERS = {
-    "mamba2": Mamba2,
-    "mamba3": Mamba3,
-    "mamba3_mimo": functools.partial(Mamba3, mimo_rank=3),
-}
+LAYERS = {"mamba2": Mamba2, "mamba3": Mamba3, "mamba3_mimo": functools.partial(Mamba3, mimo_rank=3)}
 VARIANTS = {
     "mamba2": ("mamba2", {}),
     "mamba2-groups": ("mamba2", {"num_groups": 2, "conv_size": 3}),

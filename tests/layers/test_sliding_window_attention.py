@@ -138,8 +138,7 @@ def test_decoding_equals_the_full_forward(make, documents):
 
 
 @pytest.mark.parametrize(
-    ("layer_type", "size"),
-    [(SlidingWindowAttention, "window_size"), (Attention, "context_length")],
+    ("layer_type", "size"), [(SlidingWindowAttention, "window_size"), (Attention, "context_length")]
 )
 def test_decoding_is_as_exact_after_any_number_of_tokens(random_params, layer_type, size):
     x = inputs(1, 12, WIDTH)

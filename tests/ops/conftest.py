@@ -57,10 +57,7 @@ def _gated_delta_rule_2(arrays, lead):
 
     def run(tokens, state, segment_ids, implementation):
         return gated_delta_rule_2(
-            **tokens,
-            initial_state=state,
-            segment_ids=segment_ids,
-            implementation=implementation,
+            **tokens, initial_state=state, segment_ids=segment_ids, implementation=implementation
         )
 
     return Operator(
@@ -75,10 +72,7 @@ def _mamba2(arrays, lead):
 
     def run(tokens, state, segment_ids, implementation):
         return mamba2(
-            **tokens,
-            initial_state=state,
-            segment_ids=segment_ids,
-            implementation=implementation,
+            **tokens, initial_state=state, segment_ids=segment_ids, implementation=implementation
         )
 
     return Operator(run, lambda state, token: mamba2_step(state, **token), tokens, state)
@@ -136,9 +130,7 @@ def _run_both_ways(fn, arguments):
 _outputs_and_gradients = jax.jit(_run_both_ways, static_argnames="fn")
 # Without optimisation (tests/conftest.py) each step of a scan copies all that the scan stacks.
 _reference = jax.jit(
-    _run_both_ways,
-    static_argnames="fn",
-    compiler_options={"xla_backend_optimization_level": 1},
+    _run_both_ways, static_argnames="fn", compiler_options={"xla_backend_optimization_level": 1}
 )
 
 

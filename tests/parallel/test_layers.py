@@ -19,13 +19,7 @@ from gdn2_jax.models import (
     StateSpace,
     named_mixer,
 )
-from gdn2_jax.parallel import (
-    MeshConfig,
-    batch_sharding,
-    make_mesh,
-    param_shardings,
-    partitioned,
-)
+from gdn2_jax.parallel import MeshConfig, batch_sharding, make_mesh, param_shardings, partitioned
 
 SIZES = {
     "d_model": 16,

@@ -7,12 +7,7 @@ import pytest
 
 from gdn2_jax.models import PRESETS, LanguageModel
 from gdn2_jax.training import OptimizerConfig
-from gdn2_jax.training.optimizer import (
-    decay_mask,
-    make_optimizer,
-    schedule_borders,
-    scheduled_rate,
-)
+from gdn2_jax.training.optimizer import decay_mask, make_optimizer, schedule_borders, scheduled_rate
 
 
 def paper_eta(i, warmup, last, peak=4e-4):

@@ -155,10 +155,7 @@ BAD_INPUTS = {
     "g of half the channels": ({"g": array(2, 5, 2, 2)}, "g: .*(2, 5, 2, 4).*1.*4.*(2, 5, 2, 2)"),
     "b on the value side": ({"b": array(2, 5, 4, 4)}, "b: .*(2, 5, 2, 4).*(2, 5, 4, 4)"),
     "w on the key side": ({"w": array(2, 5, 2, 4)}, "w: .*(2, 5, 4, 3).*(2, 5, 2, 4)"),
-    "v of another batch": (
-        {"v": array(1, 5, 4, 3), "w": array(1, 5, 4, 3)},
-        "v: .*(2, 5).*(1, 5)",
-    ),
+    "v of another batch": ({"v": array(1, 5, 4, 3), "w": array(1, 5, 4, 3)}, "v: .*(2, 5).*(1, 5)"),
     "heads that do not divide": (
         {"v": array(2, 5, 3, 3), "w": array(2, 5, 3, 3)},
         "v: .*multiple of q's 2.*3",

@@ -33,10 +33,7 @@ def inputs():
 def test_states_are_those_after_the_prefixes(inputs, implementation, segment_ids):
     *six, state = map(np.asarray, inputs[:7])
     run = functools.partial(
-        gated_delta_rule_2_states,
-        every=4,
-        segment_ids=segment_ids,
-        implementation=implementation,
+        gated_delta_rule_2_states, every=4, segment_ids=segment_ids, implementation=implementation
     )
     outputs, states = jax.jit(run)(*six, initial_state=state)
     assert states.shape == (2, 3, *state.shape[1:])

@@ -156,10 +156,7 @@ def test_memory_of_forward_and_backward_is_linear_in_time():
 
 BAD = {
     "q without groups": ({"q": np.ones((2, 5, 6))}, r"q: .*\[B T G K\].*\(2, 5, 6\)"),
-    "k of another shape": (
-        {"k": np.ones((2, 5, 2, 7))},
-        r"k: .*\(2, 5, 2, 6\).*\(2, 5, 2, 7\)",
-    ),
+    "k of another shape": ({"k": np.ones((2, 5, 2, 7))}, r"k: .*\(2, 5, 2, 6\).*\(2, 5, 2, 7\)"),
     "v of another length": ({"v": np.ones((2, 6, 4, 5))}, r"v: .*\(2, 5\).*\(2, 6\)"),
     "heads that do not divide": ({"v": np.ones((2, 5, 3, 5))}, "v: .*multiple of q's 2.*3"),
     "g with channels": ({"g": np.ones((2, 5, 4, 1))}, r"g: .*\(2, 5, 4\).*\(2, 5, 4, 1\)"),
