@@ -396,17 +396,17 @@ def test_parameters_have_the_documented_names_and_shapes():
 
 def test_initial_rates_fill_their_documented_ranges():
     def initial(layer):
-        return jax.jit(layer.init)(jax.random.key(0), jnp.zeros((1, 1, 8)))["params"]
+        return jax.device_get(jax.jit(layer.init)(jax.random.key(0), np.zeros((1, 1, 8))))["params"]
 
     sizes = {"num_heads": 256, "head_dim": 2, "implementation": "recurrent"}
     gdn, kda = initial(GatedDeltaNet(**sizes)), initial(KimiDeltaAttention(**sizes))
     for params, low in ((gdn, 0.0), (kda, 1.0)):
-        rates = jnp.exp(params["A_log"])
+        rates = np.exp(params["A_log"])
         assert low < rates.min() < low + 0.5 and 15.5 < rates.max() <= 16
-        steps = jax.nn.softplus(params["dt_bias"])
+        steps = np.logaddexp(0, params["dt_bias"])
         assert 0.99e-3 < steps.min() < 1.2e-3 and 0.08 < steps.max() < 0.101
     bounded = initial(KimiDeltaAttention(**sizes, decay_lower_bound=-5.0))
-    assert jnp.all(bounded["A_log"] == 0)
+    assert np.all(bounded["A_log"] == 0)
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,8 @@ def test_the_past_and_other_rows_do_not_depend_on_a_token_to_the_last_bit(draw):
 
 def test_it_maps_over_an_outer_axis(draw):
     arrays = draw(20, dtype="float32")
-    mapped, _ = jax.vmap(lambda *x: run(*(a[None] for a in x)))(*arrays)
-    np.testing.assert_allclose(mapped[:, 0], run(*arrays)[0], atol=1e-5)
+    mapped, _ = jax.jit(jax.vmap(lambda *x: run(*(a[None] for a in x))))(*arrays)
+    np.testing.assert_allclose(mapped[:, 0], jax.jit(run)(*arrays)[0], atol=1e-5)
 
 
 def test_memory_of_forward_and_backward_is_linear_in_time():
