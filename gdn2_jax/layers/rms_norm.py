@@ -35,11 +35,14 @@ class RMSNorm(nn.Module):
         if explicit_sharding((x, scale)) or jax.typeof(x).manual_axis_type.varying:
             # The scale's gradient is a sum over devices here, which JAX's own derivative places.
             return _forward(self.epsilon, dtype, x, scale)[0]
-        return _norm(self.epsilon, dtype, x, scale)
+        return rms_norm(self.epsilon, dtype, x, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _norm(epsilon, dtype, x, scale):
+def rms_norm(
+    epsilon: float, dtype: Any, x: Float[Array, "*B D"], scale: Float[Array, "D"]
+) -> Array:
+    """The norm that `RMSNorm` takes, with its backward."""
     return _forward(epsilon, dtype, x, scale)[0]
 
 
@@ -69,7 +72,7 @@ def _backward(epsilon, dtype, residuals, dy):
     return dx.astype(x.dtype), d_scale.astype(scale.dtype)
 
 
-_norm.defvjp(_forward, _backward)
+rms_norm.defvjp(_forward, _backward)
 
 
 def _wide(x: Array, scale: Array) -> tuple[Array, Array]:
