@@ -5,7 +5,8 @@
     python experiments/language.py mixers_30M --table
 
 A study is a file in experiments/language. Each of its models is trained at each learning rate on a
-quarter of the tokens; then, at the rate of the lowest validation loss, with each seed on all of them.
+quarter of the tokens; then, with one seed on all of them, at the rate of the lowest validation loss and at
+smaller ones while they are better, as longer runs ask for smaller rates; then with each seed at the best.
 Two processes of a GPU take turns: one trains, the other compiles. What is stopped, also by --minutes,
 goes on when started again; finished runs are not repeated. --tokens makes all runs shorter or longer,
 under results of their own.
@@ -173,10 +174,22 @@ def specs(study: Study, data: DataConfig, rows: list[dict]) -> Iterator[Spec]:
         for rate in study.learning_rates:
             for seed in study.sweep_seeds:
                 yield spec(study, data, model, "sweep", rate, seed)
-        rate = best_rate(study, data, model, rows)
+        best = best_rate(study, data, model, rows)
+        if best is None or not study.seeds:
+            continue
+        seed, *seeds = [*study.seeds, *study.more_seeds.get(model, [])]
+        finished, rate, loss = {row["run"]: row for row in rows}, best, math.inf
+        for smaller in sorted((r for r in study.learning_rates if r <= best), reverse=True):
+            run = spec(study, data, model, "final", smaller, seed)
+            yield run
+            if run.key not in finished:
+                rate = None
+                break
+            if _loss(finished[run.key]) > loss:
+                break
+            rate, loss = smaller, _loss(finished[run.key])
         if rate is not None:
-            for seed in [*study.seeds, *study.more_seeds.get(model, [])]:
-                yield spec(study, data, model, "final", rate, seed)
+            yield from (spec(study, data, model, "final", rate, seed) for seed in seeds)
 
 
 def best_rate(study: Study, data: DataConfig, model: str, rows: list[dict]) -> float | None:
@@ -522,16 +535,19 @@ def _late(losses: list[float]) -> float:
 
 
 def _by_model(rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    """Each model with its final runs, or the best rate's of the sweep before there are any."""
+    """Each model with the final runs of the rate with the most, or the sweep's best before there are any."""
     groups = {}
     for row in rows:
         groups.setdefault(row["model"], []).append(row)
     chosen = []
     for model, group in groups.items():
-        finals = [row for row in group if row["phase"] == "final"]
-        if not finals:
-            rate = min(group, key=_loss)["learning_rate"]
-            finals = [row for row in group if row["learning_rate"] == rate]
+        group = [row for row in group if row["phase"] == "final"] or group
+        by_rate = {}
+        for row in group:
+            by_rate.setdefault(row["learning_rate"], []).append(row)
+        finals = max(
+            by_rate.values(), key=lambda rows: (len(rows), -statistics.mean(map(_loss, rows)))
+        )
         chosen.append((model, finals))
     return sorted(chosen, key=lambda pair: statistics.mean(map(_loss, pair[1])))
 
