@@ -93,6 +93,7 @@ def main(options: Options) -> None:
 def candidates(case: Case) -> list[Plan]:
     """What to try for a kernel, the default first."""
     key_tile, value_tile = case.key_tile, case.value_tile
+    first = plans.rule(case, plans.capability() or 0)
     if case.kernel.startswith("state_pass"):
         if key_tile * (1 if case.half else 2) > 128:  # Two chunks do not fit into any GPU.
             cuts = [(64, 8, 1), (32, 4, 1), (32, 8, 1), (128, 8, 1), (64, 4, 1), (16, 4, 1)]
@@ -104,8 +105,8 @@ def candidates(case: Case) -> list[Plan]:
         # value_backward takes no key channels.
         keys = [32] if case.kernel == "value_backward" else [16, 32, 64]
         pairs = itertools.product(keys, (32, 64, 128))
-        found = [Plan(k, v, 4, 1) for k, v in pairs if k <= key_tile and v <= value_tile]
-    first = plans.rule(case, plans.capability() or 0)
+        pairs = [(k, v) for k, v in pairs if k <= key_tile and v <= value_tile]
+        found = [Plan(k, v, first.warps, 1) for k, v in pairs]
     return [first, *(plan for plan in found if plan != first)]
 
 

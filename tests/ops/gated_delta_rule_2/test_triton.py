@@ -106,12 +106,12 @@ def interpreter(monkeypatch):
         return np.ascontiguousarray(x).view(types[source]).astype(types[target]).view(bits)
 
     def dot(self, a, b, total, *_):
-        wide = [
-            (x.data.view(ml_dtypes.bfloat16) if x.dtype == tl.bfloat16 else x.data).astype(
-                np.float32
-            )
-            for x in (a, b)
-        ]
+        wide = []
+        for x in (a, b):
+            if x.dtype == tl.bfloat16:
+                wide.append(x.data.view(ml_dtypes.bfloat16).astype(np.float32))
+            else:  # TF32 has the first eleven bits.
+                wide.append((np.ascontiguousarray(x.data).view(np.int32) & -8192).view(np.float32))
         return module.TensorHandle(np.matmul(*wide) + total.data, total.dtype.scalar)
 
     def patch_tensor(tensor, scope):
@@ -156,6 +156,16 @@ def test_steps_match_the_recurrence():
     )
     np.testing.assert_allclose(np.stack(outputs, 1), expected[0], atol=1e-6)
     np.testing.assert_allclose(state, expected[1], atol=1e-6)
+
+
+def test_a_state_may_grow_beyond_the_range_of_fp16_inside_a_chunk():
+    inputs = operator_inputs(1, 64, 1, 32, dtype="bfloat16")
+    inputs = inputs._replace(k=5 * inputs.k)
+    state, expected = (
+        gated_delta_rule_2(*inputs[:6], implementation=x)[1] for x in ("triton", "xla")
+    )
+    assert 1e8 < np.abs(expected).max() < 1e30
+    assert np.linalg.norm(state - expected) < 0.1 * np.linalg.norm(expected)
 
 
 @jax.jit

@@ -19,6 +19,7 @@ from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
     bf16_part,
     chunk_rows,
     chunk_segments,
+    dot,
     dot_wide,
     first_row,
     load_log2_decay,
@@ -77,12 +78,12 @@ def state_pass_backward(
         k_ = load_operand(k_tail, row, count, H, channel, K, C)
         d_r = dot_wide(k_, d_state, PRECISION)
         read_ = tl.trans(load_square(read, at, C))
-        d_r = tl.dot(read_, d_out, d_r, input_precision=PRECISION)
+        d_r = dot(read_, d_out, PRECISION, d_r)
         store_rows(d_residual, row, count, H, value_channel, d_r, V, C)
         total = tl.load(decay + at.to(tl.int64) * K + channel, mask=channel < K, other=0.0)
         d_state *= total[:, None]
         q_ = tl.trans(load_operand(q_gamma, row, count, H, channel, K, C))
-        d_state = tl.dot(q_, d_out, d_state, input_precision=PRECISION)
+        d_state = dot(q_, d_out, PRECISION, d_state)
         y_ = tl.trans(load_operand(y, row, count, H, channel, K, C))
         d_state -= dot_wide(y_, d_r, PRECISION)
     store_state(d_initial_state, index, channel, value_channel, d_state, K, V)
@@ -122,7 +123,7 @@ def value_backward(
     for first in range(0, V, BLOCK_V):
         channel = first + tl.arange(0, BLOCK_V)
         d_r = load_rows(d_residual, row, count, H, channel, V, C)
-        d_value = tl.dot(x, d_r, input_precision=PRECISION)
+        d_value = dot(x, d_r, PRECISION)
         value = load_rows(v, row, count, H, channel, V, C)
         write = load_rows(w, row, count, H, channel, V, C)
         store_rows(dv, row, count, H, channel, write * d_value, V, C)
@@ -130,7 +131,7 @@ def value_backward(
         store_rows(dz, row, count, H, channel, d_value, V, C)
         r = tl.trans(load_operand(residual, row, count, H, channel, V, C))
         d_out = load_rows(d_o, row, count, H, channel, V, C).to(operand)
-        read_pairs = tl.dot(d_out, r, read_pairs, input_precision=PRECISION)
+        read_pairs = dot(d_out, r, PRECISION, read_pairs)
         erase_pairs -= wide_dot(d_value, r, PRECISION)
     i = tl.arange(0, C)
     same = here[:, None] == here[None, :]
@@ -163,14 +164,14 @@ def pair_gradients(
 ):
     """Gradients of these operands of the products over some pairs of rows, see `level_pairs`."""
     pairs = load_pairs(d_read, index, step, LOW, C)
-    d_left_q = tl.dot(pairs, right, input_precision=PRECISION)
-    d_right = tl.dot(tl.trans(pairs), left_q, input_precision=PRECISION)
+    d_left_q = dot(pairs, right, PRECISION)
+    d_right = dot(tl.trans(pairs), left_q, PRECISION)
     parts: tl.constexpr = 2 if LOW > 0 else 1
     d_left_e = tl.zeros(left_e.shape, tl.float32)
     for part in tl.static_range(parts):
         pairs = load_pairs(d_erase, parts * index + part, step, LOW, C)
-        d_left_e = tl.dot(pairs, right, d_left_e, input_precision=PRECISION)
-        d_right = tl.dot(tl.trans(pairs), left_e, d_right, input_precision=PRECISION)
+        d_left_e = dot(pairs, right, PRECISION, d_left_e)
+        d_right = dot(tl.trans(pairs), left_e, PRECISION, d_right)
     return d_left_e, d_left_q, d_right
 
 
@@ -228,10 +229,10 @@ def key_backward(
         d_state = load_state(d_states, index, channel, value_channel, K, V)
         d_total += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1)
         r = load_operand(residual, row, count, H, value_channel, V, C)
-        d_k_tail = tl.dot(r, tl.trans(d_state), d_k_tail, input_precision=PRECISION)
+        d_k_tail = dot(r, tl.trans(d_state), PRECISION, d_k_tail)
         state = tl.trans(state)
         d_out = load_rows(d_o, row, count, H, value_channel, V, C).to(operand)
-        d_q_gamma = tl.dot(d_out, state, d_q_gamma, input_precision=PRECISION)
+        d_q_gamma = dot(d_out, state, PRECISION, d_q_gamma)
         d_value = load_rows(dz, row, count, H, value_channel, V, C)
         d_e_gamma -= wide_dot(d_value, state, PRECISION)
 

@@ -89,8 +89,8 @@ def triton(
     """Outputs (in v's dtype) and final state (fp32); arguments as in `chunkwise`.
 
     Where all inputs but g are bf16 or fp16, matrix products read bf16, or what would cancel in two bf16
-    parts, and the inverse fp16, as exact as TF32. Else they read fp32, in three TF32 products. If
-    `portable`, exported programs hold `chunkwise` instead; else exporting raises a NotImplementedError.
+    parts, and the inverse TF32. Else they read fp32, in three TF32 products. If `portable`, exported
+    programs hold `chunkwise` instead; else exporting raises a NotImplementedError.
     """
 
     def run(tokens, state):

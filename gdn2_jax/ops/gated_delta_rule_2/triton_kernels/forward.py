@@ -14,6 +14,7 @@ import triton.language as tl
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
     chunk_rows,
     chunk_segments,
+    dot,
     first_row,
     level_pairs,
     load_log2_decay,
@@ -74,6 +75,8 @@ def intra_chunk_forward(
 
     erase_pairs = tl.zeros((C, C), tl.float32)
     read_pairs = tl.zeros((C, C), tl.float32)
+    diagonal = tl.zeros((C,), tl.float32)
+    FIRST: tl.constexpr = 0 if LOW > 0 else 1  # Step 0 takes all pairs in blocks.
     for first in range(0, K, BLOCK_K):
         channel = first + tl.arange(0, BLOCK_K)
         log_decay = load_log2_decay(g, row, count, H, channel, K, C)
@@ -89,28 +92,30 @@ def intra_chunk_forward(
         total = tl.exp2(tl.sum(log_decay, axis=0))
         total = tl.where(before == last, total, 0.0)
         tl.store(decay + index.to(tl.int64) * K + channel, total, mask=channel < K)
-        # Rows of a pair with themselves, which do not decay, or all pairs in blocks.
         if LOW > 0:
             exponent = sum_in_block(sums, log_decay, C, PARTS)
             # What overflows is above the diagonal.
             up, down = tl.exp2(exponent + 96), tl.exp2(-96 - exponent)
         else:
-            up = tl.full((C, BLOCK_K), 1.0, tl.float32)
-            down = up
-        for step in range(LEVELS - LOW + 1):
+            # Rows of a pair with themselves do not decay.
+            diagonal += tl.sum(query * key, axis=1)
+            up, down = log_decay, log_decay
+        for step in range(FIRST, LEVELS - LOW + 1):
             if step > 0:
                 up = tl.exp2(sum_rows(load_sums(sums, 2 + LOW + step, C), log_decay, PARTS))
                 down = up
             pairs = level_pairs(step, LOW, C)
             right = tl.trans((key * down).to(operand))
-            product = tl.dot((erase * up).to(operand), right, input_precision=PRECISION)
+            product = dot((erase * up).to(operand), right, PRECISION)
             erase_pairs += tl.where(pairs, product, 0.0)
-            product = tl.dot((query * up).to(operand), right, input_precision=PRECISION)
+            product = dot((query * up).to(operand), right, PRECISION)
             read_pairs += tl.where(pairs, product, 0.0)
+    if LOW == 0:
+        read_pairs = tl.where(i[:, None] == i[None, :], diagonal[:, None], read_pairs)
     lower = i[:, None] >= i[None, :]
     store_square(read, index, tl.where(same & lower, read_pairs, 0.0), C)
     strict = i[:, None] > i[None, :]
-    x = unit_lower_inverse(tl.where(same & strict, erase_pairs, 0.0), LEVELS, LOW > 0)
+    x = unit_lower_inverse(tl.where(same & strict, erase_pairs, 0.0), LEVELS, PRECISION)
     store_square(inverse, index, x, C)
 
     tl.debug_barrier()  # for what waits in y
@@ -166,16 +171,16 @@ def state_pass_forward(
         low = state.to(operand)
         y_ = load_operand(y, row, count, H, channel, K, C)
         r = load_rows(u, row, count, H, value_channel, V, C)
-        r -= tl.dot(y_, low, input_precision=PRECISION)
+        r -= dot(y_, low, PRECISION)
         r_low = r.to(operand)
         q_ = load_operand(q_gamma, row, count, H, channel, K, C)
-        out = tl.dot(q_, low, input_precision=PRECISION)
-        out = tl.dot(load_square(read, at, C), r_low, out, input_precision=PRECISION)
+        out = dot(q_, low, PRECISION)
+        out = dot(load_square(read, at, C), r_low, PRECISION, out)
         store_rows(o, row, count, H, value_channel, out, V, C)
         if SAVE:
             store_rows(residual, row, count, H, value_channel, r, V, C)
             store_state(states, at, channel, value_channel, state, K, V)
         total = tl.load(decay + at.to(tl.int64) * K + channel, mask=channel < K, other=0.0)
         k_ = load_operand(k_tail, row, count, H, channel, K, C)
-        state = tl.dot(tl.trans(k_), r_low, state * total[:, None], input_precision=PRECISION)
+        state = dot(tl.trans(k_), r_low, PRECISION, state * total[:, None])
     store_state(final_state, index, channel, value_channel, state, K, V)

@@ -156,6 +156,12 @@ def bf16_part(x):
 
 
 @triton.jit
+def tf32_part(x):
+    """The first eleven bits of fp32 numbers."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def sum_rows(matrix, x, PARTS: tl.constexpr):
     """`matrix` @ x for a matrix of 0 and 1: x in bf16 parts, of which two hold 16 bits, three 24."""
     part = bf16_part(x)
@@ -168,6 +174,19 @@ def sum_rows(matrix, x, PARTS: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, PRECISION: tl.constexpr, total=None):
+    """`a` @ `b`, added to `total`. "tf32x3" of fp32: as Triton's own, but NaN and infinity give NaN."""
+    if PRECISION == "tf32x3" and a.dtype == tl.float32:
+        a_high, b_high = tf32_part(a), tf32_part(b)
+        total = tl.dot(a - a_high, b_high, total)
+        total = tl.dot(a_high, b - b_high, total)
+        total = tl.dot(a_high, b_high, total)
+    else:
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def wide_dot(a, b, PRECISION: tl.constexpr):
     """`a` @ `b` for an fp32 `a` that must not be rounded to b's dtype: in two parts if that is bf16."""
     if b.dtype == tl.bfloat16:
@@ -175,7 +194,7 @@ def wide_dot(a, b, PRECISION: tl.constexpr):
         product = tl.dot(high.to(tl.bfloat16), b)
         product = tl.dot((a - high).to(tl.bfloat16), b, product)
     else:
-        product = tl.dot(a, b, input_precision=PRECISION)
+        product = dot(a, b, PRECISION)
     return product
 
 
@@ -187,26 +206,19 @@ def dot_wide(a, b, PRECISION: tl.constexpr):
         product = tl.dot(a, high.to(tl.bfloat16))
         product = tl.dot(a, (b - high).to(tl.bfloat16), product)
     else:
-        product = tl.dot(a, b, input_precision=PRECISION)
+        product = dot(a, b, PRECISION)
     return product
 
 
 @triton.jit
-def unit_lower_inverse(strict, LEVELS: tl.constexpr, HALF: tl.constexpr):
-    """(I + strict)^-1 by block doubling: as stable as forward substitution.
-
-    The products read fp16 if HALF, as exact as TF32; else fp32.
-    """
+def unit_lower_inverse(strict, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + strict)^-1 by block doubling: as stable as forward substitution."""
     C: tl.constexpr = strict.shape[0]
     i = tl.arange(0, C)
     # One step needs no product: the inverse of [[1, 0], [m, 1]] is [[1, 0], [-m, 1]].
     inverse = tl.where(level_pairs(1, 0, C), -strict, 0.0)
     inverse = tl.where(i[:, None] == i[None, :], 1.0, inverse)
-    operand: tl.constexpr = tl.float16 if HALF else tl.float32
-    strict = strict.to(operand)
     for step in range(2, LEVELS + 1):
-        known = inverse.to(operand)
         lower = tl.where(level_pairs(step, 0, C), strict, 0.0)
-        product = tl.dot(known, lower, input_precision="tf32x3")
-        inverse -= tl.dot(product.to(operand), known, input_precision="tf32x3")
+        inverse -= dot(dot(inverse, lower, PRECISION), inverse, PRECISION)
     return inverse
