@@ -72,7 +72,8 @@ def hybrid_config():
 def word_texts(tmp_path_factory):
     """A directory with twenty texts of words in random order."""
     directory = tmp_path_factory.mktemp("text")
-    draw, words = random.Random(0), ["the", "a", "red", "blue", "cat", "dog", "sits", "runs", "on"]
+    words = "the a red blue green cat dog bird sits runs flies on under over mat tree".split()
+    draw = random.Random(0)
     for i in range(20):
         (directory / f"{i}.txt").write_text(" ".join(draw.choices(words, k=1000)))
     return directory
