@@ -72,7 +72,24 @@ def hybrid_config():
 def word_texts(tmp_path_factory):
     """A directory with twenty texts of words in random order."""
     directory = tmp_path_factory.mktemp("text")
-    words = "the a red blue green cat dog bird sits runs flies on under over mat tree".split()
+    words = [
+        "the",
+        "a",
+        "red",
+        "blue",
+        "green",
+        "cat",
+        "dog",
+        "bird",
+        "sits",
+        "runs",
+        "flies",
+        "on",
+        "under",
+        "over",
+        "mat",
+        "tree",
+    ]
     draw = random.Random(0)
     for i in range(20):
         (directory / f"{i}.txt").write_text(" ".join(draw.choices(words, k=1000)))
