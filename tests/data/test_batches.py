@@ -112,9 +112,8 @@ def test_workers_give_the_same_stream_and_grains_own_state_resumes_it(sequences,
         assert_same([next(iterator) for _ in range(3)], expected[:3])
         state = json.loads(json.dumps(iterator.get_state()))
         assert_same(list(itertools.islice(iterator, 9)), expected[3:])
-        if num_workers == 0:  # Workers would start anew, as they do below.
-            iterator.set_state(state)
-            assert_same(list(itertools.islice(iterator, 9)), expected[3:])
+        iterator.set_state(state)
+        assert_same(list(itertools.islice(iterator, 9)), expected[3:])
     fresh = train_iterator(sequences, **arguments)
     fresh.set_state(state)
     assert_same(take(9, fresh), expected[3:])

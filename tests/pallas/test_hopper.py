@@ -141,20 +141,21 @@ def test_the_default_lowers_for_cuda_to_the_kernels_on_each_shard_beside_a_hoppe
     """On a host without one, in 64-bit mode too; for other platforms it lowers to none."""
     monkeypatch.setattr(choice, "hopper_attached", lambda: True)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    spec = P("data", None, "tensor")
-    options = {"value_heads": 4, "segments": 3, "dtype": "bfloat16", "initial_state": False}
-    *arrays, _, ids = operator_inputs(2, 100, 2, 64, **options)
+    spec, of_states = P("data", None, "tensor"), P("data", "tensor")
+    options = {"value_heads": 4, "segments": 3, "dtype": "bfloat16"}
+    *arrays, ids = operator_inputs(2, 100, 2, 64, **options)
 
     @jax.jit
     @jax.grad
     def gradient(arrays):
         sharded = jax.shard_map(
-            lambda ids, *x: gated_delta_rule_2(*x, segment_ids=ids)[0],
+            lambda ids, state, *x: gated_delta_rule_2(*x, initial_state=state, segment_ids=ids),
             mesh=mesh,
-            in_specs=(P("data"), *[spec] * 6),
-            out_specs=spec,
+            in_specs=(P("data"), of_states, *[spec] * 6),
+            out_specs=(spec, of_states),
         )
-        return sharded(ids, *arrays).astype(jnp.float32).sum()
+        outputs, final_state = sharded(ids, arrays[6], *arrays[:6])
+        return outputs.astype(jnp.float32).sum() + final_state.sum()
 
     with jax.enable_x64(True):
         traced = gradient.trace(arrays)
