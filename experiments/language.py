@@ -148,12 +148,18 @@ def model_config(name: str, scale: str, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=vocab_size, mixer=mixer)
 
 
+@functools.cache
+def vocab_size(tokenizer: str) -> int:
+    """Read once: all runs are described anew whenever one is handed out."""
+    return load_tokenizer(tokenizer).vocab_size
+
+
 def spec(study: Study, data: DataConfig, model: str, phase: str, rate: float, seed: int) -> Spec:
     """Describes a run."""
     share = study.sweep_share if phase == "sweep" and study.seeds else 1
     steps = max(1, round(share * study.tokens / (study.batch_size * study.sequence_length)))
     config = TrainingConfig(
-        model=model_config(model, study.scale, load_tokenizer(data.tokenizer).vocab_size),
+        model=model_config(model, study.scale, vocab_size(data.tokenizer)),
         data=dataclasses.replace(data, sequence_length=study.sequence_length, seed=0),
         optimizer=OptimizerConfig(learning_rate=rate, warmup=0.05),
         steps=steps,
@@ -170,6 +176,7 @@ def spec(study: Study, data: DataConfig, model: str, phase: str, rate: float, se
 
 def specs(study: Study, data: DataConfig, rows: list[dict]) -> Iterator[Spec]:
     """Yields the runs that can be started now, the finished ones too: model by model, sweep, then seeds."""
+    finished = {row["run"]: row for row in rows}
     for model in study.models:
         for rate in study.learning_rates:
             for seed in study.sweep_seeds:
@@ -178,7 +185,7 @@ def specs(study: Study, data: DataConfig, rows: list[dict]) -> Iterator[Spec]:
         if best is None or not study.seeds:
             continue
         seed, *seeds = [*study.seeds, *study.more_seeds.get(model, [])]
-        finished, rate, loss = {row["run"]: row for row in rows}, best, math.inf
+        rate, loss = best, math.inf
         for smaller in sorted((r for r in study.learning_rates if r <= best), reverse=True):
             run = spec(study, data, model, "final", smaller, seed)
             yield run
@@ -214,9 +221,8 @@ def expected_seconds(run: Spec, rows: list[dict]) -> float:
     if not speeds:
         return 0.0
     speed = statistics.median(own or [speed for _, speed in speeds])
-    return (
-        1.1 * run.config.steps * run.config.tokens_per_step / speed
-    )  # validation and read-outs too
+    training = run.config.steps * run.config.tokens_per_step / speed
+    return 1.1 * training  # It is validated and read out, too.
 
 
 def _loss(row: dict) -> float:
@@ -437,15 +443,13 @@ def work(
         programs=job.directory / "programs",
         logs=job.directory,
     ):
-        seconds = waiting.pop(run.key, 0.0)
+        at, seconds = f"[{time.time() - began:.0f} s]", waiting.pop(run.key, 0.0)
         if kind == "progress":
             running[run.key] = time.time() + seconds
-        else:
-            running.pop(run.key, None)
-        at = f"[{time.time() - began:.0f} s]"
-        if kind == "progress":
             print(f"{at} {value} {run.key}", flush=True)
-        elif kind == "failed":
+            continue
+        running.pop(run.key, None)
+        if kind == "failed":
             failed.append(f"{run.key}: {value}; see {job.directory}/worker-*.log")
             print(f"failed: {failed[-1]}", flush=True)
         elif value is not None:

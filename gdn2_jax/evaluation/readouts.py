@@ -232,16 +232,17 @@ def gate_statistics(
         saturated[name] = [
             float(np.mean((layer < 0.05 * top) | (layer > 0.95 * top))) for layer in layers
         ]
-    means = (np.asarray(gates[name], np.float64).mean(-1) for name in ("erase", "write"))
-    correlation, difference = [], []
-    for b, w in zip(*means, strict=True):
-        difference.append(float(np.abs(b - w).mean()))
-        b, w = (x - x.mean((0, 1)) for x in (b, w))
-        with np.errstate(invalid="ignore"):
-            products = (b * w).mean((0, 1)) / (b.std((0, 1)) * w.std((0, 1)))
-        correlation.append(float(products.mean()))
+    tokens = (1, 2)
+    b, w = (np.asarray(gates[name], np.float64).mean(-1) for name in ("erase", "write"))
+    difference = np.abs(b - w).mean((*tokens, 3))
+    b, w = (x - x.mean(tokens, keepdims=True) for x in (b, w))
+    with np.errstate(invalid="ignore"):
+        correlation = (b * w).mean(tokens) / (b.std(tokens) * w.std(tokens))
     return GateStatistics(
-        **histograms, saturated=saturated, correlation=correlation, difference=difference
+        **histograms,
+        saturated=saturated,
+        correlation=correlation.mean(-1).tolist(),
+        difference=difference.tolist(),
     )
 
 
