@@ -22,7 +22,7 @@ from gdn2_jax.ops.arguments import (
     opaque,
     segment_starts,
 )
-from gdn2_jax.ops.choice import fastest
+from gdn2_jax.ops.choice import fastest, hopper_attached
 from gdn2_jax.ops.gated_delta_rule_2.chunkwise import chunkwise, chunkwise_by_document
 from gdn2_jax.ops.gated_delta_rule_2.decode_step import (
     decode_kernel,
@@ -117,10 +117,11 @@ def gated_delta_rule_2(
     batch, length, key_heads, key_dim = q.shape
     check_segment_ids(segment_ids, (batch, length))
     scale = _resolve_scale(scale, key_dim)
-    obstacles = _obstacles(why_not_hopper, (q, k, v, g, b, w))
-    if num_documents is not None:
-        for name in obstacles:
-            obstacles[name] = "the kernels keep no states of documents (num_documents)"
+    if num_documents is None:
+        obstacles = _obstacles(implementation, why_not_hopper, (q, k, v, g, b, w))
+    else:
+        no_states = "the kernels keep no states of documents (num_documents)"
+        obstacles = dict.fromkeys(("pallas", "triton"), no_states)
     _check_kernels(implementation, obstacles)
     if implementation != "recurrent" and jax.export.is_symbolic_dim(length):
         raise NotImplementedError(
@@ -220,7 +221,7 @@ def gated_delta_rule_2_step(
             raise ValueError(f"rounding_seeds: expected None beside a state in {state.dtype}")
         seeds = seeds.astype(jnp.uint32)
     scale = _resolve_scale(scale, q.shape[-1])
-    obstacles = _obstacles(why_not_decode_kernel, (q, k, v, g, b, w))
+    obstacles = _obstacles(implementation, why_not_decode_kernel, (q, k, v, g, b, w))
     if state.dtype == jnp.bfloat16:
         obstacles["triton"] = "the Triton kernel keeps the state in float32, got bfloat16"
     _check_kernels(implementation, obstacles)
@@ -293,9 +294,21 @@ def _gates_of_channels(q, v, g, b, w) -> tuple[Array, ...]:
     return tuple(jnp.broadcast_to(x, like.shape) for x, like in ((g, q), (b, q), (w, v)))
 
 
-def _obstacles(why_not_pallas: Callable, inputs: tuple) -> dict[str, str | None]:
-    """What keeps each kind of kernels from serving these inputs, or None."""
-    return {"pallas": why_not_pallas(*inputs), "triton": why_not_triton(*inputs)}
+def _obstacles(
+    implementation: str | None, why_not_pallas: Callable, inputs: tuple
+) -> dict[str, str | None]:
+    """What keeps each kind of kernels that may be chosen from serving these inputs, or None.
+
+    Asking about the Triton kernels imports triton: they are asked about last.
+    """
+    obstacles = {}
+    if implementation in (None, "pallas"):
+        obstacles["pallas"] = why_not_pallas(*inputs)
+        if obstacles["pallas"] is None and hopper_attached():
+            return obstacles
+    if implementation in (None, "triton"):
+        obstacles["triton"] = why_not_triton(*inputs)
+    return obstacles
 
 
 def _check_kernels(implementation: str | None, obstacles: dict[str, str | None]) -> None:

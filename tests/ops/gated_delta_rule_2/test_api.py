@@ -1,6 +1,8 @@
 """The public contract: dtypes, scale, choice of implementation, and an error for every misuse."""
 
 import functools
+import os
+import subprocess
 import sys
 import types
 from types import SimpleNamespace
@@ -319,6 +321,52 @@ def test_none_takes_the_kernels_of_the_gpu_that_is_there(
     whole, chosen[:] = (chosen or ["xla"])[0], []
     jax.eval_shape(lambda x: gated_delta_rule_2_step(**x), step_arrays(inputs))
     assert whole == (chosen or ["xla"])[0] == expected
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas", "xla", "recurrent"])
+def test_triton_is_imported_only_where_its_kernels_may_run(implementation, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(compute_capability="9.0")])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(form, "import_error", lambda: pytest.fail("triton is imported"))
+    monkeypatch.setattr(api, "hopper", lambda *arrays, scale=None: chunkwise(*arrays[:8], 1.0))
+    monkeypatch.setattr(api, "decode_kernel", lambda *x, scale=None: decode_xla(*x[:8], 1.0))
+    inputs = operator_inputs(1, 2, 1, 64, 64, dtype="bfloat16")
+    run = functools.partial(gated_delta_rule_2, implementation=implementation)
+    jax.eval_shape(run, *inputs[:6])
+    step = functools.partial(gated_delta_rule_2_step, implementation=implementation)
+    jax.eval_shape(lambda x: step(**x), step_arrays(inputs))
+
+
+# What jax-triton 0.3 and 0.4 do to every Triton program of the process when they are imported.
+JAX_TRITON = (
+    'os.environ["TRITON_CACHE_DIR"] = ""',
+    'os.environ.pop("TRITON_CACHE_DIR", None)',
+    'os.environ["TRITON_CACHE_DIR"] = ""; raise ImportError("versions do not go together")',
+)
+IMPORT_BOTH = """
+import os, sys
+from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form
+
+for before in (None, "", "mine"):
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    if before is not None:
+        os.environ["TRITON_CACHE_DIR"] = before
+    form.import_error.cache_clear()
+    sys.modules.pop("jax_triton", None)
+    error = form.import_error()
+    assert (error is None) == (sys.argv[1] == "works"), error
+    assert os.environ.get("TRITON_CACHE_DIR") == before, (before, os.environ["TRITON_CACHE_DIR"])
+"""
+
+
+@pytest.mark.parametrize("line", JAX_TRITON)
+def test_other_triton_programs_of_the_process_keep_their_cache(line, tmp_path, monkeypatch):
+    (tmp_path / "triton.py").touch()
+    (tmp_path / "jax_triton.py").write_text(f"import os\n{line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    outcome = "fails" if "raise" in line else "works"
+    subprocess.run([sys.executable, "-c", IMPORT_BOTH, outcome], check=True)
 
 
 def test_a_triton_that_cannot_be_imported_is_no_obstacle_to_none(monkeypatch):

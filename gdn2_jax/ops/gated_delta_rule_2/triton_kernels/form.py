@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ _CHUNK = {True: 64, False: 32}
 """Rows of a chunk, by whether operands are bf16: registers hold fewer in fp32."""
 _LOW_LEVELS = 4
 _DECODE_VALUES = 32
+_CACHE_DIR = "TRITON_CACHE_DIR"
 
 
 def why_not_triton(q, k, v, g, b, w) -> str | None:
@@ -66,11 +68,19 @@ def slower_than_xla(q, k, v, g, b, w) -> bool:
 @functools.cache
 def import_error() -> str | None:
     """Why what the kernels need cannot be imported, or None; imports it."""
+    before = os.environ.get(_CACHE_DIR)
     try:
         importlib.import_module("triton")
         importlib.import_module("jax_triton")
     except Exception as error:  # noqa: BLE001 - versions that do not go together raise anything
         return f"jax_triton cannot be imported ({type(error).__name__}: {error})"
+    finally:
+        # jax_triton 0.3 empties it, 0.4 deletes it. It reads it nowhere: its compiler calls store nothing.
+        # Other Triton programs of this process (torch.compile's, flash-linear-attention's) store theirs there.
+        if before is None:
+            os.environ.pop(_CACHE_DIR, None)
+        else:
+            os.environ[_CACHE_DIR] = before
     return None
 
 
