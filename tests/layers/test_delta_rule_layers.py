@@ -47,16 +47,6 @@ def make(random_params):
     return make_layer
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(layer, params, x, segment_ids=None):
-    return layer.apply({"params": params}, x, segment_ids)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def advance(decoder, variables, x, segment_ids=None):
-    return decoder.apply(variables, x, segment_ids, mutable=["cache"])
-
-
 def inputs(*shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(1), shape, dtype)
 
@@ -190,7 +180,7 @@ def test_chunkwise_form_equals_the_recurrence_over_two_chunks(make):
 
 
 @pytest.mark.parametrize("gate", ["channel", "scalar"])
-def test_tied_gdn2_layer_is_a_kda_layer(make, gate):
+def test_tied_gdn2_layer_is_a_kda_layer(make, apply, gate):
     # A GDN-2 layer whose gate projections repeat KDA's one column for every channel of its head.
     x = inputs(2, 9, WIDTH)
     kda, params = make("kda", x, output_gate="silu")
@@ -202,7 +192,7 @@ def test_tied_gdn2_layer_is_a_kda_layer(make, gate):
     np.testing.assert_allclose(apply(gdn2, tied, x), apply(kda, params, x), atol=1e-6)
 
 
-def test_kda_with_one_decay_a_head_is_gdn_and_without_decay_deltanet(make):
+def test_kda_with_one_decay_a_head_is_gdn_and_without_decay_deltanet(make, apply):
     x = inputs(2, 9, WIDTH)
     gdn, params = make("gdn", x, output_gate="sigmoid")
     kda, kda_params = make("kda", x)
@@ -271,64 +261,6 @@ def test_two_tokens_by_hand(decay, beta, expected):
     np.testing.assert_allclose(o[0, :, 0, 0], [0.6, expected], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "documents"), [("kda", False), *((name, True) for name in (*LAYERS, "product"))]
-)
-def test_prefill_steps_and_a_second_prefill_equal_the_full_forward(make, name, documents):
-    x = inputs(2, 12, WIDTH)
-    layer, params = make(name, x, num_value_heads=4)
-    segment_ids = None
-    if documents:
-        # Row 0 changes document between calls; row 1 inside one, at a step, and after it.
-        segment_ids = jnp.array([[1] * 4 + [2] * 8, [1] * 6 + [2] * 1 + [3] * 5])
-    full = apply(layer, params, x, segment_ids)
-    run = functools.partial(advance, layer.clone(decode=True))
-    variables = {"params": params}
-    for start, stop in [(0, 4), (4, 6), (6, 7), (7, 12)]:
-        ids = None if segment_ids is None else segment_ids[:, start:stop]
-        y, cache = run(variables, x[:, start:stop], ids)
-        np.testing.assert_allclose(y, full[:, start:stop], atol=2e-5 * jnp.abs(full).max())
-        variables = {"params": params, **cache}
-    assert variables["cache"]["state"].shape == (2, 4, 4, 4)
-    assert variables["cache"]["state"].dtype == jnp.float32
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_outputs_depend_on_no_later_token_and_on_no_other_row(make, name):
-    x = inputs(2, 9, WIDTH)
-    layer, params = make(name, x)
-    before = apply(layer, params, x)
-    after = apply(layer, params, x.at[:, 5].add(1.0))
-    np.testing.assert_array_equal(after[:, :5], before[:, :5])
-    assert jnp.all(jnp.any(after[:, 5:] != before[:, 5:], axis=-1))
-    other = apply(layer, params, x.at[1].multiply(-3.0))
-    np.testing.assert_array_equal(other[0], before[0])
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_no_gradient_crosses_a_document(make, name):
-    x = inputs(1, 8, WIDTH)
-    layer, params = make(name, x)
-    segment_ids = jnp.array([[0] * 3 + [1] * 5])
-
-    def last_document(x):
-        return jnp.sum(jnp.square(layer.apply({"params": params}, x, segment_ids)[:, 3:]))
-
-    gradient = jax.jit(jax.grad(last_document))(x)
-    assert jnp.all(gradient[:, :3] == 0) and jnp.all(jnp.any(gradient[:, 3:] != 0, axis=-1))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_bfloat16_layer_keeps_parameters_in_float32_and_computes_the_same(make, name):
-    """The operator refuses a log-decay of lower precision than float32."""
-    x = inputs(1, 6, WIDTH)
-    layer, params = make(name, x, dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
-    y, wide = apply(layer, params, x), apply(layer.clone(dtype=jnp.float32), params, x)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.float32(y), wide, atol=0.05 * np.abs(wide).max())
-
-
 def test_a_half_precision_layer_and_its_gradient_run_on_the_gpu_kernels():
     """Lowering those takes long, and is tested with the kernels."""
     layer = GatedDeltaNet(1, num_value_heads=2, dtype=jnp.bfloat16, implementation="pallas")
@@ -338,15 +270,13 @@ def test_a_half_precision_layer_and_its_gradient_run_on_the_gpu_kernels():
     assert str(gradient.trace(params, x).jaxpr).count("kernel_name") >= 4
 
 
-def test_one_step_a_token_is_gdn_and_no_step_is_an_error(make):
+def test_one_step_a_token_is_gdn(make, apply):
     x = inputs(1, 5, WIDTH)
     gdn, params = make("gdn", x)
     np.testing.assert_array_equal(
         apply(PRODUCT(2, 4, num_householder=1, implementation="recurrent"), params, x),
         apply(gdn, params, x),
     )
-    with pytest.raises(ValueError, match="^num_householder: expected at least 1, got 0"):
-        jax.eval_shape(PRODUCT(2, 4, num_householder=0).init, jax.random.key(0), x)
 
 
 @pytest.mark.parametrize(
@@ -407,30 +337,6 @@ def test_initial_rates_fill_their_documented_ranges():
         assert 0.99e-3 < steps.min() < 1.2e-3 and 0.08 < steps.max() < 0.101
     bounded = initial(KimiDeltaAttention(**sizes, decay_lower_bound=-5.0))
     assert np.all(bounded["A_log"] == 0)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "named"),
-    [
-        ("kda", {"num_value_heads": 3}, "num_value_heads"),
-        ("kda", {"decay_lower_bound": -6.0}, "decay_lower_bound"),
-        ("kda", {"output_gate": "swish"}, "output_gate"),
-        ("gdn", {"num_heads": 0}, "num_heads"),
-        ("gdn", {"output_gate": "swish"}, "output_gate"),
-    ],
-)
-def test_malformed_attributes_are_named(name, options, named):
-    layer = build(name, **options)
-    with pytest.raises(ValueError, match=f"^{named}: expected .*got"):
-        jax.eval_shape(layer.init, jax.random.key(0), inputs(1, 4, WIDTH))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_malformed_segments_are_named(name):
-    with pytest.raises(ValueError, match="^segment_ids: expected .*got"):
-        jax.eval_shape(
-            build(name).init, jax.random.key(0), inputs(1, 4, WIDTH), jnp.zeros((1, 5), int)
-        )
 
 
 @pytest.mark.parametrize("layer", [GatedDeltaNet2, KimiDeltaAttention])

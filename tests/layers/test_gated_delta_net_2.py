@@ -1,4 +1,3 @@
-import functools
 import math
 
 import jax
@@ -21,28 +20,6 @@ def make(random_params):
         return layer, random_params(layer, x)
 
     return build
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def apply(layer, params, x, segment_ids=None):
-    return layer.apply({"params": params}, x, segment_ids)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def advance(decoder, variables, x, segment_ids=None):
-    return decoder.apply(variables, x, segment_ids, mutable=["cache"])
-
-
-def decode(layer, params, x, spans, segment_ids=None):
-    """Outputs of calls on consecutive spans of `x`, joined, and the last cache."""
-    run = functools.partial(advance, layer.clone(decode=True))
-    variables, outputs = {"params": params}, []
-    for start, stop in spans:
-        ids = None if segment_ids is None else segment_ids[:, start:stop]
-        y, cache = run(variables, x[:, start:stop], ids)
-        outputs.append(y)
-        variables = {"params": params, **cache}
-    return jnp.concatenate(outputs, 1), variables["cache"]
 
 
 def inputs(*shape):
@@ -118,7 +95,7 @@ def reference(params, x, *, heads, value_heads, key_dim, value_dim, **options):
     ],
     ids=lambda options: "-".join(options) or "default",
 )
-def test_layer_computes_the_equations_of_the_paper(make, options):
+def test_layer_computes_the_equations_of_the_paper(make, apply, options):
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(1), (1, 9, WIDTH), jnp.float64)
         layer, params = make(x, dtype=jnp.float64, param_dtype=jnp.float64, **options)
@@ -187,18 +164,8 @@ def test_initial_parameters_fill_their_documented_ranges():
     assert 0.007 < np.exp(np.log(time_steps).mean()) < 0.014
 
 
-def test_a_bfloat16_layer_has_parameters_in_float32_and_computes_the_same(make):
-    """The operator refuses a log-decay of lower precision than float32."""
-    x = inputs(1, 5, WIDTH)
-    layer, params = make(x, dtype=jnp.bfloat16)
-    assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype("float32")}
-    y, wide = apply(layer, params, x), apply(layer.clone(dtype=jnp.float32), params, x)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.float32(y), wide, atol=0.05 * np.abs(wide).max())
-
-
 @pytest.mark.parametrize("bound", [-5.0, -0.5])
-def test_decay_lower_bound_keeps_the_log_decay_between_it_and_zero(make, bound):
+def test_decay_lower_bound_keeps_the_log_decay_between_it_and_zero(make, advance, bound):
     """A token that neither erases nor writes multiplies the cached state by its decays."""
     x = 10 * np.random.default_rng(0).normal(size=(32, 1, WIDTH)).astype(np.float32)
     x[..., 0] = 1
@@ -213,7 +180,7 @@ def test_decay_lower_bound_keeps_the_log_decay_between_it_and_zero(make, bound):
     assert g.min() < 0.9 * bound and g.max() > 0.1 * bound
 
 
-def test_without_short_convolutions_tokens_meet_only_in_the_state(make):
+def test_without_short_convolutions_tokens_meet_only_in_the_state(make, apply):
     x = inputs(1, 6, WIDTH)
     layer, params = make(x, use_short_conv=False)
     assert not any("conv" in name for name in params)
@@ -224,78 +191,8 @@ def test_without_short_convolutions_tokens_meet_only_in_the_state(make):
     np.testing.assert_allclose(apply(layer, params, x), alone, atol=1e-6)
 
 
-def test_prefill_steps_and_a_second_prefill_equal_the_full_forward(make):
-    """By the chunkwise form; the recurrence decodes documents below."""
-    x = inputs(2, 80, WIDTH)
-    layer, params = make(x[:, :1], implementation="xla", num_value_heads=4)
-    # The second prefill crosses a chunk's end.
-    actual, cache = decode(layer, params, x, [(0, 5), (5, 6), (6, 7), (7, 79), (79, 80)])
-    full = apply(layer.clone(implementation="recurrent"), params, x)
-    np.testing.assert_allclose(actual, full, atol=2e-5 * jnp.abs(full).max())
-    assert cache["state"].dtype == jnp.float32 and cache["state"].shape == (2, 4, 8, 8)
-
-
-def test_token_by_token_decoding_equals_the_full_forward(make):
-    x = inputs(2, 9, WIDTH)
-    layer, params = make(x)
-    full = apply(layer, params, x)
-    actual, _ = decode(layer, params, x, [(t, t + 1) for t in range(9)])
-    np.testing.assert_allclose(actual, full, atol=1e-5 * jnp.abs(full).max())
-
-
-def test_init_leaves_a_cache_of_zeros_and_the_first_call_advances_it(make):
-    x = inputs(1, 4, WIDTH)
-    layer, _ = make(x)
-    decoder = layer.clone(decode=True)
-    variables = jax.jit(decoder.init)(jax.random.key(0), x)
-    assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(variables["cache"]))
-    first, cache = advance(decoder, variables, x)
-    without, same = advance(decoder, {"params": variables["params"]}, x)
-    np.testing.assert_array_equal(first, without)
-    jax.tree.map(np.testing.assert_array_equal, cache, same)
-    assert jnp.any(cache["cache"]["state"] != 0)
-
-
-def test_segments_isolate_documents(make):
-    x = inputs(1, 12, WIDTH)
-    segment_ids = jnp.array([[0] * 5 + [1] * 1 + [4] * 6])
-    layer, params = make(x)
-    alone = [apply(layer, params, x[:, a:b]) for a, b in [(0, 5), (5, 6), (6, 12)]]
-    packed = apply(layer, params, x, segment_ids)
-    np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=1e-6)
-
-    def last_document(x):
-        return jnp.sum(jnp.square(layer.apply({"params": params}, x, segment_ids)[:, 6:]))
-
-    gradient = jax.jit(jax.grad(last_document))(x)
-    assert jnp.all(gradient[:, :6] == 0) and jnp.all(jnp.any(gradient[:, 6:] != 0, axis=-1))
-
-
-def test_segments_in_decoding_continue_from_call_to_call(make):
-    x = inputs(2, 12, WIDTH)
-    segment_ids = jnp.array([[1] * 4 + [2] * 8, [1] * 6 + [2] * 1 + [3] * 5])
-    layer, params = make(x)
-    full = apply(layer, params, x, segment_ids)
-    # Row 0 changes document between calls; row 1 inside one, at a step, and after it.
-    spans = [(0, 4), (4, 6), (6, 7), (7, 12)]
-    actual, cache = decode(layer, params, x, spans, segment_ids)
-    np.testing.assert_allclose(actual, full, atol=1e-5 * jnp.abs(full).max())
-    np.testing.assert_array_equal(cache["segment_id"], [2, 3])
-
-
-def test_decoding_without_segments_continues_the_last_document(make):
-    x = inputs(1, 6, WIDTH)
-    segment_ids = jnp.array([[1, 1, 2, 2, 2, 2]])
-    layer, params = make(x)
-    full = apply(layer, params, x, segment_ids)
-    run = functools.partial(advance, layer.clone(decode=True))
-    _, cache = run({"params": params}, x[:, :3], segment_ids[:, :3])
-    y, _ = run({"params": params, **cache}, x[:, 3:])
-    np.testing.assert_allclose(y, full[:, 3:], atol=1e-5 * jnp.abs(full).max())
-
-
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_a_state_in_bfloat16_is_rounded_between_calls(make, rounding):
+def test_a_state_in_bfloat16_is_rounded_between_calls(make, decode, rounding):
     x = inputs(2, 9, WIDTH)
     segment_ids = jnp.array([[1] * 4 + [2] * 5, [1] * 7 + [2] * 2])
     layer, params = make(x, num_value_heads=4)
@@ -311,7 +208,7 @@ def test_a_state_in_bfloat16_is_rounded_between_calls(make, rounding):
     assert jax.tree.structure(cache) == jax.tree.structure(wide)
 
 
-def test_stochastic_rounding_is_the_same_for_a_document_wherever_it_stands(make):
+def test_stochastic_rounding_is_the_same_for_a_document_wherever_it_stands(make, decode):
     x = inputs(1, 9, WIDTH)
     layer, params = make(x, state_rounding="stochastic")
     alone, expected = decode(layer, params, x[:, 4:], [(0, 3), (3, 4), (4, 5)])
@@ -340,49 +237,10 @@ def test_every_parameter_receives_a_finite_gradient(make):
         assert np.isfinite(leaf).all() and np.any(leaf != 0)
 
 
-def test_layer_maps_over_an_outer_axis(make):
+def test_layer_maps_over_an_outer_axis(make, apply):
     x = inputs(3, 2, 5, WIDTH)
     layer, params = make(x[0])
     mapped = jax.jit(jax.vmap(lambda x: layer.apply({"params": params}, x)))(x)
     flat = apply(layer, params, x.reshape(6, 5, WIDTH))
     # Two compiled programs round apart; outputs reach 3, so the bound is the contract's, relative.
     np.testing.assert_allclose(mapped.reshape(flat.shape), flat, rtol=2e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"num_heads": 0}, "num_heads"),
-        ({"head_dim": 0}, "head_dim"),
-        ({"conv_size": 0}, "conv_size"),
-        ({"num_value_heads": 3}, "num_value_heads"),
-        ({"expand_v": 0.3}, "expand_v"),
-        ({"erase_gate": "head"}, "erase_gate"),
-        ({"write_gate": "head"}, "write_gate"),
-        ({"decay_lower_bound": -6.0}, "decay_lower_bound"),
-        ({"decay_lower_bound": 0.0}, "decay_lower_bound"),
-        ({"output_gate": "swish"}, "output_gate"),
-        ({"state_rounding": "up"}, "state_rounding"),
-        ({"implementation": "cuda"}, "implementation"),
-    ],
-)
-def test_malformed_attributes_are_named(options, named):
-    layer = GatedDeltaNet2(**{"num_heads": 2, "head_dim": 8} | options)
-    with pytest.raises(ValueError, match=f"^{named}: expected .*got"):
-        jax.eval_shape(layer.init, jax.random.key(0), inputs(1, 4, WIDTH))
-
-
-@pytest.mark.parametrize(
-    ("x", "segment_ids", "named"),
-    [
-        (np.zeros((4, WIDTH), np.float32), None, "x"),
-        (np.zeros((1, 0, WIDTH), np.float32), None, "x"),
-        (np.zeros((1, 4, WIDTH), np.int32), None, "x"),
-        (np.zeros((1, 4, WIDTH), np.float32), np.zeros((1, 3), np.int32), "segment_ids"),
-        (np.zeros((1, 4, WIDTH), np.float32), np.zeros((1, 4), np.float32), "segment_ids"),
-    ],
-)
-def test_malformed_inputs_are_named(x, segment_ids, named):
-    with pytest.raises(ValueError, match=f"^{named}: expected .*got"):
-        layer = GatedDeltaNet2(num_heads=2, head_dim=8)
-        jax.eval_shape(layer.init, jax.random.key(0), x, segment_ids)

@@ -46,32 +46,6 @@ def inputs(*shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(1), shape, dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(layer, params, x, segment_ids=None):
-    return layer.apply({"params": params}, x, segment_ids)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def advance(decoder, variables, x, segment_ids=None):
-    return decoder.apply(variables, x, segment_ids, mutable=["cache"])
-
-
-def decode(layer, params, x, spans, segment_ids=None):
-    """Outputs of calls on consecutive spans of `x`, joined, and the last cache."""
-    run = functools.partial(advance, layer.clone(decode=True))
-    variables, outputs = {"params": params}, []
-    for start, stop in spans:
-        ids = None if segment_ids is None else segment_ids[:, start:stop]
-        y, cache = run(variables, x[:, start:stop], ids)
-        outputs.append(y)
-        variables = {"params": params, **cache}
-    return jnp.concatenate(outputs, 1), variables["cache"]
-
-
-def assert_near(actual, expected):
-    np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
-
-
 def silu(x):
     return x / (1 + np.exp(-x))
 
@@ -163,7 +137,7 @@ def reference(layer, params, x):
 
 @pytest.mark.parametrize("implementation", ["recurrent", "xla"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_outputs_are_those_of_the_equations(make, variant, implementation):
+def test_outputs_are_those_of_the_equations(make, apply, variant, implementation):
     name, options = VARIANTS[variant]
     with jax.enable_x64(True):
         x = inputs(1, 19, WIDTH, dtype=jnp.float64)
@@ -173,7 +147,7 @@ def test_outputs_are_those_of_the_equations(make, variant, implementation):
     np.testing.assert_allclose(actual, reference(layer, params, x[0]), rtol=1e-10, atol=1e-12)
 
 
-def test_bfloat16_layers_keep_their_state_and_gates_in_float32(make):
+def test_bfloat16_layers_keep_their_state_and_gates_in_float32(make, apply, decode):
     x = inputs(2, 40, WIDTH)
     for name in LAYERS:
         layer, params = make(name, x, implementation="xla")
@@ -184,65 +158,6 @@ def test_bfloat16_layers_keep_their_state_and_gates_in_float32(make):
         error = jnp.linalg.norm(actual.astype(jnp.float32) - expected)
         assert error < 3e-2 * jnp.linalg.norm(expected), name
         assert cache["state"].dtype == jnp.float32
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_prefill_steps_and_a_second_prefill_equal_the_full_forward(make, name):
-    """By the chunkwise form; the recurrence decodes documents below."""
-    x = inputs(2, 80, WIDTH)
-    layer, params = make(name, x[:, :1], implementation="xla")
-    full = apply(layer.clone(implementation="recurrent"), params, x)
-    # The second prefill crosses a chunk's end.
-    actual, cache = decode(layer, params, x, [(0, 5), (5, 6), (6, 7), (7, 79), (79, 80)])
-    np.testing.assert_allclose(actual, full, atol=2e-5 * jnp.abs(full).max())
-    assert cache["state"].shape == (2, 4, 8, 3)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_init_leaves_a_cache_of_zeros_and_the_first_call_advances_it(make, name):
-    x = inputs(1, 4, WIDTH)
-    layer, _ = make(name, x)
-    decoder = layer.clone(decode=True)
-    variables = jax.jit(decoder.init)(jax.random.key(0), x)
-    assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(variables["cache"]))
-    first, cache = advance(decoder, variables, x)
-    without, same = advance(decoder, {"params": variables["params"]}, x)
-    np.testing.assert_array_equal(first, without)
-    jax.tree.map(np.testing.assert_array_equal, cache, same)
-    assert jnp.any(cache["cache"]["state"] != 0)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_segments_isolate_documents_in_one_call_and_across_calls(make, name):
-    x = inputs(2, 12, WIDTH)
-    segment_ids = jnp.array([[1] * 4 + [2] * 8, [1] * 6 + [2] * 1 + [3] * 5])
-    layer, params = make(name, x)
-    full = apply(layer, params, x, segment_ids)
-    alone = [reference(layer, params, x[1, a:b]) for a, b in [(0, 6), (6, 7), (7, 12)]]
-    assert_near(full[1], np.concatenate(alone))
-    assert_near(full[0, 4:], reference(layer, params, x[0, 4:]))
-    # Row 0 changes document between calls; row 1 inside one, at a step, and after it.
-    actual, cache = decode(layer, params, x, [(0, 4), (4, 6), (6, 7), (7, 12)], segment_ids)
-    assert_near(actual, full)
-    np.testing.assert_array_equal(cache["segment_id"], [2, 3])
-
-    def last_document(x):
-        return jnp.sum(jnp.square(layer.apply({"params": params}, x, segment_ids)[1, 7:]))
-
-    gradient = jax.jit(jax.grad(last_document))(x)[1]
-    assert jnp.all(gradient[:7] == 0) and jnp.all(jnp.any(gradient[7:] != 0, axis=-1))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_decoding_without_segments_continues_the_last_document(make, name):
-    x = inputs(1, 6, WIDTH)
-    segment_ids = jnp.array([[1, 1, 2, 2, 2, 2]])
-    layer, params = make(name, x)
-    full = apply(layer, params, x, segment_ids)
-    run = functools.partial(advance, layer.clone(decode=True))
-    _, cache = run({"params": params}, x[:, :3], segment_ids[:, :3])
-    y, _ = run({"params": params, **cache}, x[:, 3:])
-    assert_near(y, full[:, 3:])
 
 
 @pytest.mark.parametrize(
@@ -285,35 +200,3 @@ def test_initial_parameters_fill_their_documented_ranges():
         assert np.all(params[name] == value), name
     assert np.all(params["mimo_x"] == 0.25) and np.all(params["mimo_o"] == 0.25)
     assert np.all(params["B_norm"]["scale"] == 1) and np.all(params["C_norm"]["scale"] == 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "named"),
-    [
-        ("mamba2", {"num_heads": 0}, "num_heads"),
-        ("mamba2", {"state_dim": 0}, "state_dim"),
-        ("mamba2", {"conv_size": 0}, "conv_size"),
-        ("mamba2", {"num_groups": 3}, "num_groups"),
-        ("mamba2", {"implementation": "cuda"}, "implementation"),
-        ("mamba3", {"head_dim": 0}, "head_dim"),
-        ("mamba3", {"num_groups": 3}, "num_groups"),
-        ("mamba3", {"state_dim": 7}, "state_dim"),
-        ("mamba3", {"mimo_rank": 0}, "mimo_rank"),
-        ("mamba3", {"rotary_fraction": 0.1}, "rotary_fraction"),
-        ("mamba3", {"rotary_fraction": 1.5}, "rotary_fraction"),
-        ("mamba3", {"decay_activation": "relu"}, "decay_activation"),
-    ],
-)
-def test_malformed_attributes_are_named(name, options, named):
-    layer = build(name, **options)
-    with pytest.raises(ValueError, match=f"^{named}: expected .*got"):
-        jax.eval_shape(layer.init, jax.random.key(0), inputs(1, 4, WIDTH))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_malformed_inputs_are_named(name):
-    layer, x = build(name), inputs(1, 4, WIDTH)
-    with pytest.raises(ValueError, match="^x: expected"):
-        jax.eval_shape(layer.init, jax.random.key(0), x[0])
-    with pytest.raises(ValueError, match="^segment_ids: expected"):
-        jax.eval_shape(layer.init, jax.random.key(0), x, jnp.zeros((1, 3), jnp.int32))

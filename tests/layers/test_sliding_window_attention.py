@@ -84,20 +84,6 @@ def test_rotary_scores_depend_on_the_distance_alone():
     assert abs(score(3, 2) - score(3, 1)) > 1e-3
 
 
-def test_no_value_or_gradient_crosses_a_document(make):
-    x = inputs(1, 11, WIDTH)
-    layer, params = make(x)
-    segment_ids = jnp.array([[0] * 3 + [1] * 8])
-
-    @jax.jit
-    @jax.grad
-    def gradient(x):
-        return jnp.sum(jnp.square(layer.apply({"params": params}, x, segment_ids)[:, 3:]))
-
-    result = np.asarray(gradient(x))
-    assert np.all(result[:, :3] == 0) and np.any(result[:, 3:] != 0)
-
-
 def test_gradients_through_blocks_equal_those_of_dense_attention():
     q, k, v = inputs(3, 2, 11, HEADS, 8)
     distances = jnp.arange(11)[:, None] - jnp.arange(11)
@@ -184,23 +170,6 @@ def test_angles_are_those_of_float64_at_any_position(theta):
     assert np.all(error < np.abs(x).max() * (1e-6 + positions * 2 * np.pi * 2.0**-31))
 
 
-def test_init_leaves_an_empty_cache(make):
-    x = inputs(1, 3, WIDTH)
-    layer, _ = make(x)
-    cache = jax.jit(layer.clone(decode=True).init)(jax.random.key(0), x)["cache"]
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(cache))
-
-
-def test_decoding_without_segments_continues_the_last_document(make):
-    x = inputs(1, 6, WIDTH)
-    layer, params = make(x)
-    full = jax.jit(layer.apply)({"params": params}, x, np.array([[1, 1, 2, 2, 2, 2]]))
-    advance = jax.jit(functools.partial(layer.clone(decode=True).apply, mutable=["cache"]))
-    _, cache = advance({"params": params}, x[:, :3], np.array([[1, 1, 2]]))
-    y, _ = advance({"params": params, **cache}, x[:, 3:])
-    np.testing.assert_allclose(y, full[:, 3:], atol=1e-5)
-
-
 def test_memory_grows_linearly_with_the_length():
     def temporary_bytes(length):
         x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
@@ -241,34 +210,3 @@ def test_a_head_width_that_cudnn_does_not_serve_lowers_for_gpus_all_the_same(mon
     x = jax.ShapeDtypeStruct((1, 32, 2, 6), jnp.bfloat16)
     traced = jax.jit(functools.partial(local_attention, window_size=8)).trace(x, x, x)
     assert "__cudnn" not in traced.lower(lowering_platforms=("cuda",)).as_text()
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_layer_has_float32_parameters_and_narrow_outputs(make, dtype):
-    x = inputs(1, 6, WIDTH)
-    layer, params = make(x, dtype=dtype)
-    y = jax.jit(layer.apply)({"params": params}, x)
-    assert y.dtype == dtype
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
-    wide = jax.jit(layer.clone(dtype=jnp.float32).apply)({"params": params}, x)
-    np.testing.assert_allclose(y.astype(jnp.float32), wide, atol=0.05 * np.abs(wide).max())
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"num_heads": 3}, "num_heads"),
-        ({"num_heads": 16}, "num_heads"),
-        ({"window_size": 0}, "window_size"),
-    ],
-)
-def test_malformed_attributes_are_named(options, named):
-    layer = SlidingWindowAttention(**{"num_heads": HEADS} | options)
-    with pytest.raises(ValueError, match=f"^{named}: expected .*got"):
-        jax.eval_shape(layer.init, jax.random.key(0), inputs(1, 4, WIDTH))
-
-
-def test_malformed_segments_are_named():
-    layer = SlidingWindowAttention(num_heads=HEADS)
-    with pytest.raises(ValueError, match="^segment_ids: expected .*got"):
-        jax.eval_shape(layer.init, jax.random.key(0), inputs(1, 4, WIDTH), jnp.zeros((1, 5), int))
