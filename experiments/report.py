@@ -17,6 +17,8 @@ from typing import NamedTuple
 from recall import MIXERS, RESULTS, merged_rows, read_study
 from scipy.stats import mannwhitneyu
 
+from gdn2_jax.rows import markdown_table
+
 KIND_NAMES = {"all": "accuracy"}
 INTRO = """\
 # Recall experiments
@@ -211,7 +213,7 @@ def main(folders: list[Path]) -> None:
 
 def claims_table(studies: dict[str, list[dict]]) -> list[str]:
     """A line for each claim and size."""
-    lines = [["claim", "where", "verdict", "figures"], ["---"] * 4]
+    lines = []
     for claim in CLAIMS:
         rows = [
             row
@@ -234,7 +236,7 @@ def claims_table(studies: dict[str, list[dict]]) -> list[str]:
             ((row, *_), *_), *_ = (rates.values() for rates in mixers.values())
             figures = "; ".join(text for _, text in judged)
             lines.append([claim.text, f"{claim.study}, {size_name(row)}", f"**{total}**", figures])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return markdown_table(("claim", "where", "verdict", "figures"), lines).splitlines()
 
 
 def judge(mixers: dict, comparison: Comparison) -> tuple[str, str]:
@@ -346,7 +348,7 @@ def best_table(rows: list[dict]) -> list[str]:
     kinds = list(rows[0]["accuracy_by_kind"])
     names = [KIND_NAMES.get(kind, kind) for kind in kinds]
     columns = ["size", "mixer", *names, "steps to 90 %", "steps", "rate", "seeds", "M tokens/s"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for mixers in groups(rows).values():
         for mixer, rates in mixers.items():
             runs = best(rates)
@@ -370,7 +372,7 @@ def best_table(rows: list[dict]) -> list[str]:
                     f"{statistics.mean(row['tokens_per_second'] for row in runs) / 1e6:.2f}",
                 ]
             )
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return markdown_table(columns, lines).splitlines()
 
 
 def test_table(rows: list[dict]) -> list[str]:
@@ -379,27 +381,27 @@ def test_table(rows: list[dict]) -> list[str]:
     if not multiples:
         return []
     columns = ["all right at", "mixer", *(f"{multiple}x" for multiple in multiples)]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for mixers in groups(rows).values():
         for mixer, rates in mixers.items():
             runs = [row for row in best(rates) if row["test"]]
             if runs:
                 exact = ([row["test"][str(m)]["exact"] for row in runs] for m in multiples)
                 lines.append([size_name(runs[0]), mixer, *map(with_range, exact)])
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+    return [*markdown_table(columns, lines).splitlines(), ""]
 
 
 def grid_table(rows: list[dict]) -> list[str]:
     """A line for each mixer and size, a column for each learning rate."""
     all_rates = sorted({row["learning_rate"] for row in rows})
     columns = ["size", "mixer", *(f"{rate:g}" for rate in all_rates)]
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for mixers in groups(rows).values():
         for mixer, rates in mixers.items():
             accuracies = ([row["accuracy"] for row in rates.get(rate, [])] for rate in all_rates)
             name = size_name(next(iter(rates.values()))[0])
             lines.append([name, mixer, *map(with_range, accuracies)])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return markdown_table(columns, lines).splitlines()
 
 
 def plot(name: str, rows: list[dict], path: Path) -> None:
