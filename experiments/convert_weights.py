@@ -22,6 +22,7 @@ from gdn2_jax.command import run_command
 import tyro
 from tqdm import tqdm
 
+from gdn2_jax.fields import require
 from gdn2_jax.interop.pytorch import convert_pretrained, save_pretrained
 from gdn2_jax.models import PRESETS
 from gdn2_jax.training import CheckpointError, load_trained
@@ -56,10 +57,8 @@ class Options:
     """The model, where it is in the paper's style and its shapes do not tell all."""
 
     def __post_init__(self):
-        if not 0 < self.shard_gigabytes < float("inf"):
-            raise ValueError(
-                f"shard_gigabytes: expected a positive number, got {self.shard_gigabytes}"
-            )
+        size = self.shard_gigabytes
+        require("shard_gigabytes", 0 < size < float("inf"), "a positive number", size)
 
 
 def main(options: Options) -> int | str:

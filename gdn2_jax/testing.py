@@ -15,6 +15,7 @@ import numpy as np
 from jax.test_util import check_vjp
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.fields import require
 from gdn2_jax.ops import gated_delta_rule_2
 
 ERROR_BOUNDS = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 1e-2, "float16": 1e-2}
@@ -117,10 +118,9 @@ def operator_inputs(
     """
     if not isinstance(regime, Regime) and regime not in REGIMES:
         raise ValueError(f"regime: expected one of {tuple(REGIMES)}, got {regime!r}")
-    if dtype not in ERROR_BOUNDS:
-        raise ValueError(f"dtype: expected one of {tuple(ERROR_BOUNDS)}, got {dtype!r}")
-    if segments is not None and not 1 <= segments <= length:
-        raise ValueError(f"segments: expected 1 to {length} (the length), got {segments}")
+    require("dtype", dtype in ERROR_BOUNDS, f"one of {tuple(ERROR_BOUNDS)}", dtype)
+    fits = segments is None or 1 <= segments <= length
+    require("segments", fits, f"1 to {length} (the length)", segments)
     settings = regime if isinstance(regime, Regime) else REGIMES[regime]
     value_dim = value_dim or key_dim
     value_heads = value_heads or heads

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from gdn2_jax.fields import require
+
 
 class Example(NamedTuple):
     """A sequence, or a batch of them along leading axes.
@@ -79,7 +81,7 @@ def draw_rows(
       ValueError: the length is no multiple of `documents`, or the task has no form so short.
     """
     divides = task.length % documents == 0
-    _check("documents", documents, divides, f"a divisor of length {task.length}")
+    require("documents", divides, f"a divisor of length {task.length}", documents)
     indices = rows[:, None] * documents + jnp.arange(documents)
     example = draw(_shortened(task, documents), seed, split, indices.reshape(-1))
     tokens, targets, kinds = (x.reshape(len(rows), task.length) for x in example)
@@ -165,9 +167,9 @@ class Mqar:
     kinds: ClassVar[tuple[str, ...]] = ("all",)
 
     def __post_init__(self):
-        _check("pairs", self.questions, self.questions >= 1, "at least 1")
-        _check("length", self.length, 3 * self.questions < self.length, "3 pairs + 1 or more")
-        _check("vocab_size", self.vocab_size, self.questions <= self._half, "a half >= pairs")
+        require("pairs", self.questions >= 1, "at least 1", self.questions)
+        require("length", 3 * self.questions < self.length, "3 pairs + 1 or more", self.length)
+        require("vocab_size", self.questions <= self._half, "a half >= pairs", self.vocab_size)
 
     @property
     def _half(self) -> int:
@@ -210,10 +212,10 @@ class ZoologyMqar:
     kinds: ClassVar[tuple[str, ...]] = ("all",)
 
     def __post_init__(self):
-        _check("pairs", self.pairs, self.pairs >= 1, "at least 1")
+        require("pairs", self.pairs >= 1, "at least 1", self.pairs)
         fits = self.length % 2 == 0 and 4 * self.pairs <= self.length
-        _check("length", self.length, fits, f"an even number, at least 4 pairs {4 * self.pairs}")
-        _check("vocab_size", self.vocab_size, self.pairs < self.vocab_size // 2, "a half > pairs")
+        require("length", fits, f"an even number, at least 4 pairs {4 * self.pairs}", self.length)
+        require("vocab_size", self.pairs < self.vocab_size // 2, "a half > pairs", self.vocab_size)
 
     @property
     def questions(self) -> int:
@@ -264,11 +266,11 @@ class Reassigned:
 
     def __post_init__(self):
         pairs, updates = self.questions, self._updates
-        _check("pairs", pairs, pairs >= 1, "at least 1")
-        _check("updates", updates, 1 <= updates <= pairs, f"1 to pairs {pairs}")
+        require("pairs", pairs >= 1, "at least 1", pairs)
+        require("updates", 1 <= updates <= pairs, f"1 to pairs {pairs}", updates)
         needed = 3 * pairs + 2 * updates + 1
-        _check("length", self.length, needed <= self.length, f"at least {needed}")
-        _check("vocab_size", self.vocab_size, pairs + updates <= self._half, "a half >= values")
+        require("length", needed <= self.length, f"at least {needed}", self.length)
+        require("vocab_size", pairs + updates <= self._half, "a half >= values", self.vocab_size)
 
     @property
     def _half(self) -> int:
@@ -313,8 +315,8 @@ class Palindrome:
     kinds: ClassVar[tuple[str, ...]] = ("all",)
 
     def __post_init__(self):
-        _check("length", self.length, self.length >= 2 and self.length % 2 == 0, "an even number")
-        _check("vocab_size", self.vocab_size, self.vocab_size > _WORDS, f"more than {_WORDS}")
+        require("length", self.length >= 2 and self.length % 2 == 0, "an even number", self.length)
+        require("vocab_size", self.vocab_size > _WORDS, f"more than {_WORDS}", self.vocab_size)
 
     @property
     def questions(self) -> int:
@@ -347,9 +349,11 @@ class Stack:
     kinds: ClassVar[tuple[str, ...]] = ("all",)
 
     def __post_init__(self):
-        _check("length", self.length, self.length >= 6, "at least 6")
-        _check("stacks", self.stacks, self.stacks >= 1, "at least 1")
-        _check("vocab_size", self.vocab_size, self.vocab_size > 3 + self.stacks, "more than stacks")
+        require("length", self.length >= 6, "at least 6", self.length)
+        require("stacks", self.stacks >= 1, "at least 1", self.stacks)
+        require(
+            "vocab_size", self.vocab_size > 3 + self.stacks, "more than stacks", self.vocab_size
+        )
 
     @property
     def questions(self) -> int:
@@ -418,13 +422,13 @@ class Needles:
     kinds: ClassVar[tuple[str, ...]] = ("all",)
 
     def __post_init__(self):
-        _check("needles", self.needles, self.needles >= 1, "at least 1")
-        _check("haystack", self.haystack, self.haystack in ("noise", "words"), "noise or words")
-        _check("value", self.value, self.value in _DIGITS, f"one of {tuple(_DIGITS)}")
-        _check("words", self.words, self.words >= _NOISE, f"at least {_NOISE}")
+        require("needles", self.needles >= 1, "at least 1", self.needles)
+        require("haystack", self.haystack in ("noise", "words"), "noise or words", self.haystack)
+        require("value", self.value in _DIGITS, f"one of {tuple(_DIGITS)}", self.value)
+        require("words", self.words >= _NOISE, f"at least {_NOISE}", self.words)
         rounds = _NOISE * (self.needles if self.haystack == "noise" else 1)
         needed = self.length - self._hay + rounds
-        _check("length", self.length, self.length >= needed, f"at least {needed}")
+        require("length", self.length >= needed, f"at least {needed}", self.length)
 
     @property
     def questions(self) -> int:
@@ -491,8 +495,8 @@ class GroupWord:
     kinds: ClassVar[tuple[str, ...]] = ("all",)
 
     def __post_init__(self):
-        _check("length", self.length, self.length >= 1, "at least 1")
-        _check("group", self.group, self.group in _POINTS, f"one of {tuple(_POINTS)}")
+        require("length", self.length >= 1, "at least 1", self.length)
+        require("group", self.group in _POINTS, f"one of {tuple(_POINTS)}", self.group)
 
     @property
     def questions(self) -> int:
@@ -537,11 +541,6 @@ TASKS: dict[str, type[Task]] = {
     "group_word": GroupWord,
 }
 """The tasks by name."""
-
-
-def _check(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _different(key: Array, among: int, count: int) -> Int[Array, "{count}"]:

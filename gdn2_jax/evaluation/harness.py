@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from gdn2_jax.data import Tokenizer
 from gdn2_jax.evaluation.scoring import LocalModel, continue_prompts, score_tokens
 from gdn2_jax.evaluation.texts import windows
+from gdn2_jax.fields import require
 
 
 class HarnessModel(TemplateLM):
@@ -121,11 +122,8 @@ class HarnessModel(TemplateLM):
         for options, numbers in kinds.values():
             until = [text for text in options["until"] if text]
             new = options["max_gen_toks"]
-            if new >= self.max_length:
-                raise ValueError(
-                    f"max_length: expected more than the {new} tokens that a task adds, "
-                    f"got {self.max_length}"
-                )
+            more = f"more than the {new} tokens that a task adds"
+            require("max_length", new < self.max_length, more, self.max_length)
             prompts = [
                 self.tok_encode(requests[number].args[0])[new - self.max_length :]
                 for number in numbers

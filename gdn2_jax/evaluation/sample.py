@@ -6,7 +6,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from gdn2_jax.data import Tokenizer
-from gdn2_jax.fields import require_text
+from gdn2_jax.fields import require, require_text
 from gdn2_jax.models import ModelConfig, generate
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -53,10 +53,9 @@ def sample_text(
     Raises:
       ValueError: if an argument is out of its range.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"stop: expected strings that are not empty, got {stop!r}")
+    require("batch_size", batch_size >= 1, "at least 1", batch_size)
+    strings = not isinstance(stop, str) and all(stop)
+    require("stop", strings, "strings that are not empty", stop)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     for prompt in prompts:
         require_text("prompts", prompt)

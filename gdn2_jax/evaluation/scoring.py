@@ -14,6 +14,7 @@ from tqdm import tqdm
 from gdn2_jax.data import Tokenizer
 from gdn2_jax.evaluation.readouts import token_results
 from gdn2_jax.evaluation.sample import continue_rows
+from gdn2_jax.fields import require
 from gdn2_jax.models import ModelConfig
 
 # Sequences are padded to a power of two tokens, at least to this one.
@@ -75,11 +76,8 @@ def score_tokens(
       ValueError: there is a sequence in which no token stands before those to be scored.
     """
     for sequence, count in zip(sequences, counts, strict=True):
-        if not 0 <= count < len(sequence):
-            raise ValueError(
-                f"counts: expected fewer than the {len(sequence)} tokens of the sequence, "
-                f"got {count}"
-            )
+        fewer = f"fewer than the {len(sequence)} tokens of the sequence"
+        require("counts", 0 <= count < len(sequence), fewer, count)
     results: list[Any] = [None] * len(sequences)
 
     def length(i: int) -> int:

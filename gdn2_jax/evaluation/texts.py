@@ -8,6 +8,7 @@ import numpy as np
 from gdn2_jax.data import Tokenizer
 from gdn2_jax.evaluation.perplexity import Perplexity, exponential
 from gdn2_jax.evaluation.scoring import LocalModel, score_tokens
+from gdn2_jax.fields import require
 
 
 class Window(NamedTuple):
@@ -39,8 +40,7 @@ def windows(tokens: int, length: int, stride: int) -> Iterator[Window]:
     Raises:
       ValueError: the stride is not between 1 and the length.
     """
-    if not 1 <= stride <= length:
-        raise ValueError(f"stride: expected 1 to {length}, the window's length, got {stride}")
+    require("stride", 1 <= stride <= length, f"1 to {length}, the window's length", stride)
     for first in range(1, tokens, stride):
         stop = min(first + stride, tokens)
         yield Window(max(0, stop - 1 - length), stop, stop - first)
@@ -94,8 +94,7 @@ def text_perplexity(
     Raises:
       ValueError: the texts are empty, or an argument is out of its range.
     """
-    if length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}")
+    require("length", length >= 1, "at least 1", length)
     first = tokenizer.end_of_document if first is None else first
     documents = [[first, *ids.tolist()] for ids in tokenizer.encode_batch(texts)]
     rows = [

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.fields import require
 from gdn2_jax.parallel import explicit_sharding
 
 
@@ -27,8 +28,7 @@ def check_attributes(module: Any, *sizes: str) -> None:
     check_wide_dtypes(dtype=module.dtype, param_dtype=module.param_dtype)
     for name in sizes:
         value = getattr(module, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        require(name, value is None or value >= 1, "at least 1", value)
 
 
 def check_choices(module: Any, choices: tuple[str, ...], *names: str) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.fields import require
 from gdn2_jax.layers.decay import decay_rate
 from gdn2_jax.layers.initializers import (
     fan_in_uniform,
@@ -127,11 +128,8 @@ class Mamba2(nn.Module):
 
     def _check_attributes(self) -> None:
         check_attributes(self, "num_heads", "head_dim", "state_dim", "num_groups", "conv_size")
-        if self.num_heads % self.num_groups:
-            raise ValueError(
-                f"num_groups: expected a divisor of num_heads {self.num_heads}, "
-                f"got {self.num_groups}"
-            )
+        heads, groups = self.num_heads, self.num_groups
+        require("num_groups", heads % groups == 0, f"a divisor of num_heads {heads}", groups)
         inner, parts = self.num_heads * self.head_dim, self.norm_groups
         if parts is not None and (parts < 1 or inner % parts):
             raise ValueError(f"norm_groups: expected None or a divisor of {inner}, got {parts}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.fields import require
 from gdn2_jax.layers.initializers import fan_in_uniform, inverse_softplus_time_step
 from gdn2_jax.layers.inputs import (
     check_attributes,
@@ -163,16 +164,10 @@ class Mamba3(nn.Module):
 
     def _check_attributes(self) -> None:
         check_attributes(self, "num_heads", "head_dim", "state_dim", "num_groups", "mimo_rank")
-        if self.num_heads % self.num_groups:
-            raise ValueError(
-                f"num_groups: expected a divisor of num_heads {self.num_heads}, "
-                f"got {self.num_groups}"
-            )
-        if self.state_dim % 2:
-            raise ValueError(f"state_dim: expected an even number, got {self.state_dim}")
-        if not 0 < self.rotary_fraction <= 1 or not self._angles:
-            raise ValueError(
-                f"rotary_fraction: expected at most 1 and at least one pair of the "
-                f"{self.state_dim} channels, got {self.rotary_fraction}"
-            )
+        heads, groups = self.num_heads, self.num_groups
+        require("num_groups", heads % groups == 0, f"a divisor of num_heads {heads}", groups)
+        size, share = self.state_dim, self.rotary_fraction
+        require("state_dim", size % 2 == 0, "an even number", size)
+        expected = f"at most 1 and at least one pair of the {size} channels"
+        require("rotary_fraction", 0 < share <= 1 and self._angles > 0, expected, share)
         check_choices(self, ("softplus", "heavy_tail"), "decay_activation")

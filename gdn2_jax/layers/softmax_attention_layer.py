@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.fields import require
 from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.layers.inputs import check_attributes, check_inputs
 from gdn2_jax.layers.parts import dense, short_convolution
@@ -134,11 +135,10 @@ class SoftmaxAttentionLayer(nn.Module):
 
     def _check_attributes(self, width: int) -> None:
         check_attributes(self, "conv_size")
-        if self.num_heads < 1 or width % self.num_heads or width // self.num_heads % 2:
-            raise ValueError(
-                f"num_heads: expected to divide the width {width} into heads of even width, "
-                f"got {self.num_heads}"
-            )
+        heads = self.num_heads
+        divides = heads >= 1 and width % (2 * heads) == 0
+        expected = f"to divide the width {width} into heads of even width"
+        require("num_heads", divides, expected, heads)
 
 
 @jax.vmap

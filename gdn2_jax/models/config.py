@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from gdn2_jax import fields
 from gdn2_jax.layers.delta_rule_layer import StateRounding
 from gdn2_jax.layers.inputs import check_wide_dtypes
 from gdn2_jax.models.mixers import (
@@ -71,11 +72,9 @@ class ModelConfig:
         require(self, "num_layers", paired, "an even number when hybrid")
         for name, mixer in self.mixers.items():
             heads = mixer.num_heads if isinstance(mixer, SoftmaxAttention) else None
-            if heads and self.d_model % (2 * heads):
-                raise ValueError(
-                    f"{name}.num_heads: expected a number that divides d_model {self.d_model} "
-                    f"into heads of even width, got {heads}"
-                )
+            divides = f"a number that divides d_model {self.d_model} into heads of even width"
+            fulfilled = not heads or self.d_model % (2 * heads) == 0
+            fields.require(f"{name}.num_heads", fulfilled, divides, heads)
 
     @property
     def mixers(self) -> dict[str, Mixer]:

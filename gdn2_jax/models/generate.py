@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gdn2_jax.fields import require
 from gdn2_jax.layers.parts import merge_projections
 from gdn2_jax.models.config import ModelConfig
 from gdn2_jax.models.session import Session, checked_rows, in_pieces, read, start_session
@@ -291,14 +292,10 @@ def _check_options(config: ModelConfig, max_new_tokens: int, options: Generation
         except TypeError:
             hint = "; on_token may end rows by other rules" if name == "eos" else ""
             raise ValueError(f"{name}: expected a whole number, got {value!r}{hint}") from None
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    require("max_new_tokens", max_new_tokens >= 1, "at least 1", max_new_tokens)
     temperature = options.get("temperature", 1.0)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(f"top_k: expected None or 1 to {config.vocab_size}, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p}")
-    if eos is not None and not 0 <= eos < config.vocab_size:
-        raise ValueError(f"eos: expected None or 0 to {config.vocab_size - 1}, got {eos}")
+    size = config.vocab_size
+    require("temperature", 0 <= temperature < math.inf, "a finite number >= 0", temperature)
+    require("top_k", top_k is None or 1 <= top_k <= size, f"None or 1 to {size}", top_k)
+    require("top_p", top_p is None or 0 < top_p <= 1, "None or a number in (0, 1]", top_p)
+    require("eos", eos is None or 0 <= eos < size, f"None or 0 to {size - 1}", eos)

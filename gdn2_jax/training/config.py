@@ -133,13 +133,10 @@ class TrainingConfig:
                 raise ValueError(f"{field.name}: expected at least {least}, got {value}")
         require_text("sample_prompt", self.sample_prompt)
         # JAX takes 32 bits of a seed: greater ones would repeat the numbers of smaller ones.
-        if self.seed >= 2**32:
-            raise ValueError(f"seed: expected less than 2**32 = {2**32}, got {self.seed}")
-        if self.global_batch_size % self.accumulation:
-            raise ValueError(
-                f"accumulation: expected a divisor of global_batch_size {self.global_batch_size}, "
-                f"got {self.accumulation}"
-            )
+        require("seed", self.seed < 2**32, f"less than 2**32 = {2**32}", self.seed)
+        size, count = self.global_batch_size, self.accumulation
+        divisor = f"a divisor of global_batch_size {size}"
+        require("accumulation", size % count == 0, divisor, count)
 
     @property
     def microbatch_size(self) -> int:

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from gdn2_jax.data import Corpus, Tokenizer, load_tokenizer, prepare
+from gdn2_jax.fields import require
 from gdn2_jax.parallel import (
     batch_reader,
     batch_shards,
@@ -146,11 +147,8 @@ def open_run(config: TrainingConfig, directory: Path) -> Run:
         if greatest_of_processes(directory.exists()):
             claim = _claim(config, directory, undo)
         corpus = prepare(config.data)
-        if corpus.tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                "model.vocab_size: expected at least the tokenizer's "
-                f"{corpus.tokenizer.vocab_size}, got {config.model.vocab_size}"
-            )
+        least, size = corpus.tokenizer.vocab_size, config.model.vocab_size
+        require("model.vocab_size", size >= least, f"at least the tokenizer's {least}", size)
         _warn_of_loss(config, corpus.tokenizer)
         lock, checkpoints = claim or _claim(config, directory, undo)
         state, progress = None, Progress(corpus.digest)
@@ -269,16 +267,11 @@ def check_mesh(config: TrainingConfig, mesh: Mesh) -> None:
             f"got {config.global_batch_size}"
         )
     spans = mesh.shape["sequence"]
-    if spans > 1 and not model.mixer.splits_sequences:
-        raise ValueError(
-            f"mesh.sequence: expected 1 with {model.mixer.kind}, which does not split sequences, "
-            f"got {spans}"
-        )
+    expected = f"1 with {model.mixer.kind}, which does not split sequences"
+    require("mesh.sequence", spans == 1 or model.mixer.splits_sequences, expected, spans)
     divisors = [("data.sequence_length", config.data.sequence_length, "sequence")]
     divisors.append(("model.d_model", model.d_model, "fsdp"))
     divisors += [(f"model.{name}", size, "tensor") for name, size in model.tensor_axes.items()]
     for name, size, axis in divisors:
-        if size % mesh.shape[axis]:
-            raise ValueError(
-                f"{name}: expected a multiple of mesh.{axis} {mesh.shape[axis]}, got {size}"
-            )
+        shards = mesh.shape[axis]
+        require(name, size % shards == 0, f"a multiple of mesh.{axis} {shards}", size)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from gdn2_jax.fields import require
 from gdn2_jax.ops.arguments import Implementation, segment_starts
 from gdn2_jax.ops.gated_delta_rule_2.api import (
     fold_state,
@@ -75,10 +76,7 @@ def gated_delta_rule_2_on_mesh(
         ("B", q.shape[0], axis_size("data") * axis_size("fsdp")),
         ("Hk", q.shape[2], axis_size("tensor")),
     ):
-        if size % shards:
-            raise ValueError(
-                f"q: expected {name} to be a multiple of the mesh's {shards}, got {size}"
-            )
+        require("q", size % shards == 0, f"{name} to be a multiple of the mesh's {shards}", size)
     length, spans = q.shape[1], axis_size(AXIS)
     arrays, padding = [q, k, v, g, b, w], -q.shape[1] % spans
     if padding:
