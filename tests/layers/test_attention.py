@@ -167,9 +167,3 @@ def test_gpu_lowering_calls_cudnn_where_it_can(monkeypatch, dtype, calls):
     gradient = jax.jit(jax.grad(lambda p, x: layer.apply(p, x).astype(jnp.float32).sum()))
     text = gradient.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
     assert len(re.findall(r"__cudnn\$fmha\w+", text)) == calls  # forward and backward
-
-
-def test_the_paper_layer_has_four_square_matrices():
-    layer = Attention(num_heads=18)
-    params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 2, 2304)))["params"]
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 21_233_664

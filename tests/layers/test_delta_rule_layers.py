@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gdn2_jax import GatedDeltaNet2, gated_delta_rule_2
+from gdn2_jax import GatedDeltaNet2
 from gdn2_jax.layers import GatedDeltaNet, KimiDeltaAttention
 
 WIDTH = 12
@@ -174,9 +174,8 @@ def test_chunkwise_form_equals_the_recurrence_over_two_chunks(make):
                 x.astype(dtype),
             )
 
-        expected = run("recurrent", jnp.float64)
-        assert_close(run("xla", jnp.float64), expected, 1e-10)
-        assert_close(run("xla", jnp.float32), expected, 2e-5)
+        # In float64 tests/ops compares the forms.
+        assert_close(run("xla", jnp.float32), run("recurrent", jnp.float64), 2e-5)
 
 
 @pytest.mark.parametrize("gate", ["channel", "scalar"])
@@ -221,46 +220,6 @@ def test_kda_with_one_decay_a_head_is_gdn_and_without_decay_deltanet(make, apply
     )
 
 
-@pytest.mark.parametrize("implementation", ["recurrent", "xla"])
-def test_gradient_of_a_tied_gate_is_the_sum_over_channels(implementation):
-    q, k, v = (x / 3 for x in inputs(3, 1, 6, 2, 4))
-    beta, g = jax.nn.sigmoid(inputs(1, 6, 2, 1)), -jnp.abs(inputs(1, 6, 2, 1))
-
-    def run(g, b, w):
-        return jnp.sum(
-            jnp.sin(gated_delta_rule_2(q, k, v, g, b, w, implementation=implementation)[0])
-        )
-
-    def tied(g, beta):
-        return run(g, beta, beta)
-
-    wide = [jnp.broadcast_to(array, k.shape) for array in (g, beta, beta)]
-    dg, db, dw = jax.jit(jax.grad(run, argnums=(0, 1, 2)))(*wide)
-    actual = jax.jit(jax.grad(tied, argnums=(0, 1)))(g, beta)
-    np.testing.assert_allclose(actual[0], dg.sum(-1, keepdims=True), atol=1e-6)
-    np.testing.assert_allclose(actual[1], (db + dw).sum(-1, keepdims=True), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("decay", "beta", "expected"),
-    [
-        # Key (.6, .8), value 2 at beta 1/2; then key (.8, .6), value 1 at beta 1: by hand.
-        ((0.5, 1.0), 1.0, 0.524),
-        ((0.5, 0.5), 1.0, 0.716),
-    ],
-    ids=["kda", "gdn"],
-)
-def test_two_tokens_by_hand(decay, beta, expected):
-    q = jnp.array([[1.0, 0.0], [1.0, 0.0]])[None, :, None]
-    k = jnp.array([[0.6, 0.8], [0.8, 0.6]])[None, :, None]
-    v = jnp.array([2.0, 1.0])[None, :, None, None]
-    g = jnp.log(jnp.array([[1.0, 1.0], decay]))[None, :, None]
-    beta = jnp.array([0.5, beta])[None, :, None, None]
-    b = jnp.broadcast_to(beta, k.shape)
-    o, _ = gated_delta_rule_2(q, k, v, g, b, beta, scale=1.0, implementation="xla")
-    np.testing.assert_allclose(o[0, :, 0, 0], [0.6, expected], atol=1e-6)
-
-
 def test_a_half_precision_layer_and_its_gradient_run_on_the_gpu_kernels():
     """Lowering those takes long, and is tested with the kernels."""
     layer = GatedDeltaNet(1, num_value_heads=2, dtype=jnp.bfloat16, implementation="pallas")
@@ -282,9 +241,7 @@ def test_one_step_a_token_is_gdn(make, apply):
 @pytest.mark.parametrize(
     ("name", "width", "count"),
     [
-        ("kda", 2304, 20_054_160),
         ("kda", 2048, 17_887_376),
-        ("gdn", 2304, 23_691_424),
         ("gdn", 2048, 21_061_792),
         ("deltanet", 2304, 23_691_424 - 2304 * 16 - 2 * 16),
     ],
@@ -326,17 +283,21 @@ def test_parameters_have_the_documented_names_and_shapes():
 
 def test_initial_rates_fill_their_documented_ranges():
     def initial(layer):
-        return jax.device_get(jax.jit(layer.init)(jax.random.key(0), np.zeros((1, 1, 8))))["params"]
+        def rates(key):  # What draws the other parameters is not compiled.
+            params = layer.init(key, np.zeros((1, 1, 8)))["params"]
+            return params["A_log"], params["dt_bias"]
+
+        return jax.device_get(jax.jit(rates)(jax.random.key(0)))
 
     sizes = {"num_heads": 256, "head_dim": 2, "implementation": "recurrent"}
     gdn, kda = initial(GatedDeltaNet(**sizes)), initial(KimiDeltaAttention(**sizes))
-    for params, low in ((gdn, 0.0), (kda, 1.0)):
-        rates = np.exp(params["A_log"])
+    for (a_log, dt_bias), low in ((gdn, 0.0), (kda, 1.0)):
+        rates = np.exp(a_log)
         assert low < rates.min() < low + 0.5 and 15.5 < rates.max() <= 16
-        steps = np.logaddexp(0, params["dt_bias"])
+        steps = np.logaddexp(0, dt_bias)
         assert 0.99e-3 < steps.min() < 1.2e-3 and 0.08 < steps.max() < 0.101
-    bounded = initial(KimiDeltaAttention(**sizes, decay_lower_bound=-5.0))
-    assert np.all(bounded["A_log"] == 0)
+    a_log, _ = initial(KimiDeltaAttention(**sizes, decay_lower_bound=-5.0))
+    assert np.all(a_log == 0)
 
 
 @pytest.mark.parametrize("layer", [GatedDeltaNet2, KimiDeltaAttention])
