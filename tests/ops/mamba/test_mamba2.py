@@ -101,22 +101,24 @@ def test_without_decay_it_is_linear_attention(draw):
 
 
 def test_segments_are_sequences_of_their_own(draw):
-    *tokens, state = map(np.asarray, draw(30, dtype="float32"))
-    ids = np.asarray([[5] * 11 + [6] * 19] * 2)
+    *tokens, state = map(np.asarray, draw(70, dtype="float32"))
+    ids = np.asarray([[5] * 3 + [6] * 67] * 2)
     packed, last = jax.jit(run)(*tokens, state, segment_ids=ids)
-    first, _ = jax.jit(run)(*(x[:, :11] for x in tokens), state)
-    second, alone = jax.jit(mamba2)(*(x[:, 11:] for x in tokens))
-    np.testing.assert_allclose(packed, np.concatenate([first, second], 1), atol=1e-5)
+    first, _ = jax.jit(run)(*tokens, state)
+    second, alone = jax.jit(run)(*(x[:, 3:] for x in tokens), 0 * state)
+    np.testing.assert_allclose(packed[:, :3], first[:, :3], atol=1e-5)
+    np.testing.assert_allclose(packed[:, 3:], second, atol=1e-5)
     np.testing.assert_allclose(last, alone, atol=1e-5)
 
 
 def test_prefill_and_steps_equal_one_pass(draw):
-    *tokens, state = draw(40, dtype="float32")
+    *tokens, state = map(np.asarray, draw(70, dtype="float32"))
     expected, final = jax.jit(run)(*tokens, state)
-    outputs, state = jax.jit(run)(*(x[:, :37] for x in tokens), state)
-    np.testing.assert_allclose(outputs, expected[:, :37], atol=1e-5)
-    for t in range(37, 40):
-        state, o = mamba2_step(state, *(x[:, t] for x in tokens))
+    outputs, state = jax.jit(run)(*(x[:, :67] for x in tokens), state)
+    np.testing.assert_allclose(outputs, expected[:, :67], atol=1e-5)
+    step = jax.jit(mamba2_step)
+    for t in range(67, 70):
+        state, o = step(state, *(x[:, t] for x in tokens))
         np.testing.assert_allclose(o, expected[:, t], atol=1e-5)
     np.testing.assert_allclose(state, final, atol=1e-5)
 
