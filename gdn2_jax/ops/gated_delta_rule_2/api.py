@@ -195,8 +195,9 @@ def gated_delta_rule_2_step(
       rounding_seeds: with a bfloat16 state, rounds each head's new state stochastically, by random
         bits that its seed and the place in the state decide alone; so a seed serves for one token.
         Rounded to nearest if None.
-      implementation: as in `gated_delta_rule_2`; "xla" and "recurrent" are the same here. The
-        kernel updates the state in place where the caller donates it to the compiled function.
+      implementation: as in `gated_delta_rule_2`; "xla" and "recurrent" are the same here. "pallas"
+        updates the state in place where the caller donates it to the compiled function; "triton" writes
+        a new one.
 
     Returns:
       The state after the token and the output, of `v`'s shape and dtype.

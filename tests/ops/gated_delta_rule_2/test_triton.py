@@ -1,9 +1,10 @@
 """The Triton kernels on a CPU: by Triton's interpreter, and compiled for GPUs that nobody has here.
 
-Skipped without triton, 190 MB of compilers, which `make test` does not install.
+Skipped without triton and jax-triton, 190 MB of compilers, which `make test` does not install.
 """
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form, plans
 from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
-triton = pytest.importorskip("triton", reason="needs triton (pip install triton)")
+triton = pytest.importorskip("triton", reason="needs triton (pip install gdn2-jax[triton])")
+if importlib.util.find_spec("jax_triton") is None:  # Torch brings triton alone.
+    pytest.skip("needs jax-triton (pip install gdn2-jax[triton])", allow_module_level=True)
 
 LOCK = threading.Lock()
 LIMITS = {80: 163, 89: 99, 90: 227}
