@@ -27,8 +27,9 @@ ends the script with status 1, and so does a mesh that does not compile or run.
 
 What is worth most is measured first; rows are appended to --output as they come. The same command
 goes on where it was stopped: what the output holds is not measured again. The figure beside it draws
-all rows, and READMEs with a place for its table get it. Begin a new output on another machine, so
-that efficiency is that of one machine.
+all rows. A README beside it and docs/performance.md get its table where they have a place for it
+(`gdn2_jax.rows.renew_table`). Begin a new output on another machine, so that efficiency is that of one
+machine.
 """
 
 import dataclasses
@@ -53,7 +54,15 @@ from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS, ModelConfig
 from gdn2_jax.ops import Implementation
 from gdn2_jax.parallel import MeshConfig, batch_sharding, make_mesh
-from gdn2_jax.rows import Column, append_row, format_header, format_row, markdown_table, read_rows
+from gdn2_jax.rows import (
+    Column,
+    append_row,
+    format_header,
+    format_row,
+    markdown_table,
+    read_rows,
+    renew_table,
+)
 from gdn2_jax.timing import Event, device_events, peak_gib
 from gdn2_jax.training import OptimizerConfig, TrainingConfig, check_mesh
 from gdn2_jax.training.step import initial_state, state_shardings
@@ -69,8 +78,8 @@ COLLECTIVES = (
 LONGEST_SPAN = 131072
 # Of the timed steps together, if there are more than two.
 TIMED_SECONDS = 5
-# That may hold a table of rows, beside the one in the output's folder.
-README = Path(__file__).parents[1] / "README.md"
+# That may hold a table of rows, beside the README in the output's folder.
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +185,8 @@ def main(options: Options) -> None:
     figure = output.with_suffix(".png")
     draw(rows, figure)
     print(f"rows in {output}, figure in {figure}")
-    for readme in (output.with_name("README.md"), README):
-        renew_table(readme, output.name, table(rows))
+    for page in (output.with_name("README.md"), PERFORMANCE):
+        renew_table(page, output, table(rows))
     if late:
         print(f"not measured within {options.minutes:g} minutes, run again: {'; '.join(late)}")
     if failed:
@@ -465,18 +474,6 @@ def table(rows: list[dict[str, Any]]) -> str:
                 ]
             )
     return markdown_table([column.name for column in columns], lines)
-
-
-def renew_table(readme: Path, name: str, table: str) -> None:
-    """Puts the table between the README's lines that name its file of rows, if it has them."""
-    start, end = f"<!-- table of {name} -->", f"<!-- end of {name} -->"
-    text = readme.read_text() if readme.exists() else ""
-    # Whole lines: prose may quote them.
-    place = re.compile(f"^{re.escape(start)}$.*?^{re.escape(end)}$", re.DOTALL | re.MULTILINE)
-    renewed, count = place.subn(lambda _: f"{start}\n\n{table}\n\n{end}", text, count=1)
-    if count:
-        readme.write_text(renewed)
-        print(f"table in {readme}")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

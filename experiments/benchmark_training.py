@@ -12,7 +12,8 @@ for one of the operations in it. A norm's time is added
 to the layer that it feeds, and the time of recomputation to the module that is recomputed.
 
 Rows are appended to --output; what it already holds is not measured again unless --again True is given.
-The figure beside it draws all its rows.
+The figure beside it draws all its rows. NOTES.md beside it and docs/performance.md get its table where they
+have a place for it (`gdn2_jax.rows.renew_table`).
 """
 
 import collections
@@ -37,7 +38,15 @@ from gdn2_jax.data import DataConfig
 from gdn2_jax.models import PRESETS, Batch, ModelConfig
 from gdn2_jax.ops import Implementation
 from gdn2_jax.parallel import batch_sharding, make_mesh
-from gdn2_jax.rows import Column, append_row, format_header, format_row, read_rows
+from gdn2_jax.rows import (
+    Column,
+    append_row,
+    format_header,
+    format_row,
+    markdown_table,
+    read_rows,
+    renew_table,
+)
 from gdn2_jax.timing import Event, device_events, matmul_rate, peak_gib, spread
 from gdn2_jax.training import TrainingConfig
 from gdn2_jax.training.flops import peak_flops, training_flops_per_token
@@ -49,6 +58,8 @@ from gdn2_jax.training.step import (
     state_shardings,
 )
 
+# That may hold a table of rows, beside the notes in the output's folder.
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
 PARTS = ("mixer", "attention", "MLP", "embedding + loss", "optimizer", "other")
 
 # Thousand tokens a second on one H100, hybrids of 1.3B: figure 2 of arXiv 2605.22791. The text states
@@ -150,6 +161,8 @@ def main(options: Options) -> None:
     figure = output.with_suffix(".png")
     draw(rows, figure)
     print(f"rows appended to {output}, figure in {figure}")
+    for page in (output.with_name("NOTES.md"), PERFORMANCE):
+        renew_table(page, output, table(rows))
 
 
 def training_config(model: ModelConfig, length: int, tokens: int) -> TrainingConfig:
@@ -319,22 +332,39 @@ COLUMNS = (
 )
 
 
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Adds to a row what the tables show."""
+    row = row | {"size": f"{row['length']} x {row['batch']}"}
+    if "model_flops" in row:
+        row["share"] = row["model_flops"] / row["bf16_product_flops"]
+        if peak := peak_flops(row["device"].split(" x ")[-1]):
+            row["mfu"] = row["model_flops"] / peak
+    return row
+
+
 def print_row(row: dict[str, Any], operations: int) -> None:
     """Prints a line of the table and what the step's time went into."""
-    shown = row | {"size": f"{row['length']} x {row['batch']}"}
-    if "model_flops" in row:
-        shown["share"] = row["model_flops"] / row["bf16_product_flops"]
-        if peak := peak_flops(row["device"].split(" x ")[-1]):
-            shown["mfu"] = row["model_flops"] / peak
-    print(format_row(COLUMNS, shown))
+    print(format_row(COLUMNS, shown(row)))
     for name in ("parts_ms", "passes_ms"):
         if name in row:
-            shown = (f"{part} {ms:.1f}" for part, ms in row[name].items() if ms)
-            print(f"    {name.removesuffix('_ms')}, ms: {', '.join(shown)}")
+            parts = (f"{part} {ms:.1f}" for part, ms in row[name].items() if ms)
+            print(f"    {name.removesuffix('_ms')}, ms: {', '.join(parts)}")
     slowest = list(row.get("operations_ms", {}).items())[:operations]
     for name, milliseconds in slowest:
         print(f"    {milliseconds:9.2f}  {name}")
     sys.stdout.flush()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The latest row of each model and length as Markdown, with the parts in ms."""
+    columns = [column for column in COLUMNS if column.key not in ("share", "compile_s")]
+    latest = {(r["device"], r["model"], r["length"]): r for r in rows if "error" not in r}
+    lines = []
+    for row in map(shown, latest.values()):
+        cells = [format(row[x.key], x.style) if x.key in row else "" for x in columns]
+        parts = row.get("parts_ms", {})
+        lines.append(cells + [f"{parts[x]:.1f}" if x in parts else "" for x in PARTS])
+    return markdown_table([*(column.name for column in columns), *PARTS], lines)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import textwrap
@@ -97,3 +98,20 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a table in Markdown."""
     head, *lines = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
     return "\n".join([head, "|---" * len(header) + "|", *lines])
+
+
+def renew_table(page: Path, rows: Path, table: str) -> None:
+    """Puts the table of a file of rows into a page that has a place for it; says so if it has.
+
+    The place lies between the whole lines `<!-- table of FOLDER/FILE -->` and
+    `<!-- end of FOLDER/FILE -->`, which name the file and its folder.
+    """
+    name = f"{rows.resolve().parent.name}/{rows.name}"
+    start, end = f"<!-- table of {name} -->", f"<!-- end of {name} -->"
+    text = page.read_text() if page.exists() else ""
+    # Whole lines: prose may quote them.
+    place = re.compile(f"^{re.escape(start)}$.*?^{re.escape(end)}$", re.DOTALL | re.MULTILINE)
+    renewed, count = place.subn(lambda _: f"{start}\n\n{table}\n\n{end}", text, count=1)
+    if count:
+        page.write_text(renewed)
+        print(f"table in {page}")

@@ -157,26 +157,29 @@ def test_communication_is_exposed_where_nothing_else_runs_on_its_device(script):
 
 @pytest.mark.parametrize("file", sorted(ROWS.glob("*.jsonl")), ids=lambda file: file.name)
 def test_the_readme_has_the_table_of_the_rows(script, tmp_path, file):
-    readme = tmp_path / "README.md"
-    committed = file.with_name("README.md").read_text()
-    assert f"<!-- table of {file.name} -->" in committed
-    readme.write_text(committed)
-    script.renew_table(readme, file.name, script.table(script.read_rows(file)))
-    assert readme.read_text() == committed
+    committed = [file.with_name("README.md").read_text(), script.PERFORMANCE.read_text()]
+    assert f"<!-- table of scaling/{file.name} -->" in committed[0]
+    page = tmp_path / "page.md"
+    for text in committed:
+        page.write_text(text)
+        script.renew_table(page, file, script.table(script.read_rows(file)))
+        assert page.read_text() == text
 
 
 def test_a_readme_gets_the_table_where_it_names_the_rows_file_and_stays_as_it_is_otherwise(
     script, tmp_path
 ):
-    readme = tmp_path / "README.md"
-    script.renew_table(readme, "a.jsonl", "| new |")
+    readme, rows = tmp_path / "README.md", tmp_path / "rows" / "a.jsonl"
+    script.renew_table(readme, rows, "| new |")
     assert not readme.exists()
-    place = "<!-- table of a.jsonl -->\nold\n<!-- end of a.jsonl -->"
-    text = f"a line `<!-- table of a.jsonl -->`\nand <!-- end of a.jsonl -->\n{place}\nafter\n"
+    place = "<!-- table of rows/a.jsonl -->\nold\n<!-- end of rows/a.jsonl -->"
+    prose = "a line `<!-- table of rows/a.jsonl -->`\nand <!-- end of rows/a.jsonl -->"
+    text = f"{prose}\n{place}\nafter\n"
     readme.write_text(text)
-    script.renew_table(readme, "b.jsonl", "| new |")
+    script.renew_table(readme, rows.with_name("b.jsonl"), "| new |")
+    script.renew_table(readme, tmp_path / "other" / "a.jsonl", "| new |")
     assert readme.read_text() == text
-    script.renew_table(readme, "a.jsonl", "| new |")
+    script.renew_table(readme, rows, "| new |")
     assert readme.read_text() == text.replace("old", "\n| new |\n")
 
 

@@ -1,10 +1,15 @@
 import importlib
 import json
+import re
+from pathlib import Path
 
 import jax
 import pytest
 
 from gdn2_jax.timing import Event
+
+ROOT = Path(__file__).parents[2]
+ROWS = ROOT / "experiments" / "results" / "training"
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,23 @@ def test_time_goes_to_the_part_and_pass_that_an_operation_names(script, monkeypa
     assert found["operations_ms"]["recomputation block/mlp/mul"] == 16
     assert found["operations_ms"]["other memcpy"] == 128
     assert script.part_of(paths["mix"].split("/"), "attention") == "attention"
+
+
+@pytest.mark.parametrize("file", sorted(ROWS.glob("*.jsonl")), ids=lambda file: file.name)
+def test_the_pages_have_the_table_of_the_rows(script, tmp_path, file):
+    committed = [file.with_name("NOTES.md").read_text(), script.PERFORMANCE.read_text()]
+    assert any(f"<!-- table of training/{file.name} -->" in text for text in committed)
+    page = tmp_path / "page.md"
+    for text in committed:
+        page.write_text(text)
+        script.renew_table(page, file, script.table(script.read_rows(file)))
+        assert page.read_text() == text
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+def test_the_readmes_have_the_figures_of_the_row_at_4096_tokens(script, page):
+    rows = [row for row in script.read_rows(ROWS / "h100.jsonl") if row["length"] == 4096]
+    row = script.shown(rows[-1])
+    figures = f"{row['tokens_per_second']:,.0f} tokens/s", f"{row['mfu'] * 100:.1f} %"
+    (line,) = (x for x in (ROOT / page).read_text().splitlines() if re.search("1.3B.*4,096 tok", x))
+    assert all(figure in line for figure in figures)
