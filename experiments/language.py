@@ -71,6 +71,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "_scalar_b": {"erase_gate": "scalar"},
     "_scalar_w": {"write_gate": "scalar"},
     "_negative": {"allow_negative_eigenvalues": True},
+    "_sigmoid": {"output_gate": "sigmoid"},
+    "_silu": {"output_gate": "silu"},
 }
 
 # A pair of tokens is rare if training has it less often than once in so many tokens.

@@ -68,6 +68,7 @@ MIXERS: dict[str, Mixer] = {
     "gdn2_sigmoid": DeltaRule(output_gate="sigmoid"),
     "gdn2_negative": DeltaRule(**_NEGATIVE),
     "kda": DeltaRule(kind="kda"),
+    "kda_silu": DeltaRule(kind="kda", output_gate="silu"),
     "kda_negative": DeltaRule(kind="kda", **_NEGATIVE),
     "gdn": DeltaRule(kind="gdn"),
     "gdn_negative": DeltaRule(kind="gdn", **_NEGATIVE),

@@ -133,6 +133,14 @@ CLAIMS = [
             ("capacity_gates", "and at the limit of capacity"),
         )
     ),
+    Claim(
+        "(b) GDN-2 ends above KDA with the same output gate",
+        "capacity_gates",
+        [
+            Comparison("accuracy", "gdn2", ">", "kda_silu"),
+            Comparison("accuracy", "gdn2_sigmoid", ">", "kda"),
+        ],
+    ),
     *(
         Claim(
             "(c) GDN-2 beats KDA on updated keys and loses no untouched ones",
