@@ -1,15 +1,15 @@
 """Builds a corpus of English prose and technical text out of documentation packages.
 
     pip install '.[train,corpus]'
-    python experiments/build_corpus.py corpus                      # about 300 MB of text, an hour on two cores
+    python experiments/build_corpus.py corpus                      # about 300 MB of text, half an hour on two cores
     python experiments/build_corpus.py corpus --vocab-size 16384   # and token ids, compressed to carry
     python experiments/build_corpus.py corpus --unpack             # where they were carried to
 
-The packages below come from Debian's and Python's registries, at the versions that stand there; apt-get,
-dpkg-deb, pod2text (of Perl) and pip must be there. The directory gets packages/, documents.jsonl (a document a
-line, with its package), licences.md and, with --vocab-size, tokenizer.json, facts.json, train-N.npy and
-validation-0.npy (token ids, each document closed by its end token), and these as .xz. What is there is not made
-again. Nothing runs this script by itself, and nothing of what it makes belongs in a repository.
+The packages below come from Debian's and Python's registries, at the versions that stand there; apt-get (after
+`apt-get update`), dpkg-deb, pod2text (of Perl) and pip must be there. The directory gets packages/, documents.jsonl
+(a document a line, with its package), licences.md and, with --vocab-size, tokenizer.json, facts.json, train-N.npy
+and validation-0.npy (token ids, each document closed by its end token), and these as .xz. What is there is not
+made again. Nothing runs this script by itself, and nothing of what it makes belongs in a repository.
 
 resiliparse strips the markup, keeps the main part of each page and tells the language. A document that is not
 English, or is mostly sentences of documents before, is left out.
@@ -135,17 +135,24 @@ def download(directory: Path) -> list[Path]:
         name, version = package.split("=", 1)
         pattern = f"{name}_{version.replace(':', '%3a')}_*.deb"
         if not list(directory.glob(pattern)):
-            command = ["apt-get", "download", "-qq", package]
-            subprocess.run(command, cwd=directory, check=True)
+            fetch(["apt-get", "download", "-qq", package], directory, "apt-get update")
         archives += directory.glob(pattern)
     for package in PYTHON:
         name, version = package.split("==")
         pattern = f"{name}-{version}-*.whl"
         if not list(directory.glob(pattern)):
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", package]
-            subprocess.run(command, cwd=directory, check=True)
+            fetch([sys.executable, "-m", "pip", "download", "-q", "--no-deps", package], directory)
         archives += directory.glob(pattern)
     return archives
+
+
+def fetch(command: list[str], directory: Path, first: str = "") -> None:
+    """Downloads a package into a directory."""
+    if code := subprocess.run(command, check=False, cwd=directory).returncode:
+        known = f"; `{first}` tells this machine of the packages that there are" if first else ""
+        raise SystemExit(
+            f"{' '.join(command)}: expected the package, got exit status {code}{known}"
+        )
 
 
 def build(directory: Path, archives: list[Path]) -> None:
