@@ -6,8 +6,9 @@ r"""Times a decoding step of the operator, or prefill and decoding of whole mode
         --minutes 8 --output experiments/results/decode/h100.jsonl
 
 With --models random bfloat16 weights of presets read prompts and generate after contexts of several
-lengths. A prompt is read in pieces of 4,096 tokens, fewer in large batches. The last piece of a context
-is timed; all take as long, since full attention's cache has its final size from the first on. Decoding
+lengths. A prompt is read in pieces of 4,096 tokens, fewer in large batches, without padding. The last
+piece of a context is timed; all take as long, since full attention's cache has its final size from the
+first on. Decoding
 is `continue_session`, greedy, by the clock. What the output holds is not measured again; a figure is
 drawn beside it.
 
@@ -263,7 +264,6 @@ def time_model(
     length = max(1, min(context, PIECE, PIECE_TOKENS // batch))
     tokens = jax.random.randint(jax.random.key(1), (batch, length), 0, config.vocab_size)
     cache = at_position(empty_cache(config, batch), context - length)
-    segment_ids = jnp.ones_like(tokens)
     cache_bytes = sum(x.nbytes for x in jax.tree.leaves(cache))
     weight_bytes = (
         sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"]["embedding"].nbytes
@@ -272,7 +272,7 @@ def time_model(
     session, samples = Session(cache, None), []
     for _ in range(1 + options.repeats):
         before = time.perf_counter()
-        session = jax.block_until_ready(compiled(params, session.cache, tokens, segment_ids))
+        session = jax.block_until_ready(compiled(params, session.cache, tokens))
         samples.append((time.perf_counter() - before) * 1e3)
     piece = spread(samples[1:])["median_ms"]
     steps = []
@@ -311,7 +311,7 @@ def compiled_read(
     """The program that reads a piece, compiled once for each model and shape."""
     if (config, batch, length) not in _PROGRAMS:
         tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-        lowered = read.lower(config, params, cache, tokens, tokens)
+        lowered = read.lower(config, params, cache, tokens)
         _PROGRAMS[config, batch, length] = lowered.compile()
     return _PROGRAMS[config, batch, length]
 

@@ -11,6 +11,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 from gdn2_jax.ops import Implementation
+from gdn2_jax.ops.isolation import replace
 from gdn2_jax.ops.short_convolution import short_convolution_kernels_or
 from gdn2_jax.parallel import (
     as_typed,
@@ -76,43 +77,53 @@ class ShortConvolution(nn.Module):
                 like=self.axes_like,
             )
             bias = self.param("bias", bias_init, self.param_dtype)
-        padding = 0
+        inputs, padding, before = x, past, None
         if self.decode:
             window = self.variable("cache", "inputs", jnp.zeros, (batch, past, channels), x.dtype)
             documents = self.variable("cache", "segment_ids", jnp.zeros, (batch, past), jnp.int32)
+            kept, ids = (beside(part.value, x) for part in (window, documents))
             if segment_ids is None:
-                last = documents.value[:, -1:] if past else jnp.zeros((batch, 1), jnp.int32)
-                segment_ids = jnp.broadcast_to(last, (batch, length))
-            inputs = jnp.concatenate([beside(window.value, x), x], axis=1)
-            ids = [beside(part, x) for part in (documents.value, segment_ids)]
-            segment_ids = jnp.concatenate(ids, axis=1, dtype=jnp.int32)
+                # The last document goes on: no token sees the ones before it any more.
+                last = jnp.broadcast_to(ids[:, -1:], ids.shape)
+                kept, ids = replace(ids != last, 0, kept), last
+                before = kept
+            else:
+                padding = 0
+                ids = jnp.concatenate([ids, beside(segment_ids, x)], axis=1, dtype=jnp.int32)
+                segment_ids = ids
+            together = jnp.concatenate([kept, x], axis=1)
+            if before is None:
+                inputs = together
             if not self.is_initializing():
-                window.value = inputs[:, length:]
-                documents.value = segment_ids[:, length:]
+                window.value = together[:, length:]
+                documents.value = ids[:, ids.shape[1] - past :]
         elif axis_size("sequence") > 1:
             rows = ("batch", "sequence")
             inputs = ((*rows, "heads"), (None, "heads"), ("heads",), rows)
             span = functools.partial(_convolve_span, unit_dim=self.unit_dim)
             convolve = per_device(span, inputs, (*rows, "heads"))
             return convolve(x, kernel, bias, segment_ids)
-        else:
-            inputs, padding = x, past
         rows = ("batch", None)
 
-        def default(*arrays):
-            return _convolve(*arrays, padding, self.unit_dim)
+        def default(x, kernel, bias, segment_ids, before):
+            if before is None:
+                return _convolve(x, kernel, bias, segment_ids, padding, self.unit_dim)
+            x = jnp.concatenate([before, x], axis=1)
+            return _convolve(x, kernel, bias, segment_ids, 0, self.unit_dim)
 
         kernels_or = functools.partial(short_convolution_kernels_or, default, self.unit_dim)
         run = kernels_or if padding and self.implementation in (None, "pallas") else default
-        names = ((*rows, "heads"), (None, "heads"), ("heads",), rows), (*rows, "heads")
+        channelwise = (*rows, "heads")
+        names = (channelwise, (None, "heads"), ("heads",), rows, channelwise), channelwise
         heads = channels // (self.unit_dim or 1)
         row_shards, head_shards = axis_size("data") * axis_size("fsdp"), axis_size("tensor")
-        if run is kernels_or and not (batch % row_shards or heads % head_shards):
+        divides = not (batch % row_shards or heads % head_shards)
+        if run is kernels_or and divides and not self.decode:
             # The kernels' loops do not know what varies over the mesh.
             convolve = per_device(run, *names, heads=heads, check_vma=False)
         else:
             convolve = as_typed(run, *names, heads=heads)
-        return convolve(inputs, kernel, bias, segment_ids)
+        return convolve(inputs, kernel, bias, segment_ids, before)
 
 
 def _convolve_span(x, kernel, bias, segment_ids, unit_dim) -> Float[Array, "B T D"]:

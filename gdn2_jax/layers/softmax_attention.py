@@ -16,18 +16,21 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gdn2_jax.ops.isolation import not_finite, replace
 from gdn2_jax.parallel import previous_tokens
+from gdn2_jax.parallel.logical import ambient_mesh
 
 PERIOD = 2**30
 """Positions that differ by it have the same rotary angles; float64 inputs have no such period."""
 
 _QUERIES_AT_ONCE = 512
+# cuDNN's kernel takes as many queries as keys. Where the cache is longer by more, most are for nothing.
+_CACHE_TO_CALL = 8
 
 
 class KVCache(NamedTuple):
-    """The W keys before the first query, in any order; W is the window size.
+    """The W keys before the first query, in a ring; W is the window size.
 
-    `positions` counts from the first query, so it is negative. A slot that holds nothing has
-    position -W or less, outside the window of every query.
+    `positions` counts from the first query, so it is negative. A slot that holds nothing has a
+    position below -W, outside the window of every query.
     """
 
     k: Float[Array, "B W N H"]
@@ -72,8 +75,8 @@ def local_attention(
 ) -> Float[Array, "B T N H"]:
     """Each query attends to the `window_size` last keys of its document, its own included.
 
-    On NVIDIA GPUs, 16-bit inputs without segments or cache run cuDNN's kernel. Everything else
-    runs on blocks of `window_size` queries against their block and the one before.
+    On NVIDIA GPUs, 16-bit inputs without segments run cuDNN's kernel. Everything else runs on
+    blocks of `window_size` queries against their block and the one before.
     """
     blocks = functools.partial(_block_attention, window_size=window_size)
     return _cudnn_attention(q, k, v, segment_ids, cache, window_size=window_size, default=blocks)
@@ -118,8 +121,8 @@ def full_attention(
 ) -> Float[Array, "B T N H"]:
     """Each query attends to all keys of its document so far: those of the call and of the cache.
 
-    On NVIDIA GPUs, 16-bit inputs without segments or cache run cuDNN's kernel. Everything else runs
-    on a few hundred queries at a time.
+    On NVIDIA GPUs, 16-bit inputs without segments run cuDNN's kernel, unless there are few beside
+    the cache. Everything else runs on a few hundred queries at a time.
     """
     window_size = q.shape[1] if cache is None else cache.k.shape[1]
     default = functools.partial(_attention_of_all, window_size=window_size)
@@ -141,23 +144,74 @@ def _cudnn_attention(
     `default` is recomputed in the backward, so that no probabilities are kept.
     """
     default = jax.checkpoint(default)
-    if segment_ids is not None or cache is not None or q.dtype.itemsize != 2:
-        return default(q, k, v, segment_ids, cache)
 
-    def fused(q, k, v):
+    def without_segments(q, k, v, cache):
+        return default(q, k, v, None, cache)
+
+    def fused(q, k, v, cache):
         # Every host traces this, also those without a GPU: a missing cuDNN is a RuntimeError, a
         # shape that it does not serve a NotImplementedError.
         try:
-            return jax.nn.dot_product_attention(
-                *(q, k, v),
+            length = q.shape[1] + (0 if cache is None else cache.k.shape[1])
+            attention = functools.partial(
+                jax.nn.dot_product_attention,
                 is_causal=True,
-                local_window_size=(window_size - 1, 0) if q.shape[1] > window_size else None,
+                local_window_size=(window_size - 1, 0) if length > window_size else None,
                 implementation="cudnn",
             )
+            return attention(q, k, v) if cache is None else after_cache(attention, q, k, v, cache)
         except (NotImplementedError, RuntimeError):
-            return default(q, k, v)
+            return without_segments(q, k, v, cache)
 
-    return jax.lax.platform_dependent(q, k, v, cuda=fused, default=default)
+    if segment_ids is not None or q.dtype.itemsize != 2:
+        return default(q, k, v, segment_ids, cache)
+    # On a mesh the compiler splits the call of a decoding layer, and it cannot split the kernel.
+    few = cache is not None and _CACHE_TO_CALL * q.shape[1] < cache.k.shape[1]
+    if few or (cache is not None and ambient_mesh() is not None):
+        return without_segments(q, k, v, cache)
+    return jax.lax.platform_dependent(q, k, v, cache, cuda=fused, default=without_segments)
+
+
+def after_cache(
+    attention: Callable[..., Array],
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    cache: KVCache,
+) -> Float[Array, "B T N H"]:
+    """Causal attention to the keys of the cache and of the call, where `attention` knows no cache.
+
+    Each row of W + T tokens begins with what its cache holds. The queries there are of no use. What is
+    missing is padding at the end, which no query of the call sees.
+
+    Args:
+      attention: function of q, k, v [B, W + T, N, H].
+      q: queries.
+      k: keys.
+      v: values.
+      cache: the W keys before; those within a window are its newest.
+    """
+    size, length = cache.k.shape[1], q.shape[1]
+    rows = (q.shape[0], size + length)
+    held = jnp.sum(cache.positions >= -size, axis=1, keepdims=True)
+    oldest = jnp.argmax(cache.positions, axis=1, keepdims=True) + 1 - held
+    token = jnp.arange(size + length)[None]
+    in_cache = jnp.broadcast_to((oldest + token) % size, rows)
+    in_call = jnp.broadcast_to(jnp.clip(token - held, 0, length - 1), rows)
+
+    first = jnp.broadcast_to(token < held, rows)[..., None, None]
+    k, v = (
+        jnp.where(first, _tokens(before, in_cache), _tokens(x, in_call))
+        for before, x in ((cache.k, k), (cache.v, v))
+    )
+    outputs = attention(_tokens(q, in_call), k, v)
+    return _tokens(outputs, jnp.broadcast_to(held + jnp.arange(length)[None], q.shape[:2]))
+
+
+@jax.vmap
+def _tokens(x: Array, places: Int[Array, "L"]) -> Array:
+    """A row's tokens [L, ...] at these places of `x` [T, ...]."""
+    return x.at[places].get(mode="promise_in_bounds")
 
 
 def attend(

@@ -14,6 +14,7 @@ from gdn2_jax.layers.initializers import fan_in_uniform
 from gdn2_jax.layers.inputs import check_attributes, check_inputs
 from gdn2_jax.layers.parts import dense, short_convolution
 from gdn2_jax.layers.softmax_attention import PERIOD, KVCache, apply_rotary, attend
+from gdn2_jax.ops.isolation import replace
 from gdn2_jax.parallel import as_typed, axis_size, per_device
 
 
@@ -112,15 +113,16 @@ class SoftmaxAttentionLayer(nn.Module):
         size = self._cache_size
         positions = start[:, None] + jnp.arange(length, dtype=start.dtype)[None]
         q, k = (apply_rotary(array, positions, self.rope_theta) for array in (q, k))
-        isolate = segment_ids is not None
         cache = KVCache._make((*rings, _positions_in_ring(start, first, size)))
+        ids = segment_ids
         if segment_ids is None:
             last = jnp.take_along_axis(cache.segment_ids, (first[:, None] - 1) % size, axis=1)
-            segment_ids = jnp.broadcast_to(last, (batch, length))
+            ids = jnp.broadcast_to(last, (batch, length))
+            cache = _of_document(cache, last)
 
         # Only the last `size` of the new tokens can be seen again.
         slots = (first[:, None] + jnp.arange(length)[None, -size:]) % size
-        new = (k, v, segment_ids.astype(jnp.int32))
+        new = (k, v, ids.astype(jnp.int32))
         keys, values, documents = rings = tuple(
             _written(ring, slots, x[:, -size:]) for ring, x in zip(rings, new, strict=True)
         )
@@ -128,9 +130,9 @@ class SoftmaxAttentionLayer(nn.Module):
             return self._attend(q, k, v, segment_ids, cache), rings
         # One token is written to the ring first; relative to the next token its position is -1.
         after = _positions_in_ring(_advanced(start, 1), (first + 1) % size, size)
-        same_segment = segment_ids[:, :, None] == documents[:, None]
+        same_segment = ids[:, :, None] == documents[:, None]
         # Without documents there is nothing to isolate, and the ring is read once only.
-        distances = -1 - after[:, None]
+        distances, isolate = -1 - after[:, None], segment_ids is not None
         return attend(q, keys, values, distances, same_segment, size, isolate), rings
 
     def _check_attributes(self, width: int) -> None:
@@ -153,6 +155,16 @@ def _positions_in_ring(
     """Positions, counted from token `index`, of the tokens in rings that end before `slot`."""
     age = (slot[:, None] - 1 - jnp.arange(size)[None]) % size
     return jnp.where(age < index[:, None], -1 - age, -size - 1)
+
+
+def _of_document(cache: KVCache, document: Int[Array, "B 1"]) -> KVCache:
+    """The cache without what was before the last document, of which nothing is seen again."""
+    nowhere = -cache.k.shape[1] - 1
+    others = jnp.where(cache.segment_ids != document, cache.positions, nowhere)
+    own = cache.positions > jnp.max(others, axis=1, keepdims=True)
+    # A key of weight zero must be finite: 0 * NaN is NaN.
+    k, v = (replace(~own, 0, x) for x in (cache.k, cache.v))
+    return cache._replace(k=k, v=v, positions=jnp.where(own, cache.positions, nowhere))
 
 
 def _advanced(index: Int[Array, "B"], length: int) -> Int[Array, "B"]:

@@ -128,7 +128,7 @@ def sessions_along(
       ValueError: the tokens are malformed, or the positions do not ascend from 1 to T.
     """
     rows = np.stack(checked_rows(np.asarray(tokens), config.vocab_size, name="tokens"))
-    ids = np.ones_like(rows) if segment_ids is None else np.asarray(segment_ids, np.int32)
+    ids = None if segment_ids is None else np.asarray(segment_ids, np.int32)
     bounds = [0, *positions]
     if any(a >= b for a, b in pairwise(bounds)) or bounds[-1] > rows.shape[1]:
         raise ValueError(
@@ -136,7 +136,8 @@ def sessions_along(
         )
     cache = empty_cache(config, len(rows))
     for start, stop in pairwise(bounds):
-        session = read(config, params, cache, rows[:, start:stop], ids[:, start:stop])
+        documents = None if ids is None else ids[:, start:stop]
+        session = read(config, params, cache, rows[:, start:stop], documents)
         # The next span overwrites it.
         cache = jax.tree.map(jnp.copy, session.cache)
         yield session
@@ -250,7 +251,10 @@ def _read_rows(config, params, cache, rows: list[np.ndarray], length: int) -> Se
         segment_ids[i, length - len(row) :] = 1
     for start in range(0, length, _LONGEST_PIECE):
         piece = slice(start, start + _LONGEST_PIECE)
-        session = read(config, params, cache, tokens[:, piece], segment_ids[:, piece])
+        # Without documents kernels serve that know none. After padding, its document would go on.
+        ids = segment_ids[:, max(0, start - 1) : piece.stop]
+        documents = None if ids.all() else segment_ids[:, piece]
+        session = read(config, params, cache, tokens[:, piece], documents)
         cache = session.cache
     return session
 

@@ -23,19 +23,25 @@ def short_convolution_kernels_or(
     kernel: Float[Array, "S D"],
     bias: Float[Array, "D"] | None,
     segment_ids: Int[Array, "B T"] | None,
+    before: Float[Array, "B P D"] | None,
 ) -> Float[Array, "B T D"]:
-    """Runs the kernels where they serve, else default(x, kernel, bias, segment_ids).
+    """Runs the kernels where they serve, else default(x, kernel, bias, segment_ids, before).
 
     Both are a causal depthwise convolution, SiLU, and division of every `unit_dim` channels by their
-    length.
+    length. `before` are the P = S - 1 inputs before the first; zeros if None.
     """
     if not _serve(unit_dim, x, kernel, bias, segment_ids):
-        return default(x, kernel, bias, segment_ids)
+        return default(x, kernel, bias, segment_ids, before)
 
-    def kernels(x, kernel, *_):
-        return short_convolution_by_kernels(unit_dim, x, kernel)
+    def kernels(x, kernel, bias, segment_ids, before):
+        y = short_convolution_by_kernels(unit_dim, x, kernel)
+        if before is None:
+            return y
+        # The kernels take zeros for what was before. The first outputs alone see it.
+        past = before.shape[1]
+        return y.at[:, :past].set(default(x[:, :past], kernel, bias, segment_ids, before))
 
-    return fastest({"pallas": kernels, "xla": default}, x, kernel, bias, segment_ids)
+    return fastest({"pallas": kernels, "xla": default}, x, kernel, bias, segment_ids, before)
 
 
 def short_convolution_by_kernels(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.layers import Attention, SlidingWindowAttention
-from gdn2_jax.layers.softmax_attention import apply_rotary, local_attention
+from gdn2_jax.layers.softmax_attention import KVCache, after_cache, apply_rotary, local_attention
 
 HEADS, WIDTH, WINDOW = 2, 16, 4
 
@@ -170,6 +170,35 @@ def test_angles_are_those_of_float64_at_any_position(theta):
     assert np.all(error < np.abs(x).max() * (1e-6 + positions * 2 * np.pi * 2.0**-31))
 
 
+@pytest.mark.parametrize("length", [1, 3, 6, 17])
+def test_attention_that_knows_no_cache_gives_that_after_a_cache(length):
+    held, size = np.array([0, 2, 6]), 6
+    q, k, v = inputs(3, 3, length, HEADS, 8)
+    slot = np.arange(size)[None]
+    age = (np.array([[0], [5], [2]]) - 1 - slot) % size
+    positions = np.where(age < held[:, None], -1 - age, -size - 1)
+    kept = np.where((age < held[:, None])[..., None, None], inputs(2, 3, size, HEADS, 8), np.nan)
+    ids = np.zeros((3, size), np.int32)
+    attention = functools.partial(local_attention, window_size=size)
+    actual = jax.jit(functools.partial(after_cache, attention))(
+        q, k, v, KVCache(*kept, ids, positions)
+    )
+    expected = jax.jit(attention)(q, k, v, cache=KVCache(*np.nan_to_num(kept), ids, positions))
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_what_was_before_the_last_document_does_not_reach_what_follows(make):
+    x = inputs(1, 9, WIDTH)
+    layer, params = make(x, window_size=16)
+    advance = jax.jit(functools.partial(layer.clone(decode=True).apply, mutable=["cache"]))
+    ids = np.array([[1, 2, 1]])
+    _, cache = advance({"params": params}, x[:, :3] * [[[np.nan], [np.inf], [1]]], ids)
+    y, _ = advance({"params": params, **cache}, x[:, 3:])
+    # A document ends where another begins, though its number comes again.
+    expected = jax.jit(layer.apply)({"params": params}, x[:, 2:])[:, 1:]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
 def test_memory_grows_linearly_with_the_length():
     def temporary_bytes(length):
         x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
@@ -202,6 +231,25 @@ def test_gpu_lowering_calls_cudnn_where_it_can(monkeypatch, dtype, documents, ex
     calls = re.findall(r"__cudnn\$fmha\w+", traced.lower(lowering_platforms=("cuda",)).as_text())
     assert len(calls) == expected  # forward and backward
     assert "__cudnn" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("length", "documents", "expected"), [(512, False, 1), (512, True, 0), (8, False, 0)]
+)
+def test_a_decoding_layer_calls_cudnn_on_long_pieces_of_one_document(
+    monkeypatch, length, documents, expected
+):
+    name = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(name, lambda: 91000)
+    layer = SlidingWindowAttention(
+        num_heads=2, window_size=128, dtype=jnp.bfloat16, decode=True, param_dtype=jnp.bfloat16
+    )
+    x = jax.ShapeDtypeStruct((2, length, 128), jnp.bfloat16)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    ids = jax.ShapeDtypeStruct((2, length), jnp.int32) if documents else None
+    advance = jax.jit(functools.partial(layer.apply, mutable=["cache"]))
+    text = advance.trace(variables, x, ids).lower(lowering_platforms=("cuda",)).as_text()
+    assert len(re.findall(r"__cudnn\$fmha\w+", text)) == expected
 
 
 def test_a_head_width_that_cudnn_does_not_serve_lowers_for_gpus_all_the_same(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from gdn2_jax.models import (
     with_state_rounding,
 )
 
+reading = importlib.import_module("gdn2_jax.models.session")
+
 
 def text(length, seed=0):
     return np.random.default_rng(seed).integers(0, 31, length).tolist()
@@ -38,7 +41,7 @@ def alone(config, params, prompt, count):
     row = [*prompt]
     for end in range(len(prompt), len(prompt) + count):
         # One shape for all texts; no token sees what follows it.
-        padded = np.pad(row, (0, 52 - end))[None]
+        padded = np.pad(row, (0, 64 - end))[None]
         row.append(np.argmax(forward(config)({"params": params}, padded)[0], axis=-1)[end - 1])
     return row[len(prompt) :]
 
@@ -196,6 +199,50 @@ def test_rows_are_extended_by_different_lengths(any_model):
         np.testing.assert_array_equal(found[row], alone(config, params, begun[row], 3))
         expected = alone(config, params, [*begun[row], *found[row].tolist(), *more], 3)
         np.testing.assert_array_equal(after[row], expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "padded"),
+    [
+        ([32], [False, False]),
+        ([27], [True, False]),
+        ([32, 11], [True, True]),
+        # The second text begins with the last piece, after a piece of padding.
+        ([48, 16], [True, True, True]),
+        ([16, 16], [False]),
+    ],
+)
+def test_pieces_without_padding_know_no_documents(hybrid_model, monkeypatch, lengths, padded):
+    config, params = hybrid_model
+    monkeypatch.setattr(reading, "_LONGEST_PIECE", 16)
+    read, documents = reading.read, []
+
+    def noted(config, params, cache, tokens, segment_ids=None):
+        documents.append(segment_ids is not None)
+        return read(config, params, cache, tokens, segment_ids)
+
+    monkeypatch.setattr(reading, "read", noted)
+    rows = [text(length, length) for length in lengths]
+    session = start_session(config, params, rows)
+    assert documents == padded
+    found, session = greedy(config, params, session, 4)
+    session = extend_session(config, params, session, [[3] * 2] * len(rows))
+    after, _ = greedy(config, params, session, 2)
+    for row, prompt in enumerate(rows):
+        np.testing.assert_array_equal(found[row], alone(config, params, prompt, 4))
+        expected = alone(config, params, [*prompt, *found[row].tolist(), 3, 3], 2)
+        np.testing.assert_array_equal(after[row], expected)
+
+
+def test_a_row_read_without_documents_and_one_after_padding_go_on_together(hybrid_model):
+    config, params = hybrid_model
+    session = start_session(config, params, [text(16, 1), text(16, 2)])
+    session = replace_row(config, params, session, 1, text(5, 3))
+    # The first row has read document 0 all along, the second has document 1 after padding.
+    session = extend_session(config, params, session, np.array([text(7, 4), text(7, 5)]))
+    found, _ = greedy(config, params, session, 4)
+    for row, prompt in enumerate(([*text(16, 1), *text(7, 4)], [*text(5, 3), *text(7, 5)])):
+        np.testing.assert_array_equal(found[row], alone(config, params, prompt, 4))
 
 
 def test_a_saved_session_goes_on_in_a_row_of_a_running_batch(any_model, tmp_path):

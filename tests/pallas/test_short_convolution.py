@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gdn2_jax.layers import Attention, GatedDeltaNet2, ShortConvolution
 from gdn2_jax.ops import choice
+from gdn2_jax.ops import short_convolution as operator
 from gdn2_jax.ops.short_convolution import short_convolution_by_kernels
 from gdn2_jax.pallas.mosaic import interpret_mode
 from gdn2_jax.pallas.short_convolution import TOKENS, convolve, convolve_backward
@@ -94,6 +95,44 @@ def test_a_layer_beside_a_hopper_gpu_holds_no_kernel_where_it_names_another_form
     params = jax.eval_shape(layer.init, jax.random.key(0), x)
     lowered = jax.jit(layer.apply).trace(params, x).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("@mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize(("documents", "kernels"), [(False, 1), (True, 0)])
+def test_a_decoding_layer_holds_a_kernel_for_pieces_of_one_document(
+    documents, kernels, monkeypatch
+):
+    monkeypatch.setattr(choice, "hopper_attached", lambda: True)
+    x = jax.ShapeDtypeStruct((2, TOKENS, 128), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, TOKENS), jnp.int32) if documents else None
+    layer = ShortConvolution(unit_dim=128, decode=True)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    advance = jax.jit(functools.partial(layer.apply, mutable=["cache"]))
+    lowered = advance.trace(variables, x, ids).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@mosaic_gpu") == kernels
+
+
+def test_a_piece_by_the_kernel_goes_on_where_the_one_before_ended(monkeypatch):
+    def kernels_alone(forms, *arrays):
+        return forms["pallas"](*arrays)
+
+    x, kernel, _ = inputs(rows=2, length=3 * TOKENS)
+    layer = ShortConvolution(unit_dim=128)
+    variables = {"params": {"kernel": kernel[0]}}
+    # The first row's text begins in the middle of the first piece.
+    ids = jnp.ones((2, TOKENS), int).at[0, : TOKENS - 2].set(0)
+    following = jnp.concatenate([ids, jnp.ones((2, 2 * TOKENS), int)], axis=1)
+    expected = layer.apply(variables, x, following)
+    decoder = functools.partial(layer.clone(decode=True).apply, mutable=["cache"])
+    outputs, cache = decoder(variables, x[:, :TOKENS], ids)
+    outputs = [outputs]
+    monkeypatch.setattr(operator, "fastest", kernels_alone)
+    with interpret_mode():
+        for start in (TOKENS, 2 * TOKENS):
+            y, cache = decoder(variables | cache, x[:, start : start + TOKENS])
+            outputs.append(y)
+    difference = jnp.concatenate(outputs, axis=1).astype(float) - expected.astype(float)
+    # Both are rounded to bfloat16.
+    assert jnp.abs(difference).max() <= 2**-8 * jnp.abs(expected).max()
 
 
 def test_on_a_mesh_each_device_runs_the_kernels_on_its_rows_and_heads(monkeypatch):
