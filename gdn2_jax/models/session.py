@@ -252,8 +252,10 @@ def _read_rows(config, params, cache, rows: list[np.ndarray], length: int) -> Se
     for start in range(0, length, _LONGEST_PIECE):
         piece = slice(start, start + _LONGEST_PIECE)
         # Without documents kernels serve that know none. After padding, its document would go on.
+        # Short pieces have documents with padding and without, so that one program serves both.
         ids = segment_ids[:, max(0, start - 1) : piece.stop]
-        documents = None if ids.all() else segment_ids[:, piece]
+        whole = length >= _LONGEST_PIECE and ids.all()
+        documents = None if whole else segment_ids[:, piece]
         session = read(config, params, cache, tokens[:, piece], documents)
         cache = session.cache
     return session

@@ -212,7 +212,7 @@ def test_rows_are_extended_by_different_lengths(any_model):
         ([16, 16], [False]),
     ],
 )
-def test_pieces_without_padding_know_no_documents(hybrid_model, monkeypatch, lengths, padded):
+def test_long_pieces_without_padding_know_no_documents(hybrid_model, monkeypatch, lengths, padded):
     config, params = hybrid_model
     monkeypatch.setattr(reading, "_LONGEST_PIECE", 16)
     read, documents = reading.read, []
@@ -234,8 +234,11 @@ def test_pieces_without_padding_know_no_documents(hybrid_model, monkeypatch, len
         np.testing.assert_array_equal(after[row], expected)
 
 
-def test_a_row_read_without_documents_and_one_after_padding_go_on_together(hybrid_model):
+def test_a_row_read_without_documents_and_one_after_padding_go_on_together(
+    hybrid_model, monkeypatch
+):
     config, params = hybrid_model
+    monkeypatch.setattr(reading, "_LONGEST_PIECE", 16)
     session = start_session(config, params, [text(16, 1), text(16, 2)])
     session = replace_row(config, params, session, 1, text(5, 3))
     # The first row has read document 0 all along, the second has document 1 after padding.
