@@ -135,12 +135,18 @@ def parse_shape(text: str) -> Shape:
     return shape
 
 
-def inputs(shape: Shape, dtype: str, gates: str = "gdn2") -> tuple[tuple, tuple]:
-    """Inputs with the gates of a new layer, and cotangents of both results."""
+def inputs(
+    shape: Shape, dtype: str, gates: str = "gdn2", value_dim: int | None = None
+) -> tuple[tuple, tuple]:
+    """Inputs with the gates of a new layer, and cotangents of both results.
+
+    Heads have as many value channels as key channels if `value_dim` is None.
+    """
     batch, length, heads, dim = shape
-    drawn = operator_inputs(batch, length, heads, dim, dtype=dtype, initial_state=False)
+    drawn = operator_inputs(batch, length, heads, dim, value_dim, dtype=dtype, initial_state=False)
     drawn = drawn._replace(**{name: getattr(drawn, name)[..., :1] for name in ONE_CHANNEL[gates]})
-    state = jax.random.normal(jax.random.key(0), (batch, heads, dim, dim), drawn.g.dtype)
+    state_shape = batch, heads, dim, drawn.v.shape[-1]
+    state = jax.random.normal(jax.random.key(0), state_shape, drawn.g.dtype)
     return tuple(drawn[:6]), (drawn.v[::-1], state)
 
 

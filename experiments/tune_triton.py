@@ -2,6 +2,7 @@
 
     python experiments/tune_triton.py                                   # heads of 128 channels, bf16
     python experiments/tune_triton.py --shapes 4,8192,8,256 --dtypes bfloat16 float32
+    python experiments/tune_triton.py --value-channels 256              # expand_v=2, or two value heads a key head
 
 Each kernel is timed with every candidate, all kernels at once: a round is one training step of the
 operator. What was measured goes to a file in the user's cache folder at once, so that a second start
@@ -50,11 +51,13 @@ class Options:
       shapes: each "B,T,H,d".
       dtypes: of q, k, v, b and w.
       repeats: profiled calls of each candidate.
+      value_channels: of a key head: those of a value head, times the value heads that share it; d if None.
     """
 
     shapes: tuple[str, ...] = ("8,4096,16,128", "1,32768,16,128")
     dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16",)
     repeats: int = 5
+    value_channels: int | None = None
 
     def __post_init__(self):
         """Raises a ValueError naming the field."""
@@ -75,9 +78,11 @@ def main(options: Options) -> None:
     print(f"measurements of {jax.local_devices()[0].device_kind} go to {path}", flush=True)
     for text, dtype in itertools.product(options.shapes, options.dtypes):
         batch, _, heads, dim = parse_shape(text)
-        cases = [plans.case(k, dim, dim, dtype != "float32", batch * heads) for k in KERNELS]
+        values = options.value_channels or dim
+        cases = [plans.case(k, dim, values, dtype != "float32", batch * heads) for k in KERNELS]
         print(f"\n{text} {dtype}", flush=True)
-        tune(cases, inputs(parse_shape(text), dtype), options.repeats, path)
+        operands = inputs(parse_shape(text), dtype, value_dim=values)
+        tune(cases, operands, options.repeats, path)
         print(format_header(COLUMNS))
         times = plans.measured(path)
         for case in cases:
@@ -135,6 +140,8 @@ def try_plans(
     try:
         times = kernel_times({str(case): plan for case, plan in cuts.items()}, operands, repeats)
         return {case: (plan, times[case.kernel], None) for case, plan in cuts.items()}
+    except NotImplementedError as error:
+        raise SystemExit(f"tune_triton.py: --shapes: {error}") from None
     except (RuntimeError, ValueError) as error:
         if str(error).startswith("RESOURCE_EXHAUSTED"):
             raise SystemExit(

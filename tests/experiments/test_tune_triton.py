@@ -3,8 +3,10 @@
 import importlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from gdn2_jax import gated_delta_rule_2
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form, plans
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.plans import Plan
 from gdn2_jax.rows import append_row
@@ -23,7 +25,7 @@ def script(monkeypatch, tmp_path):
         return {case.split()[0]: 1 / plan.block_v for case, plan in trial.items()}
 
     monkeypatch.setattr(module, "kernel_times", kernel_times)
-    monkeypatch.setattr(module, "inputs", lambda shape, dtype: ())
+    monkeypatch.setattr(module, "inputs", lambda shape, dtype, value_dim: ())
     monkeypatch.setattr(plans, "capability", lambda: 89)
     monkeypatch.setattr(form, "import_error", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -45,6 +47,26 @@ def test_the_fastest_plans_that_ran_are_taken_from_the_next_start_on(script, tmp
         assert plans.plan(case).block_v == 64
         other = case._replace(half=False)
         assert plans.plan(other) == plans.rule(other, 89)
+
+
+def test_a_key_head_may_have_other_value_channels(script, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(script, "inputs", lambda *x, **options: drawn.append(options))
+    script.main(script.Options(shapes=("8,64,16,128",), value_channels=256))
+    assert drawn == [{"value_dim": 256}]
+    plans.tuned.cache_clear()
+    for kernel in script.KERNELS:
+        case, square = (plans.case(kernel, 128, values, True, 8 * 16) for values in (256, 128))
+        assert plans.plan(case).block_v == 64
+        assert str(square) not in plans.tuned()
+
+
+def test_inputs_are_drawn_with_these_value_channels():
+    (q, _, v, *_, w), (d_outputs, d_state) = importlib.import_module("tune_triton").inputs(
+        (1, 2, 3, 4), "bfloat16", value_dim=6
+    )
+    assert q.shape == (1, 2, 3, 4) and v.shape == w.shape == d_outputs.shape == (1, 2, 3, 6)
+    assert d_state.shape == (1, 3, 4, 6)
 
 
 def test_a_second_start_measures_what_is_left(script, monkeypatch):
@@ -132,6 +154,16 @@ def test_no_plan_is_blamed_for_a_gpu_without_memory(script, monkeypatch):
     monkeypatch.setattr(script, "kernel_times", kernel_times)
     with pytest.raises(SystemExit, match="^tune_triton.py: --shapes: expected what fits into the"):
         script.main(script.Options())
+    assert not plans.cache_path().exists()
+
+
+def test_no_plan_is_blamed_for_heads_that_the_kernels_do_not_take(script, monkeypatch):
+    wide = [jnp.zeros((1, 2, 1, 320))] * 6
+    monkeypatch.setattr(
+        script, "kernel_times", lambda *_: gated_delta_rule_2(*wide, implementation="triton")
+    )
+    with pytest.raises(SystemExit, match="^tune_triton.py: --shapes: .*up to 256 channels in q"):
+        script.main(script.Options(shapes=("1,2,1,320",)))
     assert not plans.cache_path().exists()
 
 
