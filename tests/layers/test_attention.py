@@ -111,8 +111,10 @@ def test_outputs_are_those_of_a_window_as_long_as_the_sequence(make, queries_at_
 
 @pytest.mark.parametrize(("documents", "conv_size"), [(False, None), (True, 3)])
 def test_decoding_equals_the_full_forward_while_the_cache_has_room(
-    make, queries_at_once, documents, conv_size
+    make, monkeypatch, documents, conv_size
 ):
+    """In blocks; test_every_layer decodes in one."""
+    monkeypatch.setattr(module, "_QUERIES_AT_ONCE", 4)
     x = inputs(2, 15, WIDTH)
     layer, params = make(x, conv_size=conv_size)
     segment_ids = None
