@@ -234,6 +234,22 @@ def test_mapped_over_inside_shard_map_a_gradient_is_as_without():
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [1, 20])
+def test_rematerialized_inside_a_scan_a_gradient_is_as_by_xla(length):
+    inputs = operator_inputs(1, length, 1, 16)
+
+    def loss(implementation, v):
+        @jax.checkpoint
+        def layer(v, _):
+            arrays = inputs._replace(v=v)[:6]
+            return gated_delta_rule_2(*arrays, implementation=implementation)[0], None
+
+        return jnp.sum(jax.lax.scan(layer, v, length=2)[0] ** 2)
+
+    ours, expected = (jax.grad(functools.partial(loss, x))(inputs.v) for x in ("triton", "xla"))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def test_an_exported_program_holds_no_kernels_where_none_named_them():
     inputs = operator_inputs(1, 20, 1, 16, segments=2)
 
