@@ -136,6 +136,12 @@ def load(options: Options) -> Evaluated:
     """Reads the model."""
     weights = open_weights(options.model)
     tokenizer = load_tokenizer(options.tokenizer or weights.tokenizer, weights.end_of_document)
+    of_bytes = weights.model.vocab_size == tokenizer.vocab_size
+    if not (options.tokenizer or weights.training or weights.tokenizer != "bytes" or of_bytes):
+        raise ValueError(
+            f"tokenizer: expected one for the {weights.model.vocab_size} ids of {options.model}, "
+            f"which has no tokenizer.json, got none"
+        )
     if tokenizer.vocab_size > weights.model.vocab_size:
         raise ValueError(
             f"tokenizer: expected one of at most the model's {weights.model.vocab_size} ids, "
@@ -171,6 +177,9 @@ POSITIONS = (
 def evaluate_texts(options: Options, evaluated: Evaluated) -> None:
     """Prints the perplexity of the texts for each window."""
     texts = [read_text("text", path) for path in options.text]
+    if not any(texts):
+        files = ", ".join(map(str, options.text))
+        raise ValueError(f"text: expected files with a text, got the empty {files}")
     rows = []
     for window in options.window or (evaluated.length,):
         result = text_perplexity(
@@ -203,7 +212,8 @@ def evaluate_texts(options: Options, evaluated: Evaluated) -> None:
 def read_text(name: str, path: Path) -> str:
     """The text of a file; raises a ValueError that names the option if it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        # As in training, line breaks stay what they are.
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: expected UTF-8, got {path} ({error})") from error
 

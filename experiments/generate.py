@@ -31,8 +31,8 @@ class Options:
     """What to sample, and how."""
 
     run_dir: Annotated[Path, tyro.conf.Positional] = Path("runs/tiny")
-    """The directory of a run of train.py, of which the latest checkpoint is used, or one with
-    config.json, weights and tokenizer.json."""
+    """The directory of a run of train.py, of which the latest checkpoint is used, one of its
+    checkpoints, or a directory with config.json, weights and tokenizer.json."""
 
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """The beginning of the document; empty by default. May be given several times."""
@@ -75,7 +75,10 @@ def _load(directory: Path, rounding: StateRounding | None) -> tuple[ModelConfig,
         tokenizer = load_tokenizer(directory / "tokenizer.json")
         config, params = load_pretrained(directory)
     else:
-        trained = load_trained(directory)
+        step = None
+        if directory.parent.name == "checkpoints" and directory.name.isdecimal():
+            directory, step = directory.parents[1], int(directory.name)
+        trained = load_trained(directory, step)
         config, params, tokenizer = trained.config.model, trained.params, trained.tokenizer
     return with_state_rounding(config, rounding), params, tokenizer
 

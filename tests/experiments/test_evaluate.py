@@ -1,5 +1,6 @@
 """experiments/evaluate.py on a run and on its PyTorch checkpoint."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from gdn2_jax.evaluation import needles, on_local_devices, text_perplexity
 from gdn2_jax.rows import read_rows
 from gdn2_jax.training import load_trained
+from gdn2_jax.training.weights import Weights
 
 
 @pytest.mark.slow
@@ -83,6 +85,35 @@ def test_a_file_that_is_not_utf8_is_named(run, command, tmp_path, task):
     (tmp_path / "latin").write_bytes(b"\xfc")
     with pytest.raises(ValueError, match=f"^{task[-1][2:]}: expected UTF-8, got .*latin "):
         command("evaluate.py", run[0], *task, tmp_path / "latin")
+
+
+def test_texts_without_a_character_are_named(run, command, tmp_path):
+    (tmp_path / "a").write_text("")
+    # Nothing but the mark of its encoding.
+    (tmp_path / "b").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(
+        ValueError, match="^text: expected files with a text, got the empty .*a, .*b$"
+    ):
+        command("evaluate.py", run[0], "--text", tmp_path / "a", tmp_path / "b")
+
+
+def test_line_breaks_of_a_text_are_evaluated_as_they_are(run, command, tmp_path):
+    (tmp_path / "text").write_bytes("\ufeffeins\r\nzwei\r\n".encode())
+    command("evaluate.py", run[0], "--text", tmp_path / "text", "--output", tmp_path)
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row["tokens"] == len(b"eins\r\nzwei\r\n")
+
+
+def test_a_checkpoint_without_its_tokenizer_is_not_read_as_one_of_bytes(
+    run, command, monkeypatch, hybrid_config
+):
+    wide = dataclasses.replace(hybrid_config, vocab_size=32000)
+    weights = Weights(wide, None, "bytes", "", lambda: pytest.fail("weights were read"))
+    monkeypatch.setattr("evaluate.open_weights", lambda path: weights)
+    with pytest.raises(
+        ValueError, match="^tokenizer: expected one for the 32000 ids of .* got none$"
+    ):
+        command("evaluate.py", run[0], "--text", "a")
 
 
 def test_essays_without_a_word_are_named(run, command, tmp_path):

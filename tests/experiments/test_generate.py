@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 from gdn2_jax.command import read_options
 
+import jax
+import numpy as np
 import pytest
 
 
@@ -50,3 +52,12 @@ def test_a_prompt_that_cannot_be_read_is_one_line(call, tmp_path):
     for name in ("latin", "missing"):
         message = call("--prompt-file", tmp_path / name)
         assert message.startswith("generate.py: ") and "\n" not in message and name in message
+
+
+def test_one_checkpoint_of_a_run_is_read(script, run):
+    directory, params = run
+    for path in (directory, directory / "checkpoints" / "0"):
+        _, found, _ = script._load(path, None)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, params))
+    with pytest.raises(FileNotFoundError, match="has no checkpoint of step 7, but .*0"):
+        script._load(directory / "checkpoints" / "7", None)
