@@ -41,9 +41,8 @@ def layer_of(mixer):
     return mixer.layer(ModelConfig(mixer=mixer, **SIZES), False, "mixer")
 
 
-# GDN without decay and Mamba-3 with one rank are cases of other mixers' layers; KDA has GDN-2's
-# projections and GDN's gates of one channel.
-@pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in ("deltanet", "kda", "mamba3")])
+# GDN without decay and Mamba-3 with one rank are cases of other mixers' layers.
+@pytest.mark.parametrize("mixer", [m for m in MIXERS if m not in ("deltanet", "mamba3")])
 def test_outputs_and_gradients_on_a_mesh_are_those_of_one_device(mixer, random_params):
     """Spans of 8 tokens: the window reaches over two spans before its own."""
     sizes = {"sequence": 4} if MIXERS[mixer].splits_sequences else {"fsdp": 4}
