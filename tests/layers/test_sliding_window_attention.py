@@ -188,6 +188,31 @@ def test_attention_that_knows_no_cache_gives_that_after_a_cache(length):
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
+def test_pieces_through_the_call_of_cudnn_equal_the_full_forward(make, monkeypatch):
+    attention, calls = jax.nn.dot_product_attention, []
+
+    def by_xla(*arrays, implementation, **options):
+        calls.append(arrays[0].shape[1] if implementation == "cudnn" else 0)
+        return attention(*arrays, implementation="xla", **options)
+
+    x = inputs(2, 23, WIDTH)
+    layer, params = make(x, dtype=jnp.bfloat16)
+    # The second row begins with padding.
+    segment_ids = np.array([[1] * 23, [0] * 3 + [1] * 20])
+    full = np.asarray(layer.apply({"params": params}, x, segment_ids), np.float32)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
+    decoder = functools.partial(layer.clone(decode=True).apply, mutable=["cache"])
+    variables = {"params": params}
+    for start, stop in [(0, 5), (5, 6), (6, 8), (8, 23)]:
+        ids = None if start else segment_ids[:, :stop]
+        y, cache = decoder(variables, x[:, start:stop], ids)
+        error = np.abs(y.astype(jnp.float32) - full[:, start:stop])
+        assert error.max() <= 2**-7 * np.abs(full).max()
+        variables = {"params": params, **cache}
+    assert [length for length in calls if length] == [WINDOW + 2, WINDOW + 15]
+
+
 def test_what_was_before_the_last_document_does_not_reach_what_follows(make):
     x = inputs(1, 9, WIDTH)
     layer, params = make(x, window_size=16)
