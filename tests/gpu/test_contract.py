@@ -39,8 +39,12 @@ REGIMES = [Regime(decay, **keys) for keys in KEYS for decay in DECAYS]
 # Where decays are uniform to -50, one or two elements make up dg: those of the last token, sums over V of R times the
 # final state's cotangent. Rounding these two operands to bf16 and nothing else, in float64, already gives errors of
 # dg up to 1.3e-2 in single sequences (see pallas/NOTES.md). The bound is for many elements: eight sequences count as one.
-# Where gates reset the state, so do a few elements make up db of a gate with one number a head.
-DRAWS = REGIMES + [Regime("uniform")] * 7 + [Regime("resets")] * 7
+# Where gates reset the state, so do a few elements make up db of a gate with one number a head; where they are strong
+# between borders, five tokens have 82 % of |db|^2; and where keys repeat, one write gate a head of the last two tokens
+# makes up dv.
+FIRST_DRAWS = REGIMES + [Regime("uniform")] * 7 + [Regime("resets")] * 7
+REPEATED = Regime("gentle", keys="repeated", erase=(1.0, 1.0))
+DRAWS = FIRST_DRAWS + [Regime("borders")] * 7 + [REPEATED] * 7
 _REGIME_OF_DRAW = np.array([REGIMES.index(regime) for regime in DRAWS])
 TENSORS = ("o", "final_state", *(f"d{name}" for name in OperatorInputs._fields[:-1]))
 
@@ -74,9 +78,7 @@ SHAPES = (
     Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="bw"),
     Shape(67, 128, 64, heads=2, value_heads=6, segments=9, dtype="float16", one_channel="b"),
     Shape(130, 128, 256, heads=2, value_heads=2, one_channel="w"),
-    Shape(
-        130, 128, 256, heads=2, value_heads=2, one_channel="gw"
-    ),  # seed 1000 fails on an H200: see pallas/NOTES.md
+    # No shape has one log-decay a head beside an erase gate of all channels: `why_not_hopper` refuses it.
     Shape(193, 128, 128, heads=2, value_heads=2, one_channel="gbw"),
     Shape(131, 64, 128, heads=2, value_heads=2, segments=4, one_channel="gbw"),
 )
@@ -120,7 +122,7 @@ def stacked(shape: Shape, first_seed: int):
     rng = np.random.default_rng(first_seed)
     parts = [
         [rng.standard_normal((rows, *x.shape[1:])) for x in (arrays[2], arrays[6])]
-        for rows in (len(REGIMES), len(DRAWS) - len(REGIMES))
+        for rows in np.diff([0, len(REGIMES), len(FIRST_DRAWS), len(DRAWS)])
     ]
     cotangents = tuple(
         jnp.asarray(np.concatenate(part), x.dtype)

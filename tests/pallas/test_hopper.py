@@ -193,6 +193,7 @@ def test_a_kernel_refuses_an_operand_of_another_shape():
             lambda x: x._replace(**{n: getattr(x, n)[..., :96] for n in "vw"}),
             "multiples of 64 value channels a key head, got 96",
         ),
+        (lambda x: x._replace(g=x.g[..., :1]), "one channel in g where b has one, too, got 128"),
     ],
 )
 def test_kernels_say_which_inputs_they_cannot_serve(change, why):

@@ -40,6 +40,9 @@ def why_not_hopper(q, k, v, g, b, w) -> str | None:
         return f"the kernels take up to {_GRID} sequences, heads and chunks of {CHUNK} tokens"
     if q.shape[-1] not in _KEY_CHANNELS:
         return f"the kernels take {_KEY_CHANNELS} channels in q, got {q.shape[-1]}"
+    if g.shape[-1] == 1 < b.shape[-1]:
+        # Broadcast, a decay below the clamp would leave 2^-12 of each channel in the sum that dg is.
+        return f"the kernels take one channel in g where b has one, too, got {b.shape[-1]} in b"
     values = v.shape[-2] // q.shape[-2] * v.shape[-1]
     if values % _VALUE_CHANNELS:
         return (
@@ -63,11 +66,9 @@ def hopper(
     """Outputs (in v's dtype) and final state (fp32); arguments as in `chunkwise`, dtypes as above.
 
     K is 64 or 128 and V a multiple of 64; fp16 inputs are rounded to bf16. The kernels read gates with
-    one channel as one number a head, and leave their gradients so; but g is broadcast where b is not one.
+    one channel as one number a head, and leave their gradients so.
     """
     length, key_dim, value_dim, dtype = q.shape[1], q.shape[-1], v.shape[-1], v.dtype
-    if b.shape[-1] > 1:
-        g = jnp.broadcast_to(g, q.shape)
     padding = -length % CHUNK
     # A block of value channels is as wide as the key's two halves.
     value_padding = -value_dim % key_dim
