@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from gdn2_jax import gated_delta_rule_2, gated_delta_rule_2_step
 from gdn2_jax.ops.arguments import segment_starts
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels import form, plans
-from gdn2_jax.testing import assert_matches_recurrence, operator_inputs
+from gdn2_jax.testing import Regime, assert_matches_recurrence, operator_inputs
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
 triton = pytest.importorskip("triton", reason="needs triton (pip install gdn2-jax[triton])")
@@ -144,6 +144,13 @@ def test_kernels_match_the_recurrence(options):
     options = {"heads": 1, **options}
     inputs = operator_inputs(1, 70, key_dim=20, value_dim=24, **options)
     assert_matches_recurrence(kernels, inputs)
+
+
+def test_closed_gates_of_one_number_a_head_have_no_gradient():
+    """Where keys repeat, its sum over channels would add up what the clamp leaves in each of them."""
+    closed = Regime(-1000.0, keys="repeated", erase=(1.0, 1.0))
+    inputs = operator_inputs(1, 30, 1, 128, 64, regime=closed, dtype="bfloat16")
+    assert_matches_recurrence(kernels, inputs._replace(g=inputs.g[..., :1]))
 
 
 def test_steps_match_the_recurrence():

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from gdn2_jax.ops.gated_delta_rule_2.triton_kernels.tiles import (
+    CLAMP,
     bf16_part,
     chunk_rows,
     chunk_segments,
@@ -271,7 +272,11 @@ def key_backward(
         # summed over cancel.
         d_exponent = left_e.to(tl.float32) * d_left_e + left_q.to(tl.float32) * d_left_q
         d_exponent = (d_exponent - right.to(tl.float32) * d_right) * 2.0**-24
-        d_decay += sum_rows(load_sums_transposed(sums, 2, C), d_exponent, PARTS)
+        d_block = sum_rows(load_sums_transposed(sums, 2, C), d_exponent, PARTS)
+        # A clamped decay is larger than the true one, and so is what went through it. One decay a head
+        # would sum that up over its channels.
+        excess = load_log2_decay(g, row, count, H, channel, K, C) - CLAMP
+        d_decay += d_block * tl.exp2(tl.where(excess < 0, excess, 0.0))
         up, down = up * 2.0**-24, down * 2.0**-24
         d_erase_row += d_left_e * up
         d_query += d_left_q * up
