@@ -85,7 +85,8 @@ SHAPES = (
 TRITON_SHAPES = [
     x._replace(implementation="triton")
     for x in (
-        *SHAPES[:3],  # seed 1000 of the second fails: see triton_kernels/NOTES.md
+        # Seed 1000 of the second failed on GPUs. It passes in the interpreter now; no GPU has run it since.
+        *SHAPES[:3],
         Shape(130, 64, 64, value_heads=3, segments=3, dtype="float32"),
         Shape(67, 96, 40, heads=2, value_heads=2, segments=9),
         Shape(70, 256, 256),

@@ -153,6 +153,19 @@ def test_closed_gates_of_one_number_a_head_have_no_gradient():
     assert_matches_recurrence(kernels, inputs._replace(g=inputs.g[..., :1]))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_repeated_key_reads_from_the_state_what_was_written_last(dtype):
+    """It reads a sum over the chunk that telescopes, in which the roundings of all rows would add up."""
+    repeated = Regime(0.0, keys="repeated", erase=(1.0, 1.0))
+    *six, state, _ = operator_inputs(1, 64, 1, 16, regime=repeated, dtype=dtype)
+    key = np.asarray(six[1][0, 0, 0], np.float64)
+    read, expected = (
+        key @ np.asarray(run(*six, initial_state=state)[1][0, 0])
+        for run in (kernels, functools.partial(gated_delta_rule_2, implementation="recurrent"))
+    )
+    assert np.linalg.norm(read - expected) < 1e-2 * np.linalg.norm(expected)
+
+
 def test_steps_match_the_recurrence():
     inputs = operator_inputs(2, 3, 2, 20, 40, value_heads=4, regime="extremes")
     state = inputs.initial_state

@@ -192,7 +192,7 @@ def _run_forward(scale, save, q, k, v, g, b, w, initial_state, segment):
         forward.intra_chunk_forward,
         (q, k, v, g, b, w, segment, _sums(chunk), length, heads),
         (
-            *(like(q.shape), like(v.shape), like(q.shape), like(q.shape), like(square)),
+            *(like(q.shape), _fp32(v.shape), like(q.shape), like(q.shape), like(square)),
             _fp32(square),
             _fp32((batch, heads, chunks, key_dim)),
         ),

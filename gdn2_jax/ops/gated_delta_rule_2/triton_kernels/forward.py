@@ -63,7 +63,7 @@ def intra_chunk_forward(
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """One program a chunk and key head; y, u, Kt, Qg, A in the operands' dtype, X and D in fp32."""
+    """One program a chunk and key head; y, Kt, Qg, A in the operands' dtype, u, X and D in fp32."""
     index = tl.program_id(0)
     batch, chunk, row, count = chunk_rows(index, T, H, C)
     here, before, last = chunk_segments(segment, batch, chunk, T, C)
@@ -169,18 +169,22 @@ def state_pass_forward(
         row, count = first_row(batch, chunk, head, T, H, C)
         at = index * chunks + chunk
         low = state.to(operand)
+        if SAVE:
+            store_state(states, at, channel, value_channel, state, K, V)
         y_ = load_operand(y, row, count, H, channel, K, C)
         r = load_rows(u, row, count, H, value_channel, V, C)
         r -= dot(y_, low, PRECISION)
         r_low = r.to(operand)
+        if SAVE:
+            store_rows(residual, row, count, H, value_channel, r_low, V, C)
+        total = tl.load(decay + at.to(tl.int64) * K + channel, mask=channel < K, other=0.0)
+        k_ = tl.trans(load_operand(k_tail, row, count, H, channel, K, C))
+        state = dot(k_, r_low, PRECISION, state * total[:, None])
+        if operand == tl.bfloat16:
+            # Where keys repeat, k^T S is a sum of R that telescopes: U and R keep more than an operand's digits.
+            state = dot(k_, (r - r_low.to(tl.float32)).to(operand), PRECISION, state)
         q_ = load_operand(q_gamma, row, count, H, channel, K, C)
         out = dot(q_, low, PRECISION)
         out = dot(load_square(read, at, C), r_low, PRECISION, out)
         store_rows(o, row, count, H, value_channel, out, V, C)
-        if SAVE:
-            store_rows(residual, row, count, H, value_channel, r, V, C)
-            store_state(states, at, channel, value_channel, state, K, V)
-        total = tl.load(decay + at.to(tl.int64) * K + channel, mask=channel < K, other=0.0)
-        k_ = load_operand(k_tail, row, count, H, channel, K, C)
-        state = dot(tl.trans(k_), r_low, PRECISION, state * total[:, None])
     store_state(final_state, index, channel, value_channel, state, K, V)
