@@ -117,11 +117,12 @@ def gated_delta_rule_2(
     batch, length, key_heads, key_dim = q.shape
     check_segment_ids(segment_ids, (batch, length))
     scale = _resolve_scale(scale, key_dim)
+    obstacles: dict[str, str | None]
     if num_documents is None:
         obstacles = _obstacles(implementation, why_not_hopper, (q, k, v, g, b, w))
     else:
         no_states = "the kernels keep no states of documents (num_documents)"
-        obstacles = dict.fromkeys(("pallas", "triton"), no_states)
+        obstacles = {"pallas": no_states, "triton": no_states}
     _check_kernels(implementation, obstacles)
     if implementation != "recurrent" and jax.export.is_symbolic_dim(length):
         raise NotImplementedError(
