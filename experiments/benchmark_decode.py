@@ -6,11 +6,10 @@ r"""Times a decoding step of the operator, or prefill and decoding of whole mode
         --minutes 8 --output experiments/results/decode/h100.jsonl
 
 With --models random bfloat16 weights of presets read prompts and generate after contexts of several
-lengths. A prompt is read in pieces of 4,096 tokens, fewer in large batches, without padding. The last
-piece of a context is timed; all take as long, since full attention's cache has its final size from the
-first on. Decoding
-is `continue_session`, greedy, by the clock. What the output holds is not measured again; a figure is
-drawn beside it.
+lengths. A prompt is read in pieces of 4,096 tokens, fewer in large batches, without padding. The
+last piece of a context is timed; all take as long, since full attention's cache has its final size
+from the first on. Decoding is `continue_session`, greedy, by the clock. What the output holds is
+not measured again; a figure is drawn beside it.
 
 Without --models a compiled function advances a stack of layers by one token, as decoding does: each
 layer has its own state and the output of one is the query of the next. The states are donated, and
