@@ -118,7 +118,8 @@ class SoftmaxAttentionLayer(nn.Module):
         if segment_ids is None:
             last = jnp.take_along_axis(cache.segment_ids, (first[:, None] - 1) % size, axis=1)
             ids = jnp.broadcast_to(last, (batch, length))
-            cache = _of_document(cache, last)
+            if length > 1:  # One token reads the ring that it was written to.
+                cache = _of_document(cache, last)
 
         # Only the last `size` of the new tokens can be seen again.
         slots = (first[:, None] + jnp.arange(length)[None, -size:]) % size
