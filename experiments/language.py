@@ -68,6 +68,7 @@ RESULTS = HERE / "results" / "language"
 # Changes of a preset's mixer that a study may name after it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "_scalar_bw": {"erase_gate": "scalar", "write_gate": "scalar"},
+    "_tied": {"erase_gate": "scalar", "write_gate": "tied"},
     "_scalar_b": {"erase_gate": "scalar"},
     "_scalar_w": {"write_gate": "scalar"},
     "_negative": {"allow_negative_eigenvalues": True},

@@ -65,6 +65,11 @@ MIXERS: dict[str, Mixer] = {
     "gdn2_scalar_erase": DeltaRule(erase_gate="scalar"),
     "gdn2_scalar_write": DeltaRule(write_gate="scalar"),
     "gdn2_scalar_both": DeltaRule(erase_gate="scalar", write_gate="scalar"),
+    "gdn2_tied": DeltaRule(erase_gate="scalar", write_gate="tied"),
+    "gdn2_tied_sigmoid": DeltaRule(erase_gate="scalar", write_gate="tied", output_gate="sigmoid"),
+    "gdn2_scalar_both_sigmoid": DeltaRule(
+        erase_gate="scalar", write_gate="scalar", output_gate="sigmoid"
+    ),
     "gdn2_sigmoid": DeltaRule(output_gate="sigmoid"),
     "gdn2_negative": DeltaRule(**_NEGATIVE),
     "kda": DeltaRule(kind="kda"),

@@ -249,7 +249,8 @@ def gate_statistics(
 @functools.partial(jax.jit, static_argnames="config")
 def _gates(config, params, inputs) -> dict[str, Float[Array, "layers B T H C"]]:
     """b, w and exp(g) of all layers, from the results of the projections."""
-    wanted = ("b_proj", "w_proj", "f_proj_1")
+    tied = config.mixer.write_gate == "tied"
+    wanted = ("b_proj", "f_proj_1") if tied else ("b_proj", "w_proj", "f_proj_1")
     _, variables = LanguageModel(config).apply(
         {"params": params},
         inputs,
@@ -264,11 +265,12 @@ def _gates(config, params, inputs) -> dict[str, Float[Array, "layers B T H C"]]:
     def split(x):
         return x.reshape(*x.shape[:-1], heads, -1)
 
+    def mean(value):
+        return jnp.broadcast_to(value.mean(-1, keepdims=True), value.shape)
+
     def gate(logits, structure):
         value = jax.nn.sigmoid(split(logits))
-        if structure == "scalar":
-            value = jnp.broadcast_to(value.mean(-1, keepdims=True), value.shape)
-        return value
+        return mean(value) if structure == "scalar" else value
 
     mixer = params["layers"]["block"]["mixer"]
     a_log = mixer["A_log"][:, None, None, :, None]
@@ -278,8 +280,9 @@ def _gates(config, params, inputs) -> dict[str, Float[Array, "layers B T H C"]]:
     else:
         g = config.mixer.decay_lower_bound * jax.nn.sigmoid(decay_rate(a_log, jnp.float32) * f)
     scale = 2 if config.mixer.allow_negative_eigenvalues else 1
+    erase = gate(found["b_proj"], config.mixer.erase_gate)
     return {
-        "erase": scale * gate(found["b_proj"], config.mixer.erase_gate),
-        "write": gate(found["w_proj"], config.mixer.write_gate),
+        "erase": scale * erase,
+        "write": mean(erase) if tied else gate(found["w_proj"], config.mixer.write_gate),
         "keep": jnp.exp(g),
     }

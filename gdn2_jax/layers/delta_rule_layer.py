@@ -92,7 +92,7 @@ class DeltaRuleLayer(nn.Module):
         `g` [B, T, Hv, K or 1] is the log-decay of each value head, so q and k are repeated to the
         value heads.
         """
-        q, k = (_repeat_heads(u, self._value_heads // self.num_heads) for u in (q, k))
+        q, k = (repeat_heads(u, self._value_heads // self.num_heads) for u in (q, k))
         return self._mix(q, k, v, g, beta, beta, segment_ids)
 
     def _mix(self, q, k, v, g, b, w, segment_ids) -> Float[Array, "B T Hv V"]:
@@ -173,7 +173,7 @@ def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B T H C"]
     return x.reshape(*x.shape[:2], heads, -1)
 
 
-def _repeat_heads(x: Float[Array, "B T H K"], count: int) -> Float[Array, "B T H*{count} K"]:
+def repeat_heads(x: Float[Array, "B T H K"], count: int) -> Float[Array, "B T H*{count} K"]:
     """Repeats each head `count` times; on Explicit axes jnp.repeat would ask for a sharding."""
     shape = (*x.shape[:3], count, x.shape[3])
     return jnp.broadcast_to(x[:, :, :, None], shape).reshape(*x.shape[:2], -1, x.shape[3])

@@ -1,6 +1,6 @@
 """The Gated DeltaNet-2 token mixer."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -11,13 +11,15 @@ from gdn2_jax.layers.delta_rule_layer import (
     DeltaRuleLayer,
     check_decay_lower_bound,
     log_decay,
+    repeat_heads,
     split_heads,
 )
 from gdn2_jax.layers.initializers import inverse_softplus_time_step, log_uniform_rate
 from gdn2_jax.layers.inputs import check_choices, check_inputs
 from gdn2_jax.layers.parts import dense, per_head
 
-GateStructure = Literal["channel", "scalar"]
+EraseGate = Literal["channel", "scalar"]
+WriteGate = Literal["channel", "scalar", "tied"]
 
 
 class GatedDeltaNet2(DeltaRuleLayer):
@@ -51,7 +53,8 @@ class GatedDeltaNet2(DeltaRuleLayer):
       conv_size: tokens seen by each convolution.
       allow_negative_eigenvalues: erase gate in [0, 2] instead of [0, 1].
       erase_gate: "channel", or "scalar" for the gate's mean over the channels of each head.
-      write_gate: the same for the write gate.
+      write_gate: the same for the write gate, or "tied": the mean of the erase gate, in [0, 1], over the
+        channels of each head, so no `w_proj`. Beside a scalar erase gate one number erases and writes.
       decay_lower_bound: None, or a bound in [-5, 0) on the log-decay, which then is
         bound * sigmoid(exp(A_log) (f + dt_bias)).
       output_gate: "silu", or "sigmoid" as in flash-linear-attention.
@@ -70,8 +73,8 @@ class GatedDeltaNet2(DeltaRuleLayer):
         `ShortConvolution`.
     """
 
-    erase_gate: GateStructure = "channel"
-    write_gate: GateStructure = "channel"
+    erase_gate: EraseGate = "channel"
+    write_gate: WriteGate = "channel"
     decay_lower_bound: float | None = None
     output_gate: Literal["silu", "sigmoid"] = "silu"
 
@@ -105,10 +108,13 @@ class GatedDeltaNet2(DeltaRuleLayer):
         g = self._log_decay(split_heads(f, heads))
         b = dense(self, "b_proj", heads * key_dim)(x)
         b = _gate(split_heads(b, heads), self.erase_gate)
+        if self.write_gate == "tied":
+            w = repeat_heads(jnp.mean(b, axis=-1, keepdims=True), value_heads // heads)
+        else:
+            w = dense(self, "w_proj", value_heads * value_dim)(x)
+            w = _gate(split_heads(w, value_heads), self.write_gate)
         if self.allow_negative_eigenvalues:
             b = 2 * b
-        w = dense(self, "w_proj", value_heads * value_dim)(x)
-        w = _gate(split_heads(w, value_heads), self.write_gate)
 
         o = self._mix(q, k, v, g, b, w, segment_ids)
         return self._output(o, z, self.output_gate, x.shape[-1])
@@ -122,11 +128,12 @@ class GatedDeltaNet2(DeltaRuleLayer):
 
     def _check_attributes(self) -> None:
         super()._check_attributes()
-        check_choices(self, ("channel", "scalar"), "erase_gate", "write_gate")
+        check_choices(self, get_args(EraseGate), "erase_gate")
+        check_choices(self, get_args(WriteGate), "write_gate")
         check_decay_lower_bound(self.decay_lower_bound)
         check_choices(self, ("silu", "sigmoid"), "output_gate")
 
 
-def _gate(logits: Float[Array, "B T H C"], structure: GateStructure) -> Float[Array, "B T H #C"]:
+def _gate(logits: Float[Array, "B T H C"], structure: WriteGate) -> Float[Array, "B T H #C"]:
     gate = jax.nn.sigmoid(logits)
     return jnp.mean(gate, axis=-1, keepdims=True) if structure == "scalar" else gate

@@ -61,7 +61,7 @@ class DeltaRule:
       allow_negative_eigenvalues: erase gate in [0, 2] instead of [0, 1].
       decay_lower_bound: None or a lower bound in [-5, 0) on the log-decay of gdn2 and kda.
       erase_gate: a gate per channel of gdn2, or its mean per head.
-      write_gate: a gate per channel of gdn2, or its mean per head.
+      write_gate: the same, or "tied" for the mean of the erase gate.
       num_householder: steps of gated_deltaproduct for each token; the others take one.
       output_gate: None is the layer's own, sigmoid in kda, SiLU in the others.
       state_rounding: None for a decoding state in float32, or how one in bfloat16 is rounded.
@@ -79,7 +79,7 @@ class DeltaRule:
     allow_negative_eigenvalues: bool = False
     decay_lower_bound: float | None = None
     erase_gate: Literal["channel", "scalar"] = "channel"
-    write_gate: Literal["channel", "scalar"] = "channel"
+    write_gate: Literal["channel", "scalar", "tied"] = "channel"
     num_householder: int = 2
     output_gate: Literal["silu", "sigmoid"] | None = None
     state_rounding: StateRounding | None = None

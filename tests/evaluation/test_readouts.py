@@ -104,7 +104,12 @@ def test_recall_is_the_share_of_right_guesses_at_repeated_rare_pairs(params, sto
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"allow_negative_eigenvalues": True, "erase_gate": "scalar"}]
+    "changes",
+    [
+        {},
+        {"allow_negative_eigenvalues": True, "erase_gate": "scalar"},
+        {"allow_negative_eigenvalues": True, "write_gate": "tied"},
+    ],
 )
 def test_gates_are_those_that_the_operator_receives(params, changes, monkeypatch):
     """The layer's own gates, seen where it hands them to the operator."""

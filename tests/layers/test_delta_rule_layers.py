@@ -178,16 +178,25 @@ def test_chunkwise_form_equals_the_recurrence_over_two_chunks(make):
         assert_close(run("xla", jnp.float32), run("recurrent", jnp.float64), 2e-5)
 
 
-@pytest.mark.parametrize("gate", ["channel", "scalar"])
-def test_tied_gdn2_layer_is_a_kda_layer(make, apply, gate):
+@pytest.mark.parametrize(
+    ("erase_gate", "write_gate"),
+    [("channel", "channel"), ("scalar", "scalar"), ("channel", "tied"), ("scalar", "tied")],
+)
+def test_tied_gdn2_layer_is_a_kda_layer(make, apply, erase_gate, write_gate):
     # A GDN-2 layer whose gate projections repeat KDA's one column for every channel of its head.
     x = inputs(2, 9, WIDTH)
     kda, params = make("kda", x, output_gate="silu")
     gdn2 = GatedDeltaNet2(
-        num_heads=2, head_dim=4, erase_gate=gate, write_gate=gate, implementation="recurrent"
+        num_heads=2,
+        head_dim=4,
+        erase_gate=erase_gate,
+        write_gate=write_gate,
+        implementation="recurrent",
     )
     repeated = jnp.repeat(params["b_proj"]["kernel"], 4, axis=1)
-    tied = params | {"b_proj": {"kernel": repeated}, "w_proj": {"kernel": repeated}}
+    tied = params | {"b_proj": {"kernel": repeated}}
+    if write_gate != "tied":
+        tied["w_proj"] = {"kernel": repeated}
     np.testing.assert_allclose(apply(gdn2, tied, x), apply(kda, params, x), atol=1e-6)
 
 

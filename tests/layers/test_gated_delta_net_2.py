@@ -64,8 +64,12 @@ def reference(params, x, *, heads, value_heads, key_dim, value_dim, **options):
     bound = options.get("decay_lower_bound")
     g = -rate * np.logaddexp(0, f) if bound is None else bound * sigmoid(rate * f)
     b = gate("b_proj", key_shape, options.get("erase_gate"))
+    if options.get("write_gate") == "tied":
+        w = np.repeat(b.mean(-1, keepdims=True), value_heads // heads, axis=1)
+        w = np.broadcast_to(w, value_shape)
+    else:
+        w = gate("w_proj", value_shape, options.get("write_gate"))
     b = b * (2 if options.get("allow_negative_eigenvalues") else 1)
-    w = gate("w_proj", value_shape, options.get("write_gate"))
     z = project("g_proj_0") @ p["g_proj_1"]["kernel"] + p["g_proj_1"]["bias"]
     z = z.reshape(value_shape)
     activation = sigmoid(z) * (1 if options.get("output_gate") == "sigmoid" else z)
@@ -91,6 +95,7 @@ def reference(params, x, *, heads, value_heads, key_dim, value_dim, **options):
         {"num_value_heads": 6, "expand_v": 1.5},
         {"erase_gate": "scalar"},
         {"write_gate": "scalar", "output_gate": "sigmoid"},
+        {"write_gate": "tied", "allow_negative_eigenvalues": True, "num_value_heads": 4},
         {"decay_lower_bound": -5.0},
     ],
     ids=lambda options: "-".join(options) or "default",
