@@ -1,11 +1,10 @@
-"""Any shape, gate regime and segment layout: the chunkwise form is the recurrence."""
+"""Any gate regime and segment layout: the chunkwise form is the recurrence."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +13,8 @@ from gdn2_jax.testing import REGIMES, assert_matches_recurrence, operator_inputs
 
 xla = functools.partial(gated_delta_rule_2, implementation="xla")
 
-# The shapes of the quick test are few, because each is compiled: (T, Hk, K, V, Hv).
-SHAPES = [(33, 1, 8, 4, 2), (97, 2, 4, 12, 2)]
+# Few shapes, because each is compiled: (T, Hk, K, V, Hv).
+SHAPES = [(33, 1, 8, 4, 2), (97, 2, 5, 12, 6)]
 
 
 def draw_inputs(data, shape):
@@ -54,18 +53,3 @@ def judge(inputs, g, segment_ids):
 @given(st.data())
 def test_any_gates_and_segments_match_the_recurrence(data):
     judge(*draw_inputs(data, data.draw(st.sampled_from(SHAPES), "shape")))
-
-
-@pytest.mark.slow
-@settings(max_examples=2, deadline=None, derandomize=True)
-@given(st.data())
-def test_any_shape_matches_the_recurrence(data):
-    key_heads = data.draw(st.integers(1, 3), "key heads")
-    shape = (
-        data.draw(st.integers(1, 200), "length"),
-        key_heads,
-        data.draw(st.integers(1, 40), "key dim"),
-        data.draw(st.integers(1, 40), "value dim"),
-        key_heads * data.draw(st.integers(1, 3), "group"),
-    )
-    judge(*draw_inputs(data, shape))
