@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -90,7 +90,8 @@ def share(
         that of the parent.
     """
     context = multiprocessing.get_context("spawn")
-    processes, jobs_of, returned = {}, {}, collections.deque()  # the first two by connection
+    processes, jobs_of, device_of = {}, {}, {}  # by connection
+    returned = collections.deque()
     environment = {"JAX_COMPILATION_CACHE_DIR": str(programs)}
     if any(devices):
         # The clock is short: cuBLAS' own choice instead of trying every kernel for every product.
@@ -116,21 +117,21 @@ def share(
         processes[ours].start()
         theirs.close()
         jobs_of[ours] = collections.deque()
+        device_of[ours] = devices[number]
         return ours
 
     def hand_out() -> None:
         while True:
-            least = min(map(len, jobs_of.values()), default=in_hand)
+            to = freest(jobs_of, device_of)
+            least = in_hand if to is None else len(jobs_of[to])
             can_start = len(processes) < len(devices)
             if least == in_hand and not can_start:
                 return
             job = returned.popleft() if returned else next_job()
             if job is None:
                 return
-            if can_start and least > 0:
+            if to is None or (can_start and least > 0):
                 to = start()
-            else:
-                to = next(to for to, jobs in jobs_of.items() if len(jobs) == least)
             jobs_of[to].append(job)
             with contextlib.suppress(OSError):  # it has died, which is noticed below
                 to.send(job)
@@ -171,6 +172,19 @@ def share(
             process.kill()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def freest[Name](jobs_of: dict[Name, Collection], device_of: dict[Name, str]) -> Name | None:
+    """The process with the fewest jobs, among several one whose GPU has the fewest; None without any.
+
+    So no GPU waits while two jobs take turns on another.
+    """
+    of_device = collections.Counter()
+    for name, jobs in jobs_of.items():
+        of_device[device_of[name]] += len(jobs)
+    return min(
+        jobs_of, key=lambda name: (len(jobs_of[name]), of_device[device_of[name]]), default=None
+    )
 
 
 def _turns(programs: Path, device: str) -> Path:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from gdn2_jax.rows import source_commit
-from gdn2_jax.workers import share, worker_devices
+from gdn2_jax.workers import freest, share, worker_devices
 
 JOBS = """
 import os, time
@@ -85,6 +85,14 @@ def test_jobs_may_follow_from_results_and_stop_at_a_signal_and_the_deadline(mess
     ]
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not list(messages(of("a"), deadline=time.time()))
+
+
+def test_a_job_goes_to_the_gpu_with_the_fewest_jobs():
+    devices = {"a": "3", "b": "5", "c": "3", "d": "5"}
+    assert freest({"a": [], "b": [], "c": ["long"], "d": []}, devices) == "b"
+    assert freest({"a": ["x"], "b": ["x"], "c": ["x"], "d": []}, devices) == "d"
+    assert freest({"c": ["x"], "b": ["x", "y"]}, devices) == "c"
+    assert freest({}, devices) is None
 
 
 def test_processes_share_the_gpus_that_the_parent_may_see(monkeypatch):
