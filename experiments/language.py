@@ -589,11 +589,15 @@ def draw(rows: list[dict], path: Path) -> None:
         for name, marker in (("second", "o"), ("first", "|")):
             values = [row["recall"][name] for row in finished if "recall" in row]
             recall.plot(values, [model] * len(values), marker, color=colour)
-    sweep.set(
-        xscale="log", xlabel="learning rate", ylabel="validation, bits per byte", title="sweep"
-    )
+    sweep.set(xlabel="learning rate", ylabel="validation, bits per byte", title="sweep")
+    swept = sorted({row["learning_rate"] for row in rows if row["phase"] == "sweep"})
+    sweep.set_xscale("log")
+    sweep.set_xticks(swept, map("{:g}".format, swept))
+    sweep.minorticks_off()
     result.set(xlabel="validation, bits per byte; a point a seed", title="at the best rate")
-    position.set(xlabel="position", ylabel="loss, nats a token", xscale="log", title="long texts")
+    position.set(xlabel="position", ylabel="loss, nats a token", title="long texts")
+    position.set_xscale("log", base=2)
+    position.xaxis.set_major_formatter("{x:,.0f}")
     recall.set(
         xlabel="right guesses at rare pairs: o seen before in the text, | not", title="recall"
     )

@@ -141,6 +141,22 @@ CLAIMS = [
             Comparison("accuracy", "gdn2_sigmoid", ">", "kda"),
         ],
     ),
+    Claim(
+        "two numbers a head, to erase and to write, beat one for both",
+        "capacity_gates",
+        [
+            Comparison("accuracy", "gdn2_scalar_both", ">", "gdn2_tied"),
+            Comparison("accuracy", "gdn2_scalar_both_sigmoid", ">", "gdn2_tied_sigmoid"),
+        ],
+    ),
+    Claim(
+        "a number for each channel beats one a head",
+        "capacity_gates",
+        [
+            Comparison("accuracy", "gdn2", ">", "gdn2_scalar_both"),
+            Comparison("accuracy", "gdn2_sigmoid", ">", "gdn2_scalar_both_sigmoid"),
+        ],
+    ),
     *(
         Claim(
             "(c) GDN-2 beats KDA on updated keys and loses no untouched ones",
@@ -322,7 +338,7 @@ def groups(rows: list[dict]) -> dict[tuple, dict[str, dict[float, list[dict]]]]:
 
 def size(row: dict) -> tuple:
     """The steps, length and varied sizes, by which a study's panels differ."""
-    return (row["length"], *map(str, row["size"].values()), row["all_steps"])
+    return (row["length"], *row["size"].values(), row["all_steps"])
 
 
 def size_name(row: dict) -> str:
@@ -458,13 +474,13 @@ def plot_summary(studies: dict[str, list[dict]], path: Path) -> None:
     for axes, (name, rows) in zip(panels, studies.items()):
         label, points = summary(rows)
         places = list(dict.fromkeys(place for of_mixer in points.values() for place in of_mixer))
-        for mixer, of_mixer in points.items():
+        for number, (mixer, of_mixer) in enumerate(points.items()):
             means = [statistics.mean(values) for values in of_mixer.values()]
             errors = [
                 [mean - min(values) for mean, values in zip(means, of_mixer.values())],
                 [max(values) - mean for mean, values in zip(means, of_mixer.values())],
             ]
-            beside = 0.04 * (len(lines) - len(points) / 2)  # so that lines do not hide each other
+            beside = 0.5 * (number / len(points) - 0.5)  # so that lines do not hide each other
             x = [places.index(place) + beside for place in of_mixer]
             style = {"color": colours()[mixer], "marker": "o", "markersize": 3, "capsize": 2}
             lines[mixer] = axes.errorbar(x, means, errors, linewidth=1, **style)
