@@ -219,21 +219,6 @@ def test_segments_are_sequences_of_their_own(draw):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), last, alone)
 
 
-def test_no_gradient_crosses_a_border(draw):
-    inputs, weights, state = draw(20, ranks=2, dtype="float32")
-    ids = jnp.asarray([[0] * 7 + [1] * 13] * 2)
-
-    def last_document(inputs, state):
-        o, final = mamba3(inputs, weights, initial_state=state, segment_ids=ids)
-        return jnp.sum(o[:, 7:]) + sum(map(jnp.sum, final))
-
-    of_inputs, of_state = jax.jit(jax.grad(last_document, argnums=(0, 1)))(inputs, state)
-    for leaf in jax.device_get(of_inputs):
-        # The first token of a document has nothing to decay.
-        assert np.all(leaf[:, :7] == 0) and np.all(np.any(leaf[:, 8:] != 0, axis=(0, 2)))
-    assert not any(np.any(leaf) for leaf in of_state)
-
-
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_prefill_and_steps_equal_one_pass(draw, ranks):
     inputs, weights, start = draw(70, ranks, dtype="float32")
@@ -268,37 +253,58 @@ def assert_close(actual, expected):
         assert np.linalg.norm(x - y) <= 2e-5 * np.linalg.norm(y)
 
 
-def test_vmap_runs_sequences_of_their_own(draw):
-    inputs, weights, state = draw(40, ranks=2, dtype="float32")
-    ids = segments(40)
-
-    def gradients(inputs, state, ids):
-        o, pullback = jax.vjp(lambda *x: run(*x, segment_ids=ids)[0], inputs, weights, state)
-        return o, pullback(jnp.sin(o))
-
-    rows = jax.tree.map(lambda x: x[:, None], (inputs, state, ids))
-    o, (of_inputs, of_weights, of_state) = jax.device_get(jax.jit(jax.vmap(gradients))(*rows))
-    of_weights = jax.tree.map(lambda x: np.sum(x, axis=0), of_weights)
-    o, of_inputs, of_state = jax.tree.map(lambda x: x[:, 0], (o, of_inputs, of_state))
-    assert_close((o, (of_inputs, of_weights, of_state)), jax.jit(gradients)(inputs, state, ids))
+def gradients(fn, inputs, weights, state, ids, cotangents):
+    results, pullback = jax.vjp(lambda *x: fn(*x, segment_ids=ids), inputs, weights, state)
+    return results, pullback(cotangents)
 
 
-def test_gradients_under_shard_map_equal_those_of_one_device(draw):
+@pytest.fixture
+def two_documents(draw):
+    """Arguments of `gradients`, and what it makes of them: no cotangent is in the first document."""
     inputs, weights, state = draw(20, ranks=2, dtype="float32")
-    ids = jnp.asarray([[0] * 7 + [1] * 13] * 2)
+    ids = np.asarray([[0] * 7 + [1] * 13] * 2)
+    cotangents = np.where(ids[..., None, None], np.cos(inputs.v), 0).astype(np.float32), state
+    arguments = inputs, weights, state, ids, cotangents
+    return arguments, jax.device_get(one_program(*arguments))
+
+
+one_program = jax.jit(functools.partial(gradients, run))
+
+
+def test_no_gradient_crosses_a_border(two_documents):
+    _, (_, (of_inputs, _, of_state)) = two_documents
+    for leaf in of_inputs:
+        # The first token of a document has nothing to decay.
+        assert np.all(leaf[:, :7] == 0) and np.all(np.any(leaf[:, 8:] != 0, axis=(0, 2)))
+    assert not any(np.any(leaf) for leaf in of_state)
+
+
+def test_vmap_runs_sequences_of_their_own(two_documents):
+    (inputs, weights, state, ids, cotangents), expected = two_documents
+    rows = jax.tree.map(lambda x: x[:, None], (inputs, state, ids, cotangents))
+    mapped = jax.vmap(functools.partial(gradients, run), in_axes=(0, None, 0, 0, 0))
+    actual = jax.device_get(jax.jit(mapped)(rows[0], weights, *rows[1:]))
+    results, (of_inputs, of_weights, of_state) = actual
+    of_weights = jax.tree.map(lambda x: np.sum(x, axis=0), of_weights)
+    results, of_inputs, of_state = jax.tree.map(lambda x: x[:, 0], (results, of_inputs, of_state))
+    assert_close((results, (of_inputs, of_weights, of_state)), expected)
+
+
+def test_gradients_under_shard_map_equal_those_of_one_device(two_documents):
+    (*arguments, ids, cotangents), expected = two_documents
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, replicated = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
 
-    def op(inputs, weights, state, ids):
-        return run(inputs, weights, state, segment_ids=ids)[0]
+    def sharded(inputs, weights, state, segment_ids):
+        return jax.shard_map(
+            lambda inputs, weights, state, ids: run(inputs, weights, state, segment_ids=ids),
+            mesh=mesh,
+            in_specs=(rows, replicated, rows, rows),
+            out_specs=rows,
+        )(inputs, weights, state, segment_ids)
 
-    sharded = jax.shard_map(op, mesh=mesh, in_specs=(rows, replicated, rows, rows), out_specs=rows)
-
-    def gradients(fn):
-        loss = jax.grad(lambda *x: jnp.sum(jnp.sin(fn(*x, ids))), argnums=(0, 1, 2))
-        return jax.jit(loss)(inputs, weights, state)
-
-    assert_close(gradients(sharded), gradients(op))
+    actual = jax.jit(functools.partial(gradients, sharded))(*arguments, ids, cotangents)
+    assert_close(actual, expected)
 
 
 def test_memory_of_forward_and_backward_is_linear_in_time():
