@@ -168,6 +168,7 @@ def test_a_half_precision_layer_has_float32_parameters_and_computes_the_same(
 # Of deltanet, gdn does all.
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "deltanet"])
 def test_no_layer_relies_on_rank_promotion(name):
+    """The operators' chunkwise forms are traced in tests/ops."""
     x = jnp.ones((2, 6, 8))
     segment_ids = jnp.asarray([[0] * 4 + [1] * 2] * 2)
 
@@ -175,12 +176,12 @@ def test_no_layer_relies_on_rank_promotion(name):
         return jnp.sum(layer.apply(variables, x, segment_ids))
 
     with jax.numpy_rank_promotion("raise"):
-        decoder = LAYERS[name](num_heads=2, decode=True)
+        decoder = build(name, decode=True)
         # With one token, as in decoding.
         variables = jax.eval_shape(decoder.init, jax.random.key(0), x[:, :1], segment_ids[:, :1])
         jax.eval_shape(functools.partial(decoder.apply, mutable="cache"), variables, x, segment_ids)
         params = {"params": variables["params"]}
-        layer = LAYERS[name](num_heads=2)
+        layer = build(name)
         jax.eval_shape(jax.grad(functools.partial(loss, layer), (0, 1)), params, x)
 
 
