@@ -41,7 +41,8 @@ SHAPES = [
     Shape(600, 8, 8, segments=7),
 ]
 CASES = [
-    *(("xla", "float64", shape) for shape in SHAPES),
+    # The third is among the shapes of test_properties.
+    *(("xla", "float64", shape) for shape in SHAPES if shape.length != 63),
     ("xla", "float32", SHAPES[5]),
     ("xla", "bfloat16", SHAPES[5]),
     (None, "float16", SHAPES[1]),

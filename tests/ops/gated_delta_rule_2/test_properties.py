@@ -14,7 +14,7 @@ from gdn2_jax.testing import REGIMES, assert_matches_recurrence, operator_inputs
 xla = functools.partial(gated_delta_rule_2, implementation="xla")
 
 # Few shapes, because each is compiled: (T, Hk, K, V, Hv).
-SHAPES = [(33, 1, 8, 4, 2), (97, 2, 5, 12, 6)]
+SHAPES = [(63, 1, 40, 24, 2), (97, 2, 5, 12, 6)]
 
 
 def draw_inputs(data, shape):
