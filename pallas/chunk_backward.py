@@ -36,7 +36,7 @@ from jaxtyping import Array, BFloat16, Float32
 
 from gdn2_jax.pallas import mosaic
 from gdn2_jax.pallas.intra_chunk_forward import BLOCK, CLAMP, HALF, LOG2_E, UNDERFLOW, sum_matrices
-from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
+from gdn2_jax.pallas.mosaic import CHUNK, matmul, split, tile
 from gdn2_jax.pallas.segments import Masks
 
 _WARPGROUPS = 2
@@ -184,21 +184,18 @@ def chunk_backward(
         pieces = [(slice(None), pl.ds(start, _PIECE)) for start in range(0, wg_channels, _PIECE)]
 
         def vector(ref):
-            return mosaic.over_rows(plgpu.load(ref, layout=COLUMNS, optimized=False), shape)
+            return mosaic.load_for_columns(ref, shape)
 
         def row_mask(ref, mask_shape=shape):
-            at = ref.at[row, rows]
-            return mosaic.over_columns(plgpu.load(at, layout=ROWS, optimized=False), mask_shape)
+            return mosaic.load_scalars(ref.at[row, rows], mask_shape)
 
         def poisoned(value):
             if masks is None:
                 return value
-            at = poison.at[index, rows]
-            vector = plgpu.load(at, layout=ROWS, optimized=False)
-            return value + mosaic.over_columns(vector, value.shape)
+            return value + mosaic.load_scalars(poison.at[index, rows], value.shape)
 
         def load_piece(ref, piece):
-            return plgpu.load(ref.at[wg, *piece], layout=WGMMA).astype(f32)
+            return plgpu.load(ref.at[wg, *piece]).astype(f32)
 
         def load_input(ref, piece):
             value = load_piece(ref, piece)
@@ -211,7 +208,7 @@ def chunk_backward(
             return keys, gates_of(piece_shape) if scalar_b else gates[0], queries
 
         def gates_of(shape):
-            gates = mosaic.over_columns(plgpu.load(b_tile, layout=ROWS), shape)
+            gates = mosaic.over_columns(plgpu.load(b_tile), shape)
             return gates if masks is None else mosaic.finite(gates)
 
         def part_of(value, piece):
@@ -265,7 +262,7 @@ def chunk_backward(
                 part = (wg, slice(None), pl.ds(start, wg_channels))
                 columns = pl.ds(wg * wg_values + start, wg_channels)
                 dz, value, *write = (
-                    plgpu.load(x, layout=WGMMA).astype(f32)
+                    plgpu.load(x).astype(f32)
                     for x in (
                         d_o_d_z.at[1, :, columns],
                         vs.at[part],
@@ -289,10 +286,7 @@ def chunk_backward(
                 plgpu.copy_smem_to_gmem(dw_tile.at[wg], summand)
             plgpu.barrier_wait(states_loaded.at[wg])
             return sum(
-                math.prod(
-                    plgpu.load(x.at[wg, pl.ds(start, CHUNK)], layout=WGMMA).astype(f32)
-                    for x in (hs, d_hs)
-                )
+                math.prod(plgpu.load(x.at[wg, pl.ds(start, CHUNK)]).astype(f32) for x in (hs, d_hs))
                 for start in range(0, block, CHUNK)
             )
 
@@ -333,8 +327,8 @@ def chunk_backward(
 
         pair = jnp.where(ri > ci, pair * jnp.where(wg == 0, jnp.float32(1), jnp.float32(-1)), 0.0)
         if masks is not None:
-            same = row_mask(row_segment, square) == mosaic.over_rows(
-                plgpu.load(column_segment.at[row, rows], layout=COLUMNS, optimized=False), square
+            same = row_mask(row_segment, square) == (
+                mosaic.load_for_columns(column_segment.at[row, rows], square)
             )
             pair = jnp.where(same, pair, 0.0)
         if scalar_g:
@@ -363,7 +357,7 @@ def chunk_backward(
         parts = [] if scalar_g else [k_parts.at[wg, i] for i in range(2)]
 
         def sum_g(limit, *matrices):
-            value = at_least(limit, plgpu.load(gs.at[wg], layout=WGMMA) * LOG2_E)
+            value = at_least(limit, plgpu.load(gs.at[wg]) * LOG2_E)
             store_parts(k_parts, value)
             plgpu.commit_smem()
             return [matmul(shape, *((matrix, part) for part in parts)) for matrix in matrices]
@@ -378,7 +372,7 @@ def chunk_backward(
                 UNDERFLOW * LOG2_E, sum_tiles.at[0], sum_tiles.at[0].transpose((1, 0))
             )
             gamma = jnp.exp2(to_row)
-            tail = jnp.exp2(from_row - sum(plgpu.load(x, layout=WGMMA).astype(f32) for x in parts))
+            tail = jnp.exp2(from_row - sum(plgpu.load(x).astype(f32) for x in parts))
         if masks is not None:
             gamma, tail = gamma * row_mask(reads), tail * row_mask(writes)
         for target, value in (
@@ -475,7 +469,7 @@ def chunk_backward(
             else:
                 store_parts((q_parts, k_parts)[i], share, piece)
 
-        on_diagonal = mosaic.over_columns(plgpu.load(diagonal, layout=ROWS), piece_shape)
+        on_diagonal = mosaic.over_columns(plgpu.load(diagonal), piece_shape)
         for piece in pieces:
             keys, gates, queries = load_inputs(piece)
             queries *= scale
@@ -520,7 +514,7 @@ def chunk_backward(
                 shape,
                 *((sum_tiles.at[0].transpose((1, 0)), q_parts.at[wg, i]) for i in range(2)),
                 *((sum_tiles.at[0], part) for part in parts),
-            ) - sum(plgpu.load(part, layout=WGMMA).astype(f32) for part in parts)
+            ) - sum(plgpu.load(part).astype(f32) for part in parts)
             plgpu.commit_smem()
             gs[wg] = poisoned(dg)
             plgpu.commit_smem()

@@ -31,7 +31,7 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float32
 
 from gdn2_jax.pallas import mosaic
-from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, ROWS, WGMMA, matmul, split, tile
+from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, matmul, split, tile
 from gdn2_jax.pallas.segments import Masks
 
 CLAMP = -12.0
@@ -196,7 +196,8 @@ def intra_chunk_forward(
             total, clamped, halves = 0.0, 0.0, []
             for r in range(CHUNK):
                 at = g.at[row, chunk * CHUNK + r, head]
-                value = plgpu.load(at, layout=row_layout, optimized=False)
+                # The first row's layout is that of all.
+                value = plgpu.load(at, layout=None if r else row_layout, optimized=False)
                 total += at_least(UNDERFLOW, value)
                 clamped += at_least(CLAMP / LOG2_E, value)
                 if (r + 1) % HALF == 0:
@@ -224,7 +225,7 @@ def intra_chunk_forward(
             keys, all_flaws = [], jnp.float32(0)
             for p in pieces:
                 columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
-                log_decay = plgpu.load(gs.at[p], layout=WGMMA)
+                log_decay = plgpu.load(gs.at[p])
                 if masks is not None:
                     known = log_decay < jnp.inf
                 log_decay = at_least(UNDERFLOW, log_decay) * LOG2_E
@@ -240,7 +241,7 @@ def intra_chunk_forward(
                 plgpu.commit_smem()  # every warp is done with the parts of g
                 up, down = jnp.exp2(to_row), jnp.exp2(-to_row)
                 key, *erase, query = (
-                    plgpu.load(x.at[columns], layout=WGMMA).astype(f32)
+                    plgpu.load(x.at[columns]).astype(f32)
                     for x in ((ks, qs) if scalar_b else (ks, bs, qs))
                 )
                 erase, query = (scalar_erase if scalar_b else erase[0]) * key, query * scale
@@ -267,12 +268,8 @@ def intra_chunk_forward(
                     for p in pieces:
                         moved = keys[p]
                         for half in (2 * i - 2, 2 * i - 1):
-                            step = plgpu.load(
-                                steps_tile.at[half, pl.ds(p * _PIECE, _PIECE)],
-                                layout=COLUMNS,
-                                optimized=False,
-                            )
-                            moved *= mosaic.over_rows(step, shape)
+                            step = steps_tile.at[half, pl.ds(p * _PIECE, _PIECE)]
+                            moved *= mosaic.load_for_columns(step, shape)
                         keys[p] = jnp.where(strip_row < BLOCK * i, moved, keys[p])
 
                 def products(for_erase, for_read, at=at):
@@ -303,7 +300,7 @@ def intra_chunk_forward(
             all_flaws = jnp.float32(0)
             for p in pieces if masks is not None else ():
                 columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
-                key, query = (plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, qs))
+                key, query = (plgpu.load(x.at[columns]).astype(f32) for x in (ks, qs))
                 key, query, flawed = without_flaws(key, query)
                 all_flaws = all_flaws + flawed
                 for target, value in ((ks, key), (qs, query)):
@@ -322,7 +319,7 @@ def intra_chunk_forward(
             erase, read = erase * weight * erase_column, read * weight
             for p in pieces:
                 columns = (slice(None), pl.ds(p * _PIECE, _PIECE))
-                key, query = (plgpu.load(x.at[columns], layout=WGMMA).astype(f32) for x in (ks, qs))
+                key, query = (plgpu.load(x.at[columns]).astype(f32) for x in (ks, qs))
                 for target, value in (
                     (bs, scalar_erase * key * gamma),
                     (qs, query * scale * gamma),
@@ -339,10 +336,8 @@ def intra_chunk_forward(
         erase = jnp.where(ri < ci, erase, 0.0)
         read = jnp.where(ri <= ci, read, 0.0)
         if masks is not None:
-            same = mosaic.over_columns(
-                plgpu.load(row_segment.at[row, rows], layout=ROWS, optimized=False), square
-            ) == mosaic.over_rows(
-                plgpu.load(column_segment.at[row, rows], layout=COLUMNS, optimized=False), square
+            same = mosaic.load_scalars(row_segment.at[row, rows], square) == (
+                mosaic.load_for_columns(column_segment.at[row, rows], square)
             )
             erase = jnp.where(same, erase, 0.0)
             read = jnp.where(same, read, 0.0)
@@ -388,8 +383,8 @@ def intra_chunk_forward(
             if start:
                 load_values(start)
             plgpu.barrier_wait(loaded_values)
-            z = plgpu.load(vs, layout=WGMMA).astype(jnp.float32)
-            z *= scalar_write if scalar_w else plgpu.load(ws[0], layout=WGMMA).astype(jnp.float32)
+            z = plgpu.load(vs).astype(jnp.float32)
+            z *= scalar_write if scalar_w else plgpu.load(ws[0]).astype(jnp.float32)
             if masks is not None:
                 z, flawed = without_flaws(z)
                 all_flaws = all_flaws + flawed

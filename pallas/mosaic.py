@@ -7,23 +7,26 @@ JAX's GPU interpreter runs neither wgmma with an operand in registers nor stores
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import layout_inference
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import batching, mlir
 
 CHUNK = 64
 """Tokens in a chunk: the rows of a wgmma."""
 
+# A load names a layout only where no reader has one. JAX guesses the layout before each cast to a named
+# one, and a guess goes through all variables of the kernel.
 WGMMA = plgpu.Layout.WGMMA
-ROWS = WGMMA.reduce(1)
 COLUMNS = WGMMA.reduce(0)
 WARP_COLUMNS = plgpu.Layout.TILED(
     plgpu.Tiling(((16, 32), (16, 8), (4,))), warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1
@@ -151,6 +154,36 @@ def _map_on_cuda(arrays, axes, *, jaxpr):
 batching.primitive_batchers[_kernel] = _map_on_cuda
 
 
+class _Unverified(NamedTuple):
+    """An operation that is printed without looking at all of the kernel that it is in."""
+
+    operation: Any
+
+    def __str__(self) -> str:
+        return self.operation.get_asm(assume_verified=True, use_local_scope=True, skip_regions=True)
+
+
+def _print_names_unverified() -> None:
+    """Makes the layout inference of jax 0.11 name its variables faster; the names stay the same.
+
+    It sorts them by the text of their operations, and MLIR verifies the whole kernel before it prints
+    one of them. jax 0.12 sorts nothing.
+    """
+    site: Any = layout_inference.ValueSite
+    verified = site.__str__
+    if jax.__version_info__ >= (0, 12) or hasattr(verified, "__wrapped__"):
+        return
+
+    @functools.wraps(verified)
+    def unverified(site):
+        return verified(dataclasses.replace(site, operation=_Unverified(site.operation)))
+
+    site.__str__ = unverified
+
+
+_print_names_unverified()
+
+
 class Accumulator:
     """An fp32 wgmma accumulator: `add` issues a product, `get` waits for it."""
 
@@ -254,17 +287,17 @@ def store_global(ref, value: jax.Array) -> None:
 
 
 def load_scalars(ref, shape: tuple[int, int]) -> jax.Array:
-    """A number for each row from global memory, repeated along the columns."""
-    return over_columns(plgpu.load(ref, layout=ROWS, optimized=False), shape)
+    """A number for each row, repeated along the columns."""
+    return over_columns(plgpu.load(ref, optimized=False), shape)
 
 
 def load_for_columns(ref, shape: tuple[int, int]) -> jax.Array:
-    """A number for each column from global memory, repeated along the rows.
+    """A number for each column, repeated along the rows.
 
     The kernel must have another operand of it for `load_scalars`: Mosaic takes two loads of the same
     numbers for one, and finds no layout for that.
     """
-    return over_rows(plgpu.load(ref, layout=COLUMNS, optimized=False), shape)
+    return over_rows(plgpu.load(ref, optimized=False), shape)
 
 
 def over_rows(per_column: jax.Array, shape: tuple[int, int]) -> jax.Array:

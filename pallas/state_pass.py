@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float32
 
 from gdn2_jax.pallas import mosaic
-from gdn2_jax.pallas.mosaic import CHUNK, COLUMNS, WGMMA, split, tile
+from gdn2_jax.pallas.mosaic import CHUNK, split, tile
 
 _VALUE_ROWS = 64
 _PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 240
@@ -90,9 +90,9 @@ def state_pass_forward(
         def products(residual, output, next_state):
             residual.add(state16, y_t)
             output.add(state16, q_gamma.transpose((1, 0)))
-            gamma = plgpu.load(decay, layout=COLUMNS)
+            gamma = plgpu.load(decay)
             next_state.set(state * mosaic.over_rows(gamma, (_VALUE_ROWS, key_dim)))
-            u = plgpu.load(u_t, layout=WGMMA).astype(jnp.float32)
+            u = plgpu.load(u_t).astype(jnp.float32)
             r = (u - residual.get(1)).astype(bf16)
             next_state.add(r, k_tail)
             output.add(r, a_qk_t)
@@ -198,7 +198,7 @@ def state_pass_backward(
         def products(d_residual, previous, d_z):
             d_residual.add(d_state16, k_tail.transpose((1, 0)))
             d_residual.add(d_o_t, a_qk_t.transpose((1, 0)))
-            gamma = plgpu.load(decay, layout=COLUMNS)
+            gamma = plgpu.load(decay)
             previous.set(d_state * mosaic.over_rows(gamma, (_VALUE_ROWS, key_dim)))
             previous.add(d_o_t, q_gamma)
             high, low = split(d_residual.get(1))
@@ -340,7 +340,7 @@ def _run(
                     plgpu.copy_smem_to_gmem(staged[name], target)
                 return state
 
-            state = plgpu.load(first_state.at[row, head, values], layout=WGMMA, optimized=False)
+            state = plgpu.load(first_state.at[row, head, values], optimized=False)
 
             def through_accumulator(accumulator):
                 accumulator.set(state)
