@@ -142,6 +142,22 @@ CLAIMS = [
         ],
     ),
     Claim(
+        "a sigmoid as output gate beats SiLU",
+        "capacity_gates",
+        [
+            Comparison("accuracy", "kda", ">", "kda_silu"),
+            Comparison("accuracy", "gdn2_sigmoid", ">", "gdn2"),
+        ],
+    ),
+    Claim(
+        "one number a head is better as the mean of many gates (GDN-2, tied) than as one gate (KDA)",
+        "capacity_gates",
+        [
+            Comparison("accuracy", "gdn2_tied", ">", "kda_silu"),
+            Comparison("accuracy", "gdn2_tied_sigmoid", ">", "kda"),
+        ],
+    ),
+    Claim(
         "two numbers a head, to erase and to write, beat one for both",
         "capacity_gates",
         [
