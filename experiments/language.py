@@ -148,6 +148,10 @@ def model_config(name: str, scale: str, vocab_size: int) -> ModelConfig:
         raise ValueError(f"models: expected some of {', '.join(known)}, got {name!r}")
     model = MODELS[f"{preset}_{scale}"]
     mixer = dataclasses.replace(model.mixer, **changes)
+    if changes.get("write_gate") == "tied" and model.mlp_dim is not None:
+        # A wider MLP, three matrices, has the parameters of the w_proj that is not there.
+        channels = (mixer.num_value_heads or mixer.num_heads) * mixer.head_dim * mixer.expand_v
+        model = dataclasses.replace(model, mlp_dim=model.mlp_dim + 16 * round(channels / 3 / 16))
     return dataclasses.replace(model, vocab_size=vocab_size, mixer=mixer)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.data import DataConfig
+from gdn2_jax.models import model_sizes
 from gdn2_jax.rows import append_row
 from gdn2_jax.workers import Message, Worker
 
@@ -128,6 +129,14 @@ def test_a_variant_changes_its_gates_only(script):
     mixer = dataclasses.replace(plain.mixer, erase_gate="scalar", write_gate="scalar")
     assert scalar == dataclasses.replace(plain, mixer=mixer)
     assert script.model_config("gdn2_negative", "tiny", 300).mixer.allow_negative_eigenvalues
+
+
+def test_tied_gates_keep_the_parameters_and_the_state(script):
+    plain, tied = (
+        model_sizes(script.model_config(n, "30M", 16384), 1024) for n in ("gdn2", "gdn2_tied")
+    )
+    assert tied.state == plain.state
+    assert abs(tied.block_parameters / plain.block_parameters - 1) < 0.01
 
 
 def work(script, study, tmp_path, monkeypatch, run_one, seconds=float("inf")):

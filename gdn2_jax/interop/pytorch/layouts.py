@@ -141,6 +141,10 @@ def model_entries(config: ModelConfig, style: Naming) -> list[Entry]:
             f"mixer: expected one of {', '.join(MIXERS[style])}, whose PyTorch names the {style} "
             f"style has, got {config.mixer.kind!r}"
         )
+    if config.mixer.kind == "gdn2" and config.mixer.write_gate == "tied":
+        raise ValueError(
+            f"write_gate: expected 'channel', as the {style} style's gdn2 layer has no other, got 'tied'"
+        )
     names = _NAMES[style]
     if (config.mlp_dim is None) != (not names.mlp):
         expected = "a number" if names.mlp else None

@@ -350,6 +350,7 @@ def test_a_kda_and_a_gdn_model_of_fla_are_loaded(tmp_path, make):
         ("fla", {"kind": "deltanet"}, "mixer: expected one of gdn2, kda, gdn"),
         ("paper", {"kind": "kda"}, "mixer: expected one of gdn2, .*paper"),
         ("fla", {"erase_gate": "scalar"}, "erase_gate: expected 'channel'"),
+        ("fla", {"write_gate": "tied"}, "write_gate: expected 'channel'"),
         ("fla", {"decay_lower_bound": -5.0}, "decay_lower_bound: expected None"),
         ("paper", {"allow_negative_eigenvalues": True}, "allow_negative_eigenvalues"),
     ],
