@@ -57,8 +57,8 @@ def predict_memory(config: TrainingConfig, mesh: Mesh) -> Memory:
     state = abstract_state(config, mesh)
     parameters, optimizer = (_shard_bytes(tree) for tree in (state.params, state.opt_state))
     blocks = config.model.num_layers // len(config.model.mixers)
-    kept = _kept(config, mesh, config.model)
     everything = _kept(config, mesh, dataclasses.replace(config.model, remat="none"))
+    kept = everything if config.model.remat == "none" else _kept(config, mesh, config.model)
     if config.model.unroll:
         working = 0.9 * (sum(everything) - sum(kept)) * 2 / config.model.num_layers
     else:
