@@ -115,6 +115,12 @@ def _mixer(layer: nn.Module) -> str:
             f"layer: expected num_householder 1, got {layer.num_householder}: "
             "flash-linear-attention orders the channels of several steps in another way"
         )
+    for name in ("erase_gate", "write_gate"):
+        if (structure := getattr(layer, name, "channel")) != "channel":
+            raise TypeError(
+                f"layer: expected {name} 'channel', as the PyTorch layers have no other, "
+                f"got {structure!r}"
+            )
     for kind, mixer in _MIXERS.items():
         if isinstance(layer, kind):
             return mixer

@@ -190,6 +190,10 @@ def test_other_things_are_named():
         layer_from_pytorch(Mamba3(num_heads=2), tensors)
     with pytest.raises(TypeError, match="^layer: expected num_householder 1, got 2: "):
         layer_from_pytorch(GatedDeltaNet(num_heads=2, num_householder=2), tensors)
+    with pytest.raises(TypeError, match="^layer: expected write_gate 'channel', .*got 'tied'"):
+        layer_from_pytorch(GatedDeltaNet2(num_heads=2, write_gate="tied"), tensors)
+    with pytest.raises(TypeError, match="^layer: expected erase_gate 'channel', .*got 'scalar'"):
+        layer_to_pytorch(GatedDeltaNet2(num_heads=2, erase_gate="scalar"), {})
     module = nnx_mixers.GatedDeltaNet2(in_features=WIDTH, rngs=nnx.Rngs(0), **OPTIONS)
     with pytest.raises(TypeError, match="a linen module, .*got gdn2_jax.interop.nnx.GatedDelta"):
         layer_from_pytorch(module, tensors)
