@@ -43,7 +43,7 @@ from gdn2_jax.evaluation.readouts import (
     rare_recall,
 )
 from gdn2_jax.models import PRESETS as MODELS
-from gdn2_jax.models import ModelConfig, model_sizes
+from gdn2_jax.models import ModelConfig, model_sizes, with_parameters_of
 from gdn2_jax.parallel import make_mesh
 from gdn2_jax.rows import append_row, markdown_table, read_rows, source_commit
 from gdn2_jax.training import (
@@ -148,11 +148,8 @@ def model_config(name: str, scale: str, vocab_size: int) -> ModelConfig:
         raise ValueError(f"models: expected some of {', '.join(known)}, got {name!r}")
     model = MODELS[f"{preset}_{scale}"]
     mixer = dataclasses.replace(model.mixer, **changes)
-    if changes.get("write_gate") == "tied" and model.mlp_dim is not None:
-        # A wider MLP, three matrices, has the parameters of the w_proj that is not there.
-        channels = (mixer.num_value_heads or mixer.num_heads) * mixer.head_dim * mixer.expand_v
-        model = dataclasses.replace(model, mlp_dim=model.mlp_dim + 16 * round(channels / 3 / 16))
-    return dataclasses.replace(model, vocab_size=vocab_size, mixer=mixer)
+    variant = dataclasses.replace(model, vocab_size=vocab_size, mixer=mixer)
+    return with_parameters_of(variant, model, 1, multiple=16) if changes else variant
 
 
 @functools.cache

@@ -50,6 +50,7 @@ from gdn2_jax.models import (
     SoftmaxAttention,
     StateSpace,
     model_sizes,
+    with_parameters_of,
 )
 from gdn2_jax.rows import append_row, read_rows, source_commit
 from gdn2_jax.timing import Event, device_events
@@ -294,11 +295,7 @@ def model_config(cell: Cell) -> ModelConfig:
 
     reference = ModelConfig(mlp_dim=mlp_dim, mixer=sized("gdn2"), **shared)
     config = ModelConfig(mlp_dim=8, mixer=sized(cell.mixer), **shared)
-    wanted = model_sizes(reference, cell.length).block_parameters
-    missing = wanted - model_sizes(config, cell.length).block_parameters
-    # A channel of the MLP has three parameters for each channel of the model, in each layer.
-    channels = 8 + 8 * round(missing / (8 * 3 * width * config.num_layers))
-    return dataclasses.replace(config, mlp_dim=max(8, channels))
+    return with_parameters_of(config, reference, cell.length, multiple=8)
 
 
 def check_sizes(cell: Cell, config: ModelConfig) -> dict[str, int]:

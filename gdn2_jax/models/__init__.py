@@ -24,7 +24,7 @@ from gdn2_jax.models.session import (
     start_session,
     take_rows,
 )
-from gdn2_jax.models.sizes import Sizes, model_sizes
+from gdn2_jax.models.sizes import Sizes, model_sizes, with_parameters_of
 
 __all__ = [
     "MIXERS",
@@ -55,5 +55,6 @@ __all__ = [
     "sessions_along",
     "start_session",
     "take_rows",
+    "with_parameters_of",
     "with_state_rounding",
 ]

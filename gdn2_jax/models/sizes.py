@@ -34,9 +34,14 @@ class Sizes(NamedTuple):
 def abstract_variables(config: ModelConfig, sequence_length: int) -> dict[str, Any]:
     """Shapes of the parameters and the cache of a model that decodes `sequence_length` tokens."""
     # Neither depends on the implementation nor on how it is compiled; this is traced the fastest.
-    changes = {"context_length": sequence_length, "implementation": "recurrent", "remat": "none"}
-    changes["unroll"] = False
-    model = LanguageModel(dataclasses.replace(config, **changes), decode=True)
+    config = dataclasses.replace(
+        config,
+        context_length=sequence_length,
+        implementation="recurrent",
+        remat="none",
+        unroll=False,
+    )
+    model = LanguageModel(config, decode=True)
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens))
 
@@ -52,6 +57,29 @@ def model_sizes(config: ModelConfig, sequence_length: int) -> Sizes:
         _count(cache.get("state", ())) // layers,
         _count(cache) // layers,
     )
+
+
+def with_parameters_of(
+    config: ModelConfig, reference: ModelConfig, sequence_length: int, multiple: int
+) -> ModelConfig:
+    """Returns `config` with the MLP that brings its block parameters nearest those of `reference`.
+
+    Args:
+      config: of a model with MLPs.
+      reference: of a model.
+      sequence_length: for `model_sizes`.
+      multiple: of channels, by which the MLP is widened or narrowed. So many are left at least.
+
+    Raises:
+      ValueError: `config` has no MLP.
+    """
+    if config.mlp_dim is None:
+        raise ValueError("config: expected one with an MLP, got mlp_dim None")
+    ours, wanted = (model_sizes(x, sequence_length).block_parameters for x in (config, reference))
+    # A channel of the MLP has three parameters for each channel of the model, in each layer.
+    step = 3 * config.d_model * config.num_layers * multiple
+    channels = config.mlp_dim + multiple * round((wanted - ours) / step)
+    return dataclasses.replace(config, mlp_dim=max(multiple, channels))
 
 
 def _count(tree) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gdn2_jax.data import DataConfig
-from gdn2_jax.models import model_sizes
+from gdn2_jax.models import model_sizes, with_parameters_of
 from gdn2_jax.rows import append_row
 from gdn2_jax.workers import Message, Worker
 
@@ -137,6 +137,9 @@ def test_tied_gates_keep_the_parameters_and_the_state(script):
     )
     assert tied.state == plain.state
     assert abs(tied.block_parameters / plain.block_parameters - 1) < 0.01
+    without = dataclasses.replace(script.model_config("gdn2", "30M", 16384), mlp_dim=None)
+    with pytest.raises(ValueError, match="^config: expected one with an MLP, got mlp_dim None"):
+        with_parameters_of(without, without, 1, multiple=16)
 
 
 def work(script, study, tmp_path, monkeypatch, run_one, seconds=float("inf")):
