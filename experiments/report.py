@@ -133,45 +133,35 @@ CLAIMS = [
             ("capacity_gates", "and at the limit of capacity"),
         )
     ),
-    Claim(
-        "(b) GDN-2 ends above KDA with the same output gate",
-        "capacity_gates",
-        [
-            Comparison("accuracy", "gdn2", ">", "kda_silu"),
-            Comparison("accuracy", "gdn2_sigmoid", ">", "kda"),
-        ],
-    ),
-    Claim(
-        "a sigmoid as output gate beats SiLU",
-        "capacity_gates",
-        [
-            Comparison("accuracy", "kda", ">", "kda_silu"),
-            Comparison("accuracy", "gdn2_sigmoid", ">", "gdn2"),
-        ],
-    ),
-    Claim(
-        "one number a head is better as the mean of many gates (GDN-2, tied) than as one gate (KDA)",
-        "capacity_gates",
-        [
-            Comparison("accuracy", "gdn2_tied", ">", "kda_silu"),
-            Comparison("accuracy", "gdn2_tied_sigmoid", ">", "kda"),
-        ],
-    ),
-    Claim(
-        "two numbers a head, to erase and to write, beat one for both",
-        "capacity_gates",
-        [
-            Comparison("accuracy", "gdn2_scalar_both", ">", "gdn2_tied"),
-            Comparison("accuracy", "gdn2_scalar_both_sigmoid", ">", "gdn2_tied_sigmoid"),
-        ],
-    ),
-    Claim(
-        "a number for each channel beats one a head",
-        "capacity_gates",
-        [
-            Comparison("accuracy", "gdn2", ">", "gdn2_scalar_both"),
-            Comparison("accuracy", "gdn2_sigmoid", ">", "gdn2_scalar_both_sigmoid"),
-        ],
+    *(
+        Claim(text, "capacity_gates", [Comparison("accuracy", x, ">", y) for x, y in pairs])
+        for text, *pairs in (
+            (
+                "(b) GDN-2 ends above KDA with the same output gate",
+                ("gdn2", "kda_silu"),
+                ("gdn2_sigmoid", "kda"),
+            ),
+            (
+                "a sigmoid as output gate beats SiLU",
+                ("kda", "kda_silu"),
+                ("gdn2_sigmoid", "gdn2"),
+            ),
+            (
+                "one number a head is better as the mean of many gates (GDN-2, tied) than as one gate (KDA)",
+                ("gdn2_tied", "kda_silu"),
+                ("gdn2_tied_sigmoid", "kda"),
+            ),
+            (
+                "two numbers a head, to erase and to write, beat one for both",
+                ("gdn2_scalar_both", "gdn2_tied"),
+                ("gdn2_scalar_both_sigmoid", "gdn2_tied_sigmoid"),
+            ),
+            (
+                "a number for each channel beats one a head",
+                ("gdn2", "gdn2_scalar_both"),
+                ("gdn2_sigmoid", "gdn2_scalar_both_sigmoid"),
+            ),
+        )
     ),
     *(
         Claim(
