@@ -108,6 +108,18 @@ def test_gradients_are_the_same_whatever_is_recomputed(hybrid_model, remat, unro
             )
 
 
+@pytest.mark.slow
+def test_remat_keeps_less_between_the_passes(hybrid_model):
+    config, params = hybrid_model
+
+    def temporary_bytes(remat):
+        gradient = jax.grad(functools.partial(loss, dataclasses.replace(config, remat=remat)))
+        compiled = jax.jit(gradient).lower(params, tokens(4, 128)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("full") < 0.8 * temporary_bytes("none")
+
+
 def kept_for_the_backward(config, ids):
     """Shapes and dtypes that a layer of the forward hands to the backward, and the computation."""
     params = abstract_variables(config, config.context_length)["params"]
