@@ -134,6 +134,6 @@ class GatedDeltaNet2(DeltaRuleLayer):
         check_choices(self, ("silu", "sigmoid"), "output_gate")
 
 
-def _gate(logits: Float[Array, "B T H C"], structure: WriteGate) -> Float[Array, "B T H #C"]:
+def _gate(logits: Float[Array, "B T H C"], structure: EraseGate) -> Float[Array, "B T H #C"]:
     gate = jax.nn.sigmoid(logits)
     return jnp.mean(gate, axis=-1, keepdims=True) if structure == "scalar" else gate
